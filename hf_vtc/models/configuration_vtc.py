@@ -1,0 +1,89 @@
+"""What the configurations of all compressing models share."""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+
+class VtcConfig(PretrainedConfig):
+    """Configuration of a vision tower, a connector that compresses, and a language model.
+
+    Abstract: a method derives one final class that sets `model_type` and its own fields.
+
+    Args:
+        vision_config (`dict` or `PretrainedConfig`): the tower; a dict needs `model_type`. Default: InternViT-300M.
+        text_config (`dict` or `PretrainedConfig`): the decoder; a dict needs `model_type`. Default: Qwen3.
+        image_token_id (`int`): id of the placeholder token in `input_ids`.
+        image_seq_length (`int`): reserved placeholders per tile.
+        vision_feature_layer (`int`): hidden state of the tower that is read, -1 for its output.
+        vision_feature_select_strategy (`str`): `"default"` drops the class token, `"full"` keeps every token.
+        projector_hidden_act (`str`): activation of the connectors.
+        tie_word_embeddings (`bool`): whether `lm_head` shares the weight of the input embeddings.
+
+    Raises:
+        ValueError: a field is outside of its range.
+    """
+
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "image_hidden_states",
+        "router_logits",
+        "router_decisions",
+        "kept_mask",
+        "kept_index",
+        "num_visual_tokens",
+    ]
+
+    def __init__(
+        self,
+        vision_config: dict | PretrainedConfig | None = None,
+        text_config: dict | PretrainedConfig | None = None,
+        image_token_id: int = 151667,
+        image_seq_length: int = 256,
+        vision_feature_layer: int = -1,
+        vision_feature_select_strategy: str = "default",
+        projector_hidden_act: str = "gelu",
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ):
+        self.vision_config = _sub_config(vision_config, "internvl_vision")
+        self.text_config = _sub_config(text_config, "qwen3")
+        self.image_token_id = image_token_id
+        self.image_seq_length = image_seq_length
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.projector_hidden_act = projector_hidden_act
+        if vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                "`vision_feature_select_strategy` must be 'default' (drop the class token) or 'full', got "
+                f"{vision_feature_select_strategy!r}."
+            )
+        if image_seq_length < 1:
+            raise ValueError(f"`image_seq_length` counts placeholders per tile and must be positive: {image_seq_length}.")
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def remote_code_map(self) -> dict[str, str]:
+        """`auto_map` of a checkpoint folder that carries its own code: auto class -> `file.Class`."""
+        name = type(self).__name__.removesuffix("Config")
+        method = self.model_type.removeprefix("vtc_")
+        head = f"modeling_{method}.{name}ForConditionalGeneration"
+        return {
+            "AutoConfig": f"configuration_{method}.{name}Config",
+            "AutoModel": f"modeling_{method}.{name}Model",
+            "AutoModelForImageTextToText": head,
+            "AutoModelForVision2Seq": head,
+        }
+
+
+def _sub_config(config: dict | PretrainedConfig | None, default_type: str) -> PretrainedConfig:
+    if isinstance(config, PretrainedConfig):
+        return config
+    fields = dict(config or {})
+    model_type = fields.pop("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`model_type` {model_type!r} of a sub-config is unknown to the installed transformers. Upgrade it, or use "
+            "a tower or decoder that it has."
+        )
+    return CONFIG_MAPPING[model_type](**fields)

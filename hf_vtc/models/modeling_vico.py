@@ -1,0 +1,327 @@
+"""ViCO / ViR: two connectors per tile, and a router that chooses between them (InternVL3.5-Flash).
+
+Papers: "ViCO: A Training Strategy towards Semantic Aware Dynamic High-Resolution" (arXiv 2510.12793), InternVL3.5 report
+(arXiv 2508.18265, sections 2.3 and 3.15). Upstream: OpenGVLab/InternVL@2410d1d (base model, MIT licence),
+InternLM/lmdeploy@1263d5c `lmdeploy/pytorch/models/internvl.py` (router and rule, Apache-2.0), and the remote code of the
+InternVL3.5-Flash checkpoints (weights: Apache-2.0).
+
+Ours: batches, padding, several images and text-only rows; budgets; the `"absolute"` rule; only the connector that a tile
+needs is computed. Where we differ: the quantile covers the tiles of one sample, which equals the original at batch 1 and
+does not depend on the batch; `forward` routes too. As in the released code, `attn2` and `norm2` serve three of the four
+pooling steps; `attn3`, `attn4`, `norm3`, `norm4` exist in checkpoints and are never used.
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .budget_vtc import budgets_per_image, largest_admissible
+from .configuration_vico import VicoConfig
+from .modeling_vtc import VtcForConditionalGeneration, VtcModel
+from .ops_vtc import unshuffle_layernorm
+from .packing_vtc import placeholder_runs, rows_of_images
+from .prompt_vtc import Prompt, VisualTokens
+
+
+def route_tiles(
+    p_compress: torch.Tensor,
+    tiles_per_sample: list[int],
+    relative_threshold: float,
+    absolute_threshold: float,
+    rule: str = "relative+absolute",
+) -> torch.Tensor:
+    """Which tiles the router compresses.
+
+    A tile is compressed if its P(compress) exceeds the quantile over the tiles of its sample (strictly: the least
+    compressible tile never is, nor is a single tile) and reaches the absolute threshold. Rule `"absolute"` leaves the
+    first condition out.
+
+    Args:
+        p_compress (`torch.Tensor` of shape `(T,)`): in the router's dtype; thresholds are rounded to it, as upstream.
+        tiles_per_sample (`list[int]`): how the T tiles are shared out among samples.
+        relative_threshold (`float`): quantile in [0, 1].
+        absolute_threshold (`float`): probability.
+        rule (`str`): `"relative+absolute"` or `"absolute"`.
+
+    Returns:
+        `torch.BoolTensor` of shape `(T,)`, True = compress.
+
+    Source: InternLM/lmdeploy@1263d5c `extract_feature_flash`, there over all tiles of a forward pass.
+    """
+    compress = p_compress >= torch.tensor(absolute_threshold, dtype=p_compress.dtype)
+    if rule == "absolute":
+        return compress
+    for tiles in torch.arange(len(p_compress)).split(tiles_per_sample):
+        if len(tiles) > 0:
+            threshold = torch.quantile(p_compress[tiles].float(), relative_threshold).to(p_compress.dtype)
+            compress[tiles] &= p_compress[tiles] > threshold
+    return compress
+
+
+def most_compressible(p_compress: torch.Tensor, num_compressed: int) -> torch.Tensor:
+    """Mark the `num_compressed` tiles of one image with the highest P(compress); ties go to the earlier tile.
+
+    Args:
+        p_compress (`torch.Tensor` of shape `(T,)`).
+
+    Returns:
+        `torch.BoolTensor` of shape `(T,)`, True = compress.
+    """
+    order = torch.argsort(p_compress, descending=True, stable=True)
+    compress = torch.zeros(len(p_compress), dtype=torch.bool)
+    compress[order[:num_compressed]] = True
+    return compress
+
+
+class VicoProjector(nn.Module):
+    """Pixel shuffle by `factor`, LayerNorm and a stack of linear layers: `(T, N, C)` to `(T, N / factor^2, D)`.
+
+    Source: `mlp1` (two layers) and `mlp2` (three layers, twice as wide inside, dropout) of the official checkpoints.
+    """
+
+    def __init__(self, config: VicoConfig, factor: int, widths: list[int], dropout: float = 0.0):
+        super().__init__()
+        self.factor = factor
+        self.version = config.ps_version
+        folded = config.vision_config.hidden_size * factor**2
+        self.layer_norm = nn.LayerNorm(folded, eps=1e-5)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.dropout = nn.Dropout(dropout)
+        self.num_layers = len(widths)
+        for idx, (fan_in, fan_out) in enumerate(zip([folded, *widths], widths, strict=False), start=1):
+            self.add_module(f"linear_{idx}", nn.Linear(fan_in, fan_out))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        norm = self.layer_norm
+        states = unshuffle_layernorm(features, self.factor, norm.weight, norm.bias, norm.eps, self.version)
+        states = self.linear_1(states)
+        for idx in range(2, self.num_layers + 1):
+            states = self.get_submodule(f"linear_{idx}")(self.dropout(self.act(states)))
+        return states
+
+
+class SingleQueryAttention(nn.Module):
+    """Multi-head attention of one query per tile over the tile's features, biases everywhere, no mask.
+
+    Equal to `torch.nn.MultiheadAttention`, with plain linear layers so that quantisation and LoRA can reach them.
+    """
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(T, N, C)` to keys and values `(T, heads, N, C / heads)`, to be shared by several queries."""
+        return self._heads(self.k_proj(features)), self._heads(self.v_proj(features))
+
+    def forward(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attend with `query` `(T, C)`; returns `(T, C)`."""
+        queries = self._heads(self.q_proj(query)[:, None])
+        mixed = nn.functional.scaled_dot_product_attention(queries, keys, values)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2)[:, 0])
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class RouterBlock(nn.Module):
+    """Residual feed-forward block whose LayerNorm ends the branch."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, 4 * width)
+        self.linear_2 = nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.act = nn.GELU()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        branch = self.linear_2(self.dropout(self.act(self.linear_1(states))))
+        return states + self.norm(self.dropout(branch))
+
+
+class VisionResolutionRouter(nn.Module):
+    """ViR: logits of (compress, keep) for each tile from the tower's raw features.
+
+    Source: `pooling_before_gating` and `gating` of the official checkpoints.
+    """
+
+    def __init__(self, config: VicoConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.query_token = nn.Parameter(torch.zeros(1, width))
+        for idx in range(1, 5):
+            self.add_module(f"attn{idx}", SingleQueryAttention(width, config.router_num_heads))
+            self.add_module(f"norm{idx}", nn.LayerNorm(width, eps=1e-5))
+            self.add_module(f"block{idx}", RouterBlock(width, config.connector_dropout))
+        self.gate_norm = nn.LayerNorm(width, eps=1e-5)
+        self.gate = nn.Linear(width, 2)
+        # no objective reaches the dead weights: without this, distributed training waits for their gradients
+        for dead in (self.attn3, self.attn4, self.norm3, self.norm4):
+            dead.requires_grad_(False)
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """Pool `(T, N, C)` to `(T, C)` by four cross attentions, the second of which runs three times."""
+        query = self.query_token.expand(features.shape[0], -1)
+        query = self.norm1(self.attn1(query, *self.attn1.keys_and_values(features)))
+        keys, values = self.attn2.keys_and_values(features)
+        for _ in range(3):
+            query = self.norm2(self.attn2(query, keys, values))
+        return query
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(T, N, C)` features to `(T, 2)` logits; softmax column 0 is P(compress)."""
+        states = self.pool(features.to(self.query_token.dtype))
+        for block in (self.block1, self.block2, self.block3, self.block4):
+            states = block(states)
+        return self.gate(self.gate_norm(states))
+
+
+class VicoInit:
+    """Initial values of the parameters that are not part of a standard layer."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VisionResolutionRouter):
+            nn.init.normal_(module.query_token, std=0.02)
+
+
+class VicoModel(VicoInit, VtcModel):
+    """InternVL3.5-Flash without a head: each tile runs through one of two connectors."""
+
+    config_class = VicoConfig
+    _no_split_modules = ["InternVLVisionLayer", "VisionResolutionRouter", "VicoProjector"]
+
+    def __init__(self, config: VicoConfig):
+        super().__init__(config)
+        factor, width = config.shuffle_factor, config.text_config.hidden_size
+        self.multi_modal_projector = VicoProjector(config, factor, [width, width])
+        self.compressed_projector = VicoProjector(
+            config, factor**2, [2 * width, 2 * width, width], config.connector_dropout
+        )
+        self.router = VisionResolutionRouter(config)
+        self.post_init()
+
+    def compress(self, features: torch.Tensor, prompt: Prompt) -> VisualTokens:
+        """Route every tile of `features` `(T, N, C)` and run it through the connector that it needs.
+
+        `router_logits` are `(T, 2)`, `router_decisions` `(T,)` with True = compress.
+        """
+        vision = prompt.vision
+        overridden = vision.router_decisions is not None
+        if overridden and vision.vtc_budget is not None:
+            raise ValueError("Give `router_decisions` or `vtc_budget`, not both: each decides which tiles shrink.")
+        # in training every rank runs the router, whatever the call asks for
+        routed = self.training or not (overridden or vision.vtc_budget == "full")
+        router_logits = self.router(features) if routed else None
+        if routed:
+            (p_compress,) = prompt.to_host(router_logits.softmax(-1)[:, 0])
+        else:
+            p_compress = torch.zeros(features.shape[0])
+            prompt.to_host()
+
+        tiles_per_image, tiles_per_sample = self._tile_layout(prompt, features.shape[0])
+        if overridden:
+            decisions = _checked_decisions(prompt.host.router_decisions, features.shape[0])
+        else:
+            decisions = self._decide(p_compress, tiles_per_image, tiles_per_sample, vision.vtc_budget)
+
+        embeds = self._connect(features, decisions)
+        if self.training:
+            embeds = embeds + 0 * router_logits.sum().to(embeds.dtype)
+        num_reserved = torch.full_like(decisions, self.config.image_seq_length, dtype=torch.long)
+        return VisualTokens(
+            embeds=embeds,
+            num_reserved=num_reserved,
+            num_kept=torch.where(decisions, self.config.compressed_seq_length, num_reserved),
+            blocks_per_image=torch.tensor(tiles_per_image),
+            router_logits=router_logits,
+            router_decisions=decisions.to(features.device, non_blocking=True),
+        )
+
+    def _tile_layout(self, prompt: Prompt, num_tiles: int) -> tuple[list[int], list[int]]:
+        """Tiles per image and per sample, checked against the placeholders and against `num_tiles` features."""
+        per_tile, host = self.config.image_seq_length, prompt.host
+        if host.num_tiles is None:
+            # without word from the processor, a run of placeholders is an image
+            tiles_per_image = [-(-length // per_tile) for _, length in placeholder_runs(host.placeholder_mask)]
+        else:
+            tiles_per_image = host.num_tiles.tolist()
+        if sum(tiles_per_image) != num_tiles:
+            raise ValueError(
+                f"Image features and image tokens do not match: the prompts need {sum(tiles_per_image)} tiles of "
+                f"{per_tile} placeholders, but {num_tiles} tiles were given. Pass `pixel_values` and `num_tiles` of the "
+                "same images, in prompt order, and `input_ids` from the same call of the processor."
+            )
+        rows = rows_of_images(host.placeholder_mask, [per_tile * tiles for tiles in tiles_per_image])
+        tiles_per_sample = [0] * host.placeholder_mask.shape[0]
+        for row, tiles in zip(rows, tiles_per_image, strict=True):
+            tiles_per_sample[row] += tiles
+        return tiles_per_image, tiles_per_sample
+
+    def _decide(
+        self, p_compress: torch.Tensor, tiles_per_image: list[int], tiles_per_sample: list[int], vtc_budget
+    ) -> torch.Tensor:
+        """Decisions `(T,)` on the CPU: the rule for `"auto"` images, tiles in order of P(compress) for budgets."""
+        config = self.config
+        decisions = route_tiles(
+            p_compress,
+            tiles_per_sample,
+            config.flash_relative_threshold,
+            config.flash_absolute_threshold,
+            config.routing_rule,
+        )
+        decisions &= config.flash_mode
+        full, saved = config.image_seq_length, config.image_seq_length - config.compressed_seq_length
+        budgets = budgets_per_image(vtc_budget, len(tiles_per_image))
+        for image_idx, tiles in enumerate(torch.arange(len(p_compress)).split(tiles_per_image)):
+            if budgets[image_idx] == "auto":
+                continue
+            counts = [full * len(tiles) - saved * compressed for compressed in range(len(tiles) + 1)]
+            num_compressed = counts.index(largest_admissible(budgets[image_idx], counts, image_idx))
+            decisions[tiles] = most_compressible(p_compress[tiles], num_compressed)
+        return decisions
+
+    def _connect(self, features: torch.Tensor, decisions: torch.Tensor) -> torch.Tensor:
+        """Visual tokens `(num_kept.sum(), D)` in tile order, each tile through the connector that it needs."""
+        num_kept = torch.where(decisions, self.config.compressed_seq_length, self.config.image_seq_length)
+        starts = num_kept.cumsum(0) - num_kept
+        pieces, positions, unused = [], [], 0
+        for connector, chosen in ((self.multi_modal_projector, ~decisions), (self.compressed_projector, decisions)):
+            tiles = chosen.nonzero().flatten()
+            if len(tiles) > 0:
+                own = features if len(tiles) == len(decisions) else features[tiles.to(features.device)]
+                tokens = connector(own)
+                pieces.append(tokens.flatten(0, 1))
+                positions.append((starts[tiles][:, None] + torch.arange(tokens.shape[1])).flatten())
+            elif self.training:
+                # with weight zero, so that every rank runs the same modules and every gradient exists
+                unused = 0 * connector(features[:1]).sum()
+        if len(pieces) == 1:
+            return pieces[0] + unused if self.training else pieces[0]
+        order = torch.argsort(torch.cat(positions))
+        return torch.cat(pieces).index_select(0, order.to(features.device, non_blocking=True))
+
+
+def _checked_decisions(decisions: torch.Tensor, num_tiles: int) -> torch.Tensor:
+    if decisions.shape != (num_tiles,):
+        raise ValueError(
+            f"`router_decisions` needs one entry per tile, shape ({num_tiles},), got {tuple(decisions.shape)}."
+        )
+    return decisions.bool()
+
+
+class VicoForConditionalGeneration(VicoInit, VtcForConditionalGeneration):
+    """InternVL3.5-Flash with a language modelling head."""
+
+    config_class = VicoConfig
+    _no_split_modules = VicoModel._no_split_modules
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: VicoConfig):
+        super().__init__(config, VicoModel(config))
+        self.post_init()

@@ -1,0 +1,586 @@
+"""The skeleton of every compressing model: encode, compress, pack, decode, expand.
+
+`VtcModel` and `VtcForConditionalGeneration` are abstract. They own merging, packing, expansion, loss and `generate`; a
+method is a pair of final classes that implements one of the hooks `encode`, `compress`, `decode` of `VtcModel`.
+
+Outside, everything has the length of `input_ids`: reserved placeholders in, full-length states and logits out. Inside,
+only kept tokens run through the language model.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple
+
+from .budget_vtc import Budget
+from .configuration_vtc import VtcConfig
+from .packing_vtc import PackedPrompt, is_left_padded, keep_first, pack_visual_tokens
+from .prompt_vtc import Prompt, VisionInputs, VisualTokens
+
+
+@dataclass
+class VtcModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of a base model; `last_hidden_state` is full-length, `hidden_states` and `attentions` are compact.
+
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(num_visual_tokens.sum(), D)`): kept visual tokens, prompt order.
+        router_logits (`torch.Tensor`): what the method's router said; its page gives the shape.
+        router_decisions (`torch.Tensor`): what was done, in the form that `forward(router_decisions=...)` takes.
+        kept_mask (`torch.BoolTensor` of shape `(B, L)`): positions that the language model really computed.
+        kept_index (`torch.LongTensor` of shape `(num_kept,)`): True positions of the flattened `kept_mask`.
+        num_visual_tokens (`torch.LongTensor` of shape `(num_images,)`): kept per image, on the CPU.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+    router_logits: torch.FloatTensor | None = None
+    router_decisions: torch.Tensor | None = None
+    kept_mask: torch.BoolTensor | None = None
+    kept_index: torch.LongTensor | None = None
+    num_visual_tokens: torch.LongTensor | None = None
+
+
+@dataclass
+class VtcCausalLMOutputWithPast(ModelOutput):
+    """Output of a model with a language modelling head; the fields of `VtcModelOutputWithPast`, and:
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): next-token loss, if `labels` were given.
+        logits (`torch.Tensor` of shape `(B, L, vocab_size)`): full-length; None in training mode with `labels`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    router_logits: torch.FloatTensor | None = None
+    router_decisions: torch.Tensor | None = None
+    kept_mask: torch.BoolTensor | None = None
+    kept_index: torch.LongTensor | None = None
+    num_visual_tokens: torch.LongTensor | None = None
+
+
+class VtcPreTrainedModel(PreTrainedModel):
+    """Loading, saving and the flags that transformers asks for."""
+
+    config_class = VtcConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    model_tags = ["vtc", "vision-token-compression", "custom_code"]
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # how many tokens are kept depends on the data
+    _can_compile_fullgraph = False
+
+    def save_pretrained(self, save_directory: str, *args: Any, save_code: bool = True, **kwargs: Any) -> None:
+        """`PreTrainedModel.save_pretrained`, and the code beside the weights.
+
+        Args:
+            save_directory (`str`): the folder.
+            save_code (`bool`): copy the model's source files and write every `auto_map` key, so that the folder loads
+                with `trust_remote_code=True` where hf_vtc is not installed. `False` writes neither.
+        """
+        self.config.auto_map = self.config.remote_code_map() if save_code else None
+        if not save_code:
+            del self.config.auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if save_code and kwargs.get("is_main_process", True):
+            custom_object_save(self, save_directory)
+
+
+class VtcModel(VtcPreTrainedModel):
+    """Tower, connector and language model, without a head. Abstract."""
+
+    def __init__(self, config: VtcConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.language_model = AutoModel.from_config(config.text_config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.language_model = decoder
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Hook: features of each tile, `(total_tiles, 3, S, S)` to `(total_tiles, N, C)`, row-major."""
+        pixel_values, layer = pixel_values.to(self.vision_tower.dtype), self.config.vision_feature_layer
+        if layer == -1:
+            features = self.vision_tower(pixel_values).last_hidden_state
+        else:
+            features = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states[layer]
+        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+
+    def compress(self, features: torch.Tensor, prompt: Prompt) -> VisualTokens:
+        """Hook: from features to the visual tokens that stay."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `compress`.")
+
+    def decode(self, packed: PackedPrompt, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Hook: run the language model on a packed prompt."""
+        return self.language_model(
+            inputs_embeds=packed.inputs_embeds,
+            attention_mask=packed.attention_mask,
+            position_ids=packed.position_ids,
+            **kwargs,
+        )
+
+    def find_placeholders(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.BoolTensor]:
+        """Embeddings `(B, L, D)` of a prompt and where its placeholders are, `(B, L)`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        embed = self.get_input_embeddings()
+        if inputs_embeds is None:
+            return embed(input_ids), input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return inputs_embeds, (inputs_embeds == embed(token)).all(-1)
+
+    def require_no_placeholders(self, input_ids: torch.LongTensor) -> None:
+        """Raise a ValueError for a prompt that expects images."""
+        if bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                f"The prompt holds image placeholders (id {self.config.image_token_id}), but no `pixel_values` were given. "
+                "Pass everything that the processor returned, or leave images out of the text."
+            )
+
+    def compact(
+        self,
+        input_ids: torch.LongTensor | None,
+        vision: VisionInputs,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        align_left: bool = False,
+    ) -> tuple[PackedPrompt, VisualTokens]:
+        """Route, compress and pack one batch of prompts: everything before the language model."""
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"`attention_mask` must be (batch, length) when images are given, got {attention_mask.ndim} dimensions: "
+                "dropping tokens would need another mask. Pass the 2-D padding mask."
+            )
+        inputs_embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
+        prompt = Prompt(inputs_embeds, placeholder_mask, attention_mask, vision)
+        features = self.encode(vision.pixel_values) if vision.image_features is None else vision.image_features
+        visual = self.compress(features, prompt)
+        keep = keep_first(prompt.host.placeholder_mask, visual.num_reserved, visual.num_kept)
+
+        positions = (prompt.host.placeholder_mask & keep).flatten().nonzero().flatten()
+        embeds = visual.embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+        filled = inputs_embeds.flatten(0, 1).index_copy(0, positions.to(inputs_embeds.device), embeds)
+        filled = filled.unflatten(0, inputs_embeds.shape[:2])
+        return pack_visual_tokens(filled, keep, prompt.host.attention_mask, position_ids, align_left), visual
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        vtc_budget: Budget | Sequence[Budget] = None,
+        router_decisions: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> VtcModelOutputWithPast:
+        """Full-length prompts in, full-length states out.
+
+        Args:
+            input_ids (`(B, L)`): with the placeholders that the processor reserved.
+            pixel_values (`(total_tiles, 3, S, S)`): tiles of all images in prompt order.
+            attention_mask (`(B, L)`): 0 = padding, on either side.
+            num_tiles (`(num_images,)`): tiles per image; without it a run of placeholders is one image.
+            image_sizes (`(num_images, 2)`): (height, width) in pixels, for methods that need them.
+            vtc_budget: see `budget_vtc.budgets_per_image`.
+            router_decisions: overrides the router; not together with `vtc_budget`.
+            image_features: output of `encode` for these tiles, in place of `pixel_values`.
+
+        Raises:
+            ValueError: placeholders and images do not match, or a budget cannot be met.
+        """
+        vision = VisionInputs(pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions)
+        if not vision.given:
+            return self._forward_text(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
+            )
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError(
+                "`forward` cannot take images together with a filled cache, since the cache is shorter than the prompt. "
+                "Use `generate`, or run the whole conversation without a cache."
+            )
+        packed, visual = self.compact(input_ids, vision, attention_mask, position_ids, inputs_embeds)
+        if packed.expand_index is not None:
+            # positions of the full-length prompt, which the packed one does not have
+            kwargs.pop("cache_position", None)
+        outputs = self.decode(packed, past_key_values=past_key_values, **kwargs)
+        return VtcModelOutputWithPast(
+            last_hidden_state=packed.expand(outputs.last_hidden_state),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=visual.embeds,
+            router_logits=visual.router_logits,
+            router_decisions=visual.router_decisions,
+            kept_mask=packed.kept_mask,
+            kept_index=packed.kept_index,
+            num_visual_tokens=visual.per_image,
+        )
+
+    def _forward_text(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> VtcModelOutputWithPast:
+        """A plain language model step: text only, or decoding after a packed prompt."""
+        # with a cache it is a step of `generate`, which has looked at its prompt
+        if past_key_values is None and input_ids is not None:
+            self.require_no_placeholders(input_ids)
+        if self.training:
+            embeds, _ = self.find_placeholders(input_ids, inputs_embeds)
+            # every rank must run the same modules, or sharded training hangs on batches without an image
+            input_ids, inputs_embeds = None, embeds + self._vision_of_nothing().to(embeds.dtype)
+        outputs = self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return VtcModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _vision_of_nothing(self) -> torch.Tensor:
+        """Zero, computed through every vision parameter by way of one black tile."""
+        vision_config = self.config.vision_config
+        size = vision_config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        tile = torch.zeros(1, vision_config.num_channels, height, width, device=self.device, dtype=self.dtype)
+        ids = torch.full((1, self.config.image_seq_length), self.config.image_token_id, device=self.device)
+        embeds, placeholder_mask = self.find_placeholders(ids, None)
+        prompt = Prompt(embeds, placeholder_mask, None, VisionInputs(num_tiles=torch.ones(1, dtype=torch.long)))
+        return 0 * self.compress(self.encode(tile), prompt).embeds.sum()
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, num_tiles: torch.LongTensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Uncompressed visual tokens of some images, as many as the processor reserves.
+
+        Returns:
+            `last_hidden_state` `(total_tiles, N, C)`: features; `pooler_output`: one `(reserved, D)` tensor per image.
+        """
+        num_tiles = torch.tensor([pixel_values.shape[0]]) if num_tiles is None else num_tiles
+        features = self.encode(pixel_values)
+        reserved = self.config.image_seq_length * int(num_tiles.sum())
+        ids = torch.full((1, reserved), self.config.image_token_id, device=features.device)
+        embeds, placeholder_mask = self.find_placeholders(ids, None)
+        vision = VisionInputs(num_tiles=num_tiles, vtc_budget="full")
+        visual = self.compress(features, Prompt(embeds, placeholder_mask, None, vision))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=list(visual.embeds.split(visual.per_image.tolist()))
+        )
+
+    @torch.no_grad()
+    def count_visual_tokens(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        vtc_budget: Budget | Sequence[Budget] = None,
+        router_decisions: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.LongTensor:
+        """Visual tokens that the language model would see, per image `(num_images,)`, without running it.
+
+        Takes what the processor gives; the arguments are those of `forward`.
+        """
+        vision = VisionInputs(pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions)
+        if not vision.given:
+            return torch.zeros(0, dtype=torch.long)
+        _, visual = self.compact(input_ids, vision, attention_mask, None, inputs_embeds)
+        return visual.per_image
+
+
+class VtcForConditionalGeneration(VtcPreTrainedModel, GenerationMixin):
+    """A `VtcModel` with a language modelling head. Abstract."""
+
+    def __init__(self, config: VtcConfig, model: VtcModel):
+        super().__init__(config)
+        self.model = model
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.model.set_decoder(decoder)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `VtcModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def count_visual_tokens(self, *args: Any, **kwargs: Any) -> torch.LongTensor:
+        """See `VtcModel.count_visual_tokens`."""
+        return self.model.count_visual_tokens(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_tiles: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        vtc_budget: Budget | Sequence[Budget] = None,
+        router_decisions: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> VtcCausalLMOutputWithPast:
+        """Full-length prompts in, full-length logits or a loss out; see `VtcModel.forward` for the arguments.
+
+        Args:
+            labels (`(B, L)`): ids to predict, -100 = none; placeholders never count. In training mode only the loss is
+                computed, on kept rows; in eval mode the logits as well.
+            logits_to_keep (`int` or index tensor): logits of the last positions only, 0 = all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            num_tiles=num_tiles,
+            image_sizes=image_sizes,
+            vtc_budget=vtc_budget,
+            router_decisions=router_decisions,
+            image_features=image_features,
+            **kwargs,
+        )
+        loss = logits = None
+        if labels is not None:
+            if input_ids is not None:
+                labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
+            loss = self._next_token_loss(outputs, labels, **kwargs)
+        if labels is None or not self.training:
+            logits = self._full_length_logits(outputs, logits_to_keep)
+        return VtcCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            router_logits=outputs.router_logits,
+            router_decisions=outputs.router_decisions,
+            kept_mask=outputs.kept_mask,
+            kept_index=outputs.kept_index,
+            num_visual_tokens=outputs.num_visual_tokens,
+        )
+
+    def _next_token_loss(self, outputs: VtcModelOutputWithPast, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Equal to the full-length loss: a kept token predicts the next kept token of its row."""
+        states, kept_index = outputs.last_hidden_state, outputs.kept_index
+        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+        states = states.flatten(0, 1)
+        if kept_index is not None:
+            kept_labels = labels.flatten()[kept_index]
+            rows = kept_index // labels.shape[1]
+            row_goes_on = nn.functional.pad(rows[1:] == rows[:-1], (0, 1), value=False)
+            targets = nn.functional.pad(kept_labels[1:], (0, 1), value=-100).masked_fill(~row_goes_on, -100)
+            states = states[kept_index]
+        vocab_size = self.config.text_config.vocab_size
+        return self.loss_function(
+            logits=self.lm_head(states), labels=None, vocab_size=vocab_size, shift_labels=targets, **kwargs
+        )
+
+    def _full_length_logits(self, outputs: VtcModelOutputWithPast, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        states, kept_index = outputs.last_hidden_state, outputs.kept_index
+        if kept_index is None or not isinstance(logits_to_keep, int) or logits_to_keep > 0:
+            rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            return self.lm_head(states[:, rows])
+        # the head runs on kept rows only; dropped positions repeat them
+        repeats = (outputs.kept_mask.flatten().cumsum(0) - 1).clamp(min=0)
+        return self.lm_head(states.flatten(0, 1)[kept_index])[repeats].unflatten(0, outputs.kept_mask.shape)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.LongTensor | ModelOutput:
+        """`GenerationMixin.generate` on prompts that are routed and packed once, before the decoding loop.
+
+        Takes everything that the stock method takes, the vision arguments of `forward`, and returns the original prompts
+        followed by the new tokens, so that `out[:, input_ids.shape[1]:]` holds the answer. Logits processors and stopping
+        criteria see the packed prompt.
+
+        Raises:
+            ValueError: bad images, placeholders or budgets as in `forward`; `prefill_chunk_size` or `assistant_model`
+                together with images.
+        """
+        vision = VisionInputs(**{name: kwargs.pop(name, None) for name in VisionInputs.__dataclass_fields__})
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        mask = kwargs.get("attention_mask")
+        if vision.given:
+            _refuse_with_images(generation_config, kwargs)
+            packed, _ = self.model.compact(
+                input_ids,
+                vision,
+                attention_mask=kwargs.pop("attention_mask", None),
+                inputs_embeds=kwargs.pop("inputs_embeds", None),
+                align_left=True,
+            )
+        else:
+            if input_ids is not None:
+                self.model.require_no_placeholders(input_ids)
+            if input_ids is None or mask is None or is_left_padded(mask):
+                return super().generate(input_ids, generation_config, *args, **kwargs)
+            # the stock loop would continue after the padding
+            embeds = self.get_input_embeddings()(input_ids)
+            mask = kwargs.pop("attention_mask").cpu()
+            packed = pack_visual_tokens(embeds, torch.ones_like(mask, dtype=torch.bool), mask, align_left=True)
+        batch_size, packed_length = packed.inputs_embeds.shape[:2]
+        mask = packed.attention_mask
+        if mask is None:
+            mask = torch.ones(batch_size, packed_length, dtype=torch.long, device=packed.inputs_embeds.device)
+        if input_ids is None:
+            # as in the stock method, a prompt of embeddings gives back new tokens only
+            return super().generate(
+                None, generation_config, *args, inputs_embeds=packed.inputs_embeds, attention_mask=mask, **kwargs
+            )
+
+        generation_config = self._lengths_without_prompt(generation_config, kwargs, input_ids.shape[1])
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = _FullPromptStreamer(kwargs["streamer"], input_ids)
+        out = super().generate(
+            packed.pack_ids(input_ids),
+            generation_config,
+            *args,
+            inputs_embeds=packed.inputs_embeds,
+            attention_mask=mask,
+            **kwargs,
+        )
+        sequences = out.sequences if isinstance(out, ModelOutput) else out
+        prompts = input_ids.repeat_interleave(sequences.shape[0] // batch_size, dim=0)
+        sequences = torch.cat([prompts.to(sequences.device), sequences[:, packed_length:]], dim=1)
+        if not isinstance(out, ModelOutput):
+            return sequences
+        out.sequences = sequences
+        return out
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The stock method, for prompts of embeddings followed by looked-up candidate tokens."""
+        positions = kwargs.get("cache_position")  # transformers 4.57
+        prefill = kwargs.get("is_first_iteration") or positions is not None and len(positions) == input_ids.shape[1]
+        if prefill and inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
+            candidates = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
+            inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds.dtype)], dim=1)
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _lengths_without_prompt(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], prompt_length: int
+    ) -> GenerationConfig | None:
+        """Turn `max_length` and `min_length`, which count the original prompt, into numbers of new tokens."""
+        given = self.generation_config if generation_config is None else generation_config
+        config, stock = copy.deepcopy(given), GenerationConfig()
+        for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            length = kwargs.pop(total, None)
+            if length is None and getattr(given, total) != getattr(stock, total):
+                length = getattr(given, total)
+            setattr(config, total, getattr(stock, total))
+            if length is None or kwargs.get(new) is not None or getattr(given, new) is not None:
+                continue
+            if total == "max_length" and length <= prompt_length:
+                raise ValueError(
+                    f"`max_length` counts the prompt: {length} leaves no room after a prompt of {prompt_length} tokens. "
+                    "Raise it, or set `max_new_tokens`."
+                )
+            kwargs[new] = max(length - prompt_length, 0)
+        return None if generation_config is None and config == given else config
+
+
+class _FullPromptStreamer(BaseStreamer):
+    """Shows a streamer the original prompt in place of the packed one."""
+
+    def __init__(self, streamer: BaseStreamer, input_ids: torch.LongTensor):
+        self.streamer = streamer
+        self.prompt: torch.LongTensor | None = input_ids
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt is not None:
+            value, self.prompt = self.prompt.cpu(), None
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def _refuse_with_images(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+    for name, remedy in (
+        ("prefill_chunk_size", "Leave it out: a compressed prompt is prefilled in one piece."),
+        ("assistant_model", "Use `prompt_lookup_num_tokens`: a draft model would not see the packed prompt."),
+    ):
+        value = kwargs.get(name)
+        if value is None and generation_config is not None and name == "prefill_chunk_size":
+            value = generation_config.prefill_chunk_size
+        if value is not None:
+            raise ValueError(f"`{name}` does not work together with images. {remedy}")
