@@ -1,0 +1,167 @@
+"""Tiny tokenizers, processors, models and batches that tests share: built in memory, no network."""
+
+from typing import Any
+
+import torch
+from hf_vtc.models.image_processing_vtc import TilingSettings, VtcImageProcessor
+from hf_vtc.models.processing_vtc import VtcProcessor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+# 256 bytes, some merges, then the special tokens
+VOCAB_SIZE = 272
+
+# fields of `VtcImageProcessor` and `VtcProcessor` that fit the tiny model of a method
+TINY_PROCESSORS = {"vico": {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16}}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `VOCAB_SIZE` tokens; the image placeholder has the last id."""
+    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = []
+    for first, second in ("th", "he", "in", "er", "an", "re", "at", "on", "is", "ou"):
+        merges.append((first, second))
+        vocab[first + second] = len(vocab)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|endoftext|>", "<|im_end|>")],
+    )
+
+
+def tiny_processor(method: str = "vico", **overrides: Any) -> VtcProcessor:
+    """Processor of a method's tiny model; `overrides` are fields of the image processor or of the processor."""
+    fields = {**TINY_PROCESSORS[method], **overrides}
+    images = {name: fields.pop(name) for name in list(fields) if name in TilingSettings.__dataclass_fields__}
+    return VtcProcessor(VtcImageProcessor(**images), tiny_tokenizer(), **fields)
+
+
+METHODS = ("vico",)
+
+_VISION = {
+    "model_type": "internvl_vision",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "attention_bias": True,
+    "image_size": [32, 32],
+    "patch_size": [4, 4],
+}
+_TEXT = {
+    "model_type": "qwen3",
+    "vocab_size": 520,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+}
+
+
+def tiny_config(method: str, **overrides):
+    """A configuration of some 10^5 parameters; `overrides` are fields of the method's config."""
+    if method == "vico":
+        from hf_vtc.models.configuration_vico import VicoConfig
+
+        fields = {"flash_relative_threshold": 0.3, "flash_absolute_threshold": 0.2, "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")}
+        return VicoConfig(dict(_VISION), dict(_TEXT), **(fields | overrides))
+    raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+
+
+def tiny_model(method: str, seed: int = 0, **overrides):
+    """A random model in eval mode whose logits are far from ties and whose router is undecided."""
+    from transformers import AutoModelForImageTextToText
+
+    import hf_vtc  # noqa: F401  registers the classes
+
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(tiny_config(method, **overrides)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                # the usual 0.02 leaves such small models almost constant
+                parameter.normal_(std=2 * parameter[0].numel() ** -0.5 if parameter.ndim == 2 else 0.3)
+        model.lm_head.weight.mul_(0.5)
+    return model
+
+
+def uncompressed(model):
+    """The stock transformers model with the same weights."""
+    if model.config.model_type == "vtc_vico":
+        from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+        config = InternVLConfig(
+            vision_config=model.config.vision_config.to_dict(),
+            text_config=model.config.text_config.to_dict(),
+            image_token_id=model.config.image_token_id,
+            image_seq_length=model.config.image_seq_length,
+            downsample_ratio=model.config.downsample_ratio,
+            tie_word_embeddings=model.config.tie_word_embeddings,
+        )
+        stock = InternVLForConditionalGeneration(config).eval()
+        loaded = stock.load_state_dict(model.state_dict(), strict=False)
+        assert not loaded.missing_keys
+        return stock
+    raise ValueError(f"No uncompressed counterpart is known for {model.config.model_type!r}.")
+
+
+def random_batch(config, generator, num_rows=None, images_per_row=None, padding_side=None) -> dict[str, torch.Tensor]:
+    """Model inputs: 1-5 rows, 0-3 images a row, random tilings and text, padded on one side."""
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    if images_per_row is None:
+        images_per_row = [draw(0, 3) for _ in range(num_rows or draw(1, 5))]
+        if num_rows is not None:
+            # whoever fixes the number of rows wants an image among them
+            images_per_row[0] = max(images_per_row[0], 1)
+    padding_side = padding_side or ("left", "right")[draw(0, 1)]
+    rows, num_tiles = [], []
+    for num_images in images_per_row:
+        row = _text(draw(2, 6), generator)
+        for _ in range(num_images):
+            num_tiles.append(draw(1, 4))
+            row += [config.image_token_id] * (config.image_seq_length * num_tiles[-1]) + _text(draw(1, 5), generator)
+        rows.append(row + _text(draw(2, 6), generator))
+    length = max(map(len, rows))
+    pads = [[0] * (length - len(row)) for row in rows]
+    sides = [(pad, row) if padding_side == "left" else (row, pad) for pad, row in zip(pads, rows)]
+    batch = {
+        "input_ids": torch.tensor([first + second for first, second in sides]),
+        "attention_mask": torch.tensor(
+            [[int(part is row) for part in side for _ in part] for side, row in zip(sides, rows)]
+        ),
+    }
+    if num_tiles:
+        side = config.vision_config.image_size[0]
+        batch["pixel_values"] = torch.randn(sum(num_tiles), 3, side, side, generator=generator)
+        batch["num_tiles"] = torch.tensor(num_tiles)
+    return batch
+
+
+def _text(length: int, generator) -> list[int]:
+    return torch.randint(1, 200, (length,), generator=generator).tolist()
+
+
+def row_of(config, batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """One row of `random_batch`, without padding and with its own images only."""
+    real = batch["attention_mask"][row].bool()
+    alone = {"input_ids": batch["input_ids"][row, real][None]}
+    alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+    tiles_per_row = (batch["input_ids"] == config.image_token_id).sum(1) // config.image_seq_length
+    if tiles_per_row[row]:
+        first = int(tiles_per_row[:row].sum())
+        last = first + int(tiles_per_row[row])
+        ends = batch["num_tiles"].cumsum(0)
+        alone["pixel_values"] = batch["pixel_values"][first:last]
+        alone["num_tiles"] = batch["num_tiles"][(ends > first) & (ends <= last)]
+    return alone

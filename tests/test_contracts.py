@@ -1,0 +1,419 @@
+"""Contracts C1 to C6 of every method: a method is tested by being listed in `factories.METHODS`."""
+
+import copy
+
+import pytest
+import torch
+from factories import METHODS, random_batch, row_of, tiny_model, uncompressed
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TextStreamer
+
+BUDGETS = ("auto", "full", 0.6, 0.3, None)
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def model(request):
+    return tiny_model(request.param)
+
+
+def batch_of(model, seed, **kwargs):
+    return random_batch(model.config, torch.Generator().manual_seed(seed), **kwargs)
+
+
+def with_labels(batch, model):
+    # nothing predicts the first token of a row; half of the others are prompt
+    predicted = batch["attention_mask"].cumsum(1) * batch["attention_mask"] > 1
+    labels = batch["input_ids"].masked_fill(~predicted, -100)
+    labels = labels.masked_fill(torch.rand(labels.shape, generator=torch.Generator().manual_seed(0)) < 0.5, -100)
+    return labels.masked_fill(labels == model.config.image_token_id, -100)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_counts_agree(model, budget):
+    batch = batch_of(model, 1, num_rows=3)
+    with torch.no_grad():
+        out = model(**batch, vtc_budget=budget)
+    placeholders = batch["input_ids"] == model.config.image_token_id
+    assert torch.equal(out.num_visual_tokens, model.count_visual_tokens(**batch, vtc_budget=budget))
+    assert int((out.kept_mask & placeholders).sum()) == int(out.num_visual_tokens.sum())
+    assert out.image_hidden_states.shape[0] == int(out.num_visual_tokens.sum())
+    # text is never dropped and padding is never kept
+    text = ~placeholders & batch["attention_mask"].bool()
+    assert bool(out.kept_mask[text].all()) and not bool(out.kept_mask[batch["attention_mask"] == 0].any())
+
+
+def test_language_model_sees_kept_tokens_only(model):
+    batch = batch_of(model, 2, num_rows=1, images_per_row=[2])
+    seen = []
+    decoder = model.get_decoder()
+    handle = decoder.layers[0].register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0].shape[1]), with_kwargs=True)
+    try:
+        with torch.no_grad():
+            out = model(**batch, vtc_budget=0.5)
+    finally:
+        handle.remove()
+    assert seen == [int(out.kept_mask.sum())]
+
+
+@pytest.mark.parametrize("padding_side", ("left", "right"))
+@pytest.mark.parametrize("budget", ("auto", 0.4, "full"))
+def test_outputs_are_full_length(model, budget, padding_side):
+    batch = batch_of(model, 3, num_rows=4, padding_side=padding_side)
+    with torch.no_grad():
+        out = model(**batch, vtc_budget=budget)
+        base = model.model(**batch, vtc_budget=budget)
+    assert out.logits.shape[:2] == batch["input_ids"].shape
+    assert base.last_hidden_state.shape[:2] == batch["input_ids"].shape
+    # a dropped position repeats the last kept position before it
+    for row in range(out.kept_mask.shape[0]):
+        last = None
+        for position in batch["attention_mask"][row].nonzero().flatten().tolist():
+            if out.kept_mask[row, position]:
+                last = position
+            assert torch.equal(out.logits[row, position], out.logits[row, last])
+            assert torch.equal(base.last_hidden_state[row, position], base.last_hidden_state[row, last])
+
+
+@pytest.mark.parametrize("padding_side", ("left", "right"))
+def test_loss_equals_full_length_loss(model, padding_side):
+    batch = batch_of(model, 4, num_rows=4, padding_side=padding_side)
+    labels = with_labels(batch, model)
+    with torch.no_grad():
+        out = model(**batch, labels=labels, vtc_budget=0.5)
+        expected = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        # the fused heads of TRL: base model, boolean mask by the original labels, projection
+        states = model.model(**batch, vtc_budget=0.5).last_hidden_state[:, :-1]
+        chosen = labels[:, 1:] != -100
+        head = nn.functional.cross_entropy(model.lm_head(states[chosen]), labels[:, 1:][chosen])
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.loss, head, rtol=1e-6, atol=1e-6)
+
+
+def test_loss_of_a_label_right_after_an_image(model):
+    batch = batch_of(model, 5, num_rows=1, images_per_row=[1])
+    image = (batch["input_ids"][0] == model.config.image_token_id).nonzero().flatten()
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[0, image[-1] + 1] = 7
+    with torch.no_grad():
+        out = model(**batch, labels=labels, vtc_budget=0.5)
+        assert not out.kept_mask[0, image[-1]]
+    expected = nn.functional.cross_entropy(out.logits[0, image[-1]][None], torch.tensor([7]))
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_placeholders_are_never_labels(model):
+    batch = batch_of(model, 6, num_rows=2, images_per_row=[1, 1])
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    masked = labels.masked_fill(labels == model.config.image_token_id, -100)
+    with torch.no_grad():
+        assert torch.equal(model(**batch, labels=labels).loss, model(**batch, labels=masked).loss)
+
+
+class LargestVocabularyTensor(TorchDispatchMode):
+    """Records the most rows that any tensor with a vocabulary axis had."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim > 1 and tensor.shape[-1] == self.vocab_size:
+                self.rows = max(self.rows, tensor.numel() // self.vocab_size)
+        return out
+
+
+def test_training_makes_no_full_length_vocabulary_tensor(model):
+    model = copy.deepcopy(model).train()
+    # the tied or untied weight itself has rows of another length
+    assert model.config.text_config.hidden_size != model.config.text_config.vocab_size
+    batch = batch_of(model, 7, num_rows=4)
+    labels = with_labels(batch, model)
+    with LargestVocabularyTensor(model.config.text_config.vocab_size) as largest:
+        out = model(**batch, labels=labels, vtc_budget=0.4)
+        out.loss.backward()
+    assert out.logits is None
+    assert 0 < largest.rows <= int(out.kept_mask.sum()) < batch["input_ids"].numel()
+    model.eval()
+    with torch.no_grad():
+        assert model(**batch, labels=labels, vtc_budget=0.4).logits.shape[:2] == labels.shape
+
+
+def test_logits_to_keep(model):
+    batch = batch_of(model, 8, num_rows=2, images_per_row=[1, 2])
+    with torch.no_grad():
+        everything = model(**batch, vtc_budget=0.5).logits
+        torch.testing.assert_close(model(**batch, vtc_budget=0.5, logits_to_keep=3).logits, everything[:, -3:])
+        index = torch.tensor([0, 5])
+        torch.testing.assert_close(model(**batch, vtc_budget=0.5, logits_to_keep=index).logits, everything[:, index])
+
+
+def test_tuple_output_and_inputs_embeds(model):
+    batch = batch_of(model, 9, num_rows=2)
+    with torch.no_grad():
+        out = model(**batch, vtc_budget=0.5)
+        as_tuple = model(**batch, vtc_budget=0.5, return_dict=False)
+        assert torch.equal(as_tuple[0], out.logits)
+        embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+        assert torch.equal(model(**batch, inputs_embeds=embeds, vtc_budget=0.5).logits, out.logits)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model):
+    plain, checkpointed = copy.deepcopy(model).train(), copy.deepcopy(model).train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = batch_of(model, 10, num_rows=3)
+    for each in (plain, checkpointed):
+        for module in each.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        each(**batch, labels=with_labels(batch, model), vtc_budget=0.5).loss.backward()
+    for (name, one), two in zip(plain.named_parameters(), checkpointed.parameters()):
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("images_per_row", ([0, 0], [1, 0], [2, 1]))
+@pytest.mark.parametrize("budget", (None, "full", 0.3))
+def test_every_batch_touches_every_trainable_parameter(model, images_per_row, budget):
+    """Sharded training hangs where ranks run different modules, so gradients must exist whatever a batch holds."""
+    model = copy.deepcopy(model).train()
+    batch = batch_of(model, 11, num_rows=2, images_per_row=images_per_row)
+    budget = {} if sum(images_per_row) == 0 else {"vtc_budget": budget}
+    model(**batch, labels=with_labels(batch, model), **budget).loss.backward()
+    untouched = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    assert untouched == []
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("budget", ("auto", 0.4, "full"))
+@pytest.mark.parametrize("padding_side", ("left", "right"))
+def test_generate_equals_uncached_recomputation(model, budget, padding_side):
+    batch = batch_of(model, 20, num_rows=3, images_per_row=[1, 0, 2], padding_side=padding_side)
+    length = batch["input_ids"].shape[1]
+    cached = model.generate(**batch, **GREEDY, vtc_budget=budget)
+    assert torch.equal(cached[:, :length], batch["input_ids"])
+    for row in range(3):
+        expected = greedy_without_cache(model, row_of(model.config, batch, row), budget, GREEDY["max_new_tokens"])
+        assert cached[row, length:].tolist() == expected
+
+
+def greedy_without_cache(model, inputs, budget, num_tokens):
+    """One full forward pass per token, on the unpadded row alone."""
+    tokens = []
+    for _ in range(num_tokens):
+        with torch.no_grad():
+            extra = {"vtc_budget": budget} if "pixel_values" in inputs else {}
+            tokens.append(int(model(**inputs, **extra, use_cache=False).logits[0, -1].argmax()))
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[tokens[-1]]])], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return tokens
+
+
+@pytest.mark.parametrize("options", ({"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}), ids=str)
+def test_beam_scores_equal_uncached_recomputation(model, options):
+    batch = batch_of(model, 21, num_rows=3, images_per_row=[2, 1, 0])
+    options = GREEDY | options | {"return_dict_in_generate": True, "output_scores": True}
+    out = model.generate(**batch, **options, vtc_budget=0.4)
+    repeats = options.get("num_return_sequences", 1)
+    length = batch["input_ids"].shape[1]
+    assert torch.equal(out.sequences[:, :length], batch["input_ids"].repeat_interleave(repeats, 0))
+    for idx, sequence in enumerate(out.sequences):
+        logits = logits_without_cache(model, row_of(model.config, batch, idx // repeats), sequence[length:], 0.4)
+        score = logits.log_softmax(-1).gather(1, sequence[length:, None]).mean()
+        torch.testing.assert_close(out.sequences_scores[idx], score, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_with_a_seed_equals_uncached_recomputation(model):
+    batch = batch_of(model, 21, num_rows=3, images_per_row=[2, 1, 0])
+    options = GREEDY | {"do_sample": True, "num_return_sequences": 3, "top_k": 20}
+    torch.manual_seed(5)
+    out = model.generate(**batch, **options, vtc_budget=0.4, return_dict_in_generate=True, output_logits=True)
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(**batch, **options, vtc_budget=0.4), out.sequences)
+    length = batch["input_ids"].shape[1]
+    assert out.sequences.shape == (9, length + GREEDY["max_new_tokens"])
+    assert len({tuple(sequence.tolist()) for sequence in out.sequences}) > 3
+    for idx, sequence in enumerate(out.sequences):
+        expected = logits_without_cache(model, row_of(model.config, batch, idx // 3), sequence[length:], 0.4)
+        torch.testing.assert_close(torch.stack([step[idx] for step in out.logits]), expected, rtol=0, atol=1e-5)
+
+
+def logits_without_cache(model, inputs, new_tokens, budget):
+    """Logits `(num_new, vocab_size)` of each new token from one forward pass over the whole unpadded row."""
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], new_tokens[None]], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    extra = {"vtc_budget": budget} if "pixel_values" in inputs else {}
+    with torch.no_grad():
+        return model(**inputs, **extra, use_cache=False).logits[0, length - 1 : -1]
+
+
+def test_generate_with_static_cache(model):
+    batch = batch_of(model, 22, num_rows=2, images_per_row=[2, 1])
+    dynamic = model.generate(**batch, **GREEDY, vtc_budget=0.4)
+    static = model.generate(**batch, **GREEDY, vtc_budget=0.4, cache_implementation="static", disable_compile=True)
+    assert torch.equal(dynamic, static)
+
+
+def test_generate_with_prompt_lookup(model):
+    batch = batch_of(model, 23, num_rows=1, images_per_row=[2])
+    # a prompt that repeats itself, so that the lookup finds candidates
+    text = (batch["input_ids"][0] != model.config.image_token_id).nonzero().flatten()
+    batch["input_ids"][0, text[-4:]] = batch["input_ids"][0, text[:4]]
+    expected = model.generate(**batch, **GREEDY, vtc_budget=0.4)
+    assert torch.equal(model.generate(**batch, **GREEDY, vtc_budget=0.4, prompt_lookup_num_tokens=3), expected)
+
+
+@pytest.mark.window
+def test_generate_lengths_and_return_dict(model):
+    batch = batch_of(model, 24, num_rows=2, images_per_row=[2, 1])
+    length = batch["input_ids"].shape[1]
+    greedy = model.generate(**batch, **GREEDY, vtc_budget=0.4)
+    options = {key: value for key, value in GREEDY.items() if key != "max_new_tokens"}
+    assert torch.equal(model.generate(**batch, **options, vtc_budget=0.4, max_length=length + 6), greedy)
+    config = copy.deepcopy(model.generation_config)
+    config.max_length, config.do_sample, config.pad_token_id = length + 6, False, 0
+    out = model.generate(**batch, generation_config=config, eos_token_id=None, vtc_budget=0.4, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(out.sequences, greedy) and len(out.scores) == 6
+    # positional prompt, and a minimum that counts the prompt
+    ids = batch.pop("input_ids")
+    assert torch.equal(model.generate(ids, **batch, **GREEDY, vtc_budget=0.4, min_length=length + 2), greedy)
+    with pytest.raises(ValueError, match="max_length"):
+        model.generate(ids, **batch, **options, max_length=length)
+
+
+class Recorder(TextStreamer):
+    """Collects what `generate` puts."""
+
+    def __init__(self):
+        self.values, self.ended = [], False
+
+    def put(self, value):
+        self.values.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamer_sees_the_original_prompt(model):
+    batch = batch_of(model, 25, num_rows=1, images_per_row=[1])
+    recorder = Recorder()
+    out = model.generate(**batch, **GREEDY, vtc_budget=0.4, streamer=recorder)
+    assert recorder.ended and recorder.values[0] == batch["input_ids"][0].tolist()
+    assert sum(recorder.values, []) == out[0].tolist()
+
+
+def test_generate_from_embeddings(model):
+    batch = batch_of(model, 26, num_rows=2, images_per_row=[1, 1])
+    length = batch["input_ids"].shape[1]
+    expected = model.generate(**batch, **GREEDY, vtc_budget=0.4)[:, length:]
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    assert torch.equal(model.generate(**batch, inputs_embeds=embeds, **GREEDY, vtc_budget=0.4), expected)
+
+
+@pytest.mark.parametrize("option", ({"prefill_chunk_size": 4}, {"assistant_model": nn.Identity()}))
+def test_generate_refuses_what_cannot_work(model, option):
+    batch = batch_of(model, 27, num_rows=1, images_per_row=[1])
+    with pytest.raises(ValueError, match=next(iter(option))):
+        model.generate(**batch, **GREEDY, **option)
+
+
+def test_forward_refuses_images_with_a_filled_cache(model):
+    batch = batch_of(model, 28, num_rows=1, images_per_row=[1])
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="generate"):
+            model(**batch, past_key_values=cache)
+
+
+def assert_rows_equal_alone(model, batch, budget, permutation):
+    config = model.config
+    with torch.no_grad():
+        extra = {"vtc_budget": budget} if "pixel_values" in batch else {}
+        out = model(**batch, **extra)
+        generated = model.generate(**batch, **(GREEDY | {"max_new_tokens": 3}), **extra)
+    length = batch["input_ids"].shape[1]
+    for row in permutation:
+        alone = row_of(config, batch, row)
+        extra = {"vtc_budget": budget} if "pixel_values" in alone else {}
+        with torch.no_grad():
+            expected = model(**alone, **extra)
+        real = batch["attention_mask"][row].bool()
+        torch.testing.assert_close(out.logits[row, real], expected.logits[0], rtol=0, atol=1e-5)
+        if "pixel_values" in alone:
+            assert torch.equal(out.kept_mask[row, real], expected.kept_mask[0])
+        new = model.generate(**alone, **(GREEDY | {"max_new_tokens": 3}), **extra)[0, alone["input_ids"].shape[1] :]
+        assert torch.equal(generated[row, length:], new)
+
+
+@pytest.mark.parametrize("chunk", range(8))
+def test_rows_do_not_depend_on_their_batch(model, chunk):
+    """200 random batches: 1-5 rows, 0-3 images a row, tilings, padding sides, orders of rows."""
+    generator = torch.Generator().manual_seed(100 + chunk)
+    for _ in range(25):
+        batch = random_batch(model.config, generator)
+        budget = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
+        order = torch.randperm(batch["input_ids"].shape[0], generator=generator).tolist()
+        assert_rows_equal_alone(model, batch, budget, order)
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("padding_side", ("left", "right"))
+def test_full_equals_the_uncompressed_model_bit_for_bit(model, padding_side):
+    stock = uncompressed(model)
+    batch = batch_of(model, 30, num_rows=4, padding_side=padding_side)
+    theirs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        assert torch.equal(model(**batch, vtc_budget="full").logits, stock(**theirs).logits)
+    left = batch_of(model, 30, num_rows=4, padding_side="left")
+    theirs = {key: left[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    assert torch.equal(model.generate(**left, **GREEDY, vtc_budget="full"), stock.generate(**theirs, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "budget", (0, -3, 0.0, 1.5, float("nan"), "half", True, [0.5], [0.5, None, "x"], {"share": 0.5}), ids=str
+)
+def test_bad_budgets_raise(model, budget):
+    batch = batch_of(model, 31, num_rows=2, images_per_row=[1, 1])
+    with pytest.raises(ValueError, match="vtc_budget"):
+        model(**batch, vtc_budget=budget)
+
+
+def test_one_transfer_and_no_state(model, monkeypatch):
+    import hf_vtc.models.prompt_vtc as prompt_vtc
+
+    calls = []
+    original = prompt_vtc.to_host
+    monkeypatch.setattr(prompt_vtc, "to_host", lambda *tensors: calls.append(len(tensors)) or original(*tensors))
+    batch = batch_of(model, 40, num_rows=3, images_per_row=[2, 0, 1])
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with torch.no_grad():
+        out = model(**batch)
+    assert len(calls) == 1
+    assert before == {name: set(vars(module)) for name, module in model.named_modules()}
+    assert out.num_visual_tokens.device.type == "cpu"
+
+
+def test_placeholders_must_match_images(model):
+    batch = batch_of(model, 50, num_rows=2, images_per_row=[1, 1], padding_side="right")
+    row = batch["input_ids"][0]
+    image = (row == model.config.image_token_id).nonzero().flatten()
+    fewer = dict(batch, input_ids=batch["input_ids"].clone())
+    fewer["input_ids"][0, image[-1]] = 1
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        model(**fewer)
+    none = dict(batch, input_ids=batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, 1))
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        model(**none)
+
+
+def test_placeholders_without_images_raise(model):
+    batch = batch_of(model, 51, num_rows=1, images_per_row=[1])
+    with pytest.raises(ValueError, match="pixel_values"):
+        model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **GREEDY)
+    with pytest.raises(ValueError, match="pixel_values"):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
