@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from hf_vtc.models.image_processing_vtc import TilingSettings, VtcImageProcessor
-from hf_vtc.models.processing_vtc import VtcProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from hf_vtc.models.image_processing_vtc import TilingSettings, VtcImageProcessor
+from hf_vtc.models.processing_vtc import VtcProcessor
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 # 256 bytes, some merges, then the special tokens
@@ -71,7 +72,11 @@ def tiny_config(method: str, **overrides):
     if method == "vico":
         from hf_vtc.models.configuration_vico import VicoConfig
 
-        fields = {"flash_relative_threshold": 0.3, "flash_absolute_threshold": 0.2, "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")}
+        fields = {
+            "flash_relative_threshold": 0.3,
+            "flash_absolute_threshold": 0.2,
+            "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
+        }
         return VicoConfig(dict(_VISION), dict(_TEXT), **(fields | overrides))
     raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
 

@@ -62,7 +62,9 @@ class VicoConfig(VtcConfig):
         grid = _side(self.vision_config.image_size) // _side(self.vision_config.patch_size)
         factor = self.shuffle_factor
         if factor < 2 or abs(factor * downsample_ratio - 1) > 1e-6:
-            raise ValueError(f"`downsample_ratio` must be 1/2, 1/3, ... so that 1/ratio is whole, got {downsample_ratio}.")
+            raise ValueError(
+                f"`downsample_ratio` must be 1/2, 1/3, ... so that 1/ratio is whole, got {downsample_ratio}."
+            )
         if grid % factor**2:
             raise ValueError(
                 f"A side of the tower's grid ({grid} patches) must be a multiple of {factor**2} for pixel shuffle by "

@@ -60,7 +60,9 @@ class VtcConfig(PretrainedConfig):
                 f"{vision_feature_select_strategy!r}."
             )
         if image_seq_length < 1:
-            raise ValueError(f"`image_seq_length` counts placeholders per tile and must be positive: {image_seq_length}.")
+            raise ValueError(
+                f"`image_seq_length` counts placeholders per tile and must be positive: {image_seq_length}."
+            )
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def remote_code_map(self) -> dict[str, str]:
@@ -83,7 +85,7 @@ def _sub_config(config: dict | PretrainedConfig | None, default_type: str) -> Pr
     model_type = fields.pop("model_type", default_type)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"`model_type` {model_type!r} of a sub-config is unknown to the installed transformers. Upgrade it, or use "
-            "a tower or decoder that it has."
+            f"`model_type` {model_type!r} of a sub-config is unknown to the installed transformers. Upgrade it, or "
+            "use a tower or decoder that it has."
         )
     return CONFIG_MAPPING[model_type](**fields)

@@ -1,14 +1,14 @@
 """ViCO / ViR: two connectors per tile, and a router that chooses between them (InternVL3.5-Flash).
 
-Papers: "ViCO: A Training Strategy towards Semantic Aware Dynamic High-Resolution" (arXiv 2510.12793), InternVL3.5 report
-(arXiv 2508.18265, sections 2.3 and 3.15). Upstream: OpenGVLab/InternVL@2410d1d (base model, MIT licence),
-InternLM/lmdeploy@1263d5c `lmdeploy/pytorch/models/internvl.py` (router and rule, Apache-2.0), and the remote code of the
-InternVL3.5-Flash checkpoints (weights: Apache-2.0).
+Papers: "ViCO: A Training Strategy towards Semantic Aware Dynamic High-Resolution" (arXiv 2510.12793), InternVL3.5
+report (arXiv 2508.18265, sections 2.3 and 3.15). Upstream: OpenGVLab/InternVL@2410d1d (base model, MIT licence),
+InternLM/lmdeploy@1263d5c `lmdeploy/pytorch/models/internvl.py` (router and rule, Apache-2.0), and the remote code of
+the InternVL3.5-Flash checkpoints (weights: Apache-2.0).
 
-Ours: batches, padding, several images and text-only rows; budgets; the `"absolute"` rule; only the connector that a tile
-needs is computed. Where we differ: the quantile covers the tiles of one sample, which equals the original at batch 1 and
-does not depend on the batch; `forward` routes too. As in the released code, `attn2` and `norm2` serve three of the four
-pooling steps; `attn3`, `attn4`, `norm3`, `norm4` exist in checkpoints and are never used.
+Ours: batches, padding, several images and text-only rows; budgets; the `"absolute"` rule; only the connector that a
+tile needs is computed. Where we differ: the quantile covers the tiles of one sample, which equals the original at
+batch 1 and does not depend on the batch; `forward` routes too. As in the released code, `attn2` and `norm2` serve
+three of the four pooling steps; `attn3`, `attn4`, `norm3`, `norm4` exist in checkpoints and are never used.
 """
 
 import torch
@@ -254,8 +254,8 @@ class VicoModel(VicoInit, VtcModel):
         if sum(tiles_per_image) != num_tiles:
             raise ValueError(
                 f"Image features and image tokens do not match: the prompts need {sum(tiles_per_image)} tiles of "
-                f"{per_tile} placeholders, but {num_tiles} tiles were given. Pass `pixel_values` and `num_tiles` of the "
-                "same images, in prompt order, and `input_ids` from the same call of the processor."
+                f"{per_tile} placeholders, but {num_tiles} tiles were given. Pass `pixel_values` and `num_tiles` of "
+                "the same images, in prompt order, and `input_ids` from the same call of the processor."
             )
         rows = rows_of_images(host.placeholder_mask, [per_tile * tiles for tiles in tiles_per_image])
         tiles_per_sample = [0] * host.placeholder_mask.shape[0]

@@ -7,22 +7,21 @@ Outside, everything has the length of `input_ids`: reserved placeholders in, ful
 only kept tokens run through the language model.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
 from .budget_vtc import Budget
 from .configuration_vtc import VtcConfig
-from .packing_vtc import PackedPrompt, is_left_padded, keep_first, pack_visual_tokens
+from .generation_vtc import VtcGenerationMixin
+from .packing_vtc import PackedPrompt, keep_first, pack_visual_tokens
 from .prompt_vtc import Prompt, VisionInputs, VisualTokens
 
 
@@ -160,8 +159,8 @@ class VtcModel(VtcPreTrainedModel):
         """Raise a ValueError for a prompt that expects images."""
         if bool((input_ids == self.config.image_token_id).any()):
             raise ValueError(
-                f"The prompt holds image placeholders (id {self.config.image_token_id}), but no `pixel_values` were given. "
-                "Pass everything that the processor returned, or leave images out of the text."
+                f"The prompt holds image placeholders (id {self.config.image_token_id}), but no `pixel_values` were "
+                "given. Pass everything that the processor returned, or leave images out of the text."
             )
 
     def compact(
@@ -176,8 +175,8 @@ class VtcModel(VtcPreTrainedModel):
         """Route, compress and pack one batch of prompts: everything before the language model."""
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(
-                f"`attention_mask` must be (batch, length) when images are given, got {attention_mask.ndim} dimensions: "
-                "dropping tokens would need another mask. Pass the 2-D padding mask."
+                f"`attention_mask` must be (batch, length) when images are given, got {attention_mask.ndim} "
+                "dimensions: dropping tokens would need another mask. Pass the 2-D padding mask."
             )
         inputs_embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
         prompt = Prompt(inputs_embeds, placeholder_mask, attention_mask, vision)
@@ -229,8 +228,8 @@ class VtcModel(VtcPreTrainedModel):
             )
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise ValueError(
-                "`forward` cannot take images together with a filled cache, since the cache is shorter than the prompt. "
-                "Use `generate`, or run the whole conversation without a cache."
+                "`forward` cannot take images together with a filled cache, since the cache is shorter than the "
+                "prompt. Use `generate`, or run the whole conversation without a cache."
             )
         packed, visual = self.compact(input_ids, vision, attention_mask, position_ids, inputs_embeds)
         if packed.expand_index is not None:
@@ -338,7 +337,7 @@ class VtcModel(VtcPreTrainedModel):
         return visual.per_image
 
 
-class VtcForConditionalGeneration(VtcPreTrainedModel, GenerationMixin):
+class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
     """A `VtcModel` with a language modelling head. Abstract."""
 
     def __init__(self, config: VtcConfig, model: VtcModel):
@@ -456,131 +455,3 @@ class VtcForConditionalGeneration(VtcPreTrainedModel, GenerationMixin):
         # the head runs on kept rows only; dropped positions repeat them
         repeats = (outputs.kept_mask.flatten().cumsum(0) - 1).clamp(min=0)
         return self.lm_head(states.flatten(0, 1)[kept_index])[repeats].unflatten(0, outputs.kept_mask.shape)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.LongTensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.LongTensor | ModelOutput:
-        """`GenerationMixin.generate` on prompts that are routed and packed once, before the decoding loop.
-
-        Takes everything that the stock method takes, the vision arguments of `forward`, and returns the original prompts
-        followed by the new tokens, so that `out[:, input_ids.shape[1]:]` holds the answer. Logits processors and stopping
-        criteria see the packed prompt.
-
-        Raises:
-            ValueError: bad images, placeholders or budgets as in `forward`; `prefill_chunk_size` or `assistant_model`
-                together with images.
-        """
-        vision = VisionInputs(**{name: kwargs.pop(name, None) for name in VisionInputs.__dataclass_fields__})
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        mask = kwargs.get("attention_mask")
-        if vision.given:
-            _refuse_with_images(generation_config, kwargs)
-            packed, _ = self.model.compact(
-                input_ids,
-                vision,
-                attention_mask=kwargs.pop("attention_mask", None),
-                inputs_embeds=kwargs.pop("inputs_embeds", None),
-                align_left=True,
-            )
-        else:
-            if input_ids is not None:
-                self.model.require_no_placeholders(input_ids)
-            if input_ids is None or mask is None or is_left_padded(mask):
-                return super().generate(input_ids, generation_config, *args, **kwargs)
-            # the stock loop would continue after the padding
-            embeds = self.get_input_embeddings()(input_ids)
-            mask = kwargs.pop("attention_mask").cpu()
-            packed = pack_visual_tokens(embeds, torch.ones_like(mask, dtype=torch.bool), mask, align_left=True)
-        batch_size, packed_length = packed.inputs_embeds.shape[:2]
-        mask = packed.attention_mask
-        if mask is None:
-            mask = torch.ones(batch_size, packed_length, dtype=torch.long, device=packed.inputs_embeds.device)
-        if input_ids is None:
-            # as in the stock method, a prompt of embeddings gives back new tokens only
-            return super().generate(
-                None, generation_config, *args, inputs_embeds=packed.inputs_embeds, attention_mask=mask, **kwargs
-            )
-
-        generation_config = self._lengths_without_prompt(generation_config, kwargs, input_ids.shape[1])
-        if kwargs.get("streamer") is not None:
-            kwargs["streamer"] = _FullPromptStreamer(kwargs["streamer"], input_ids)
-        out = super().generate(
-            packed.pack_ids(input_ids),
-            generation_config,
-            *args,
-            inputs_embeds=packed.inputs_embeds,
-            attention_mask=mask,
-            **kwargs,
-        )
-        sequences = out.sequences if isinstance(out, ModelOutput) else out
-        prompts = input_ids.repeat_interleave(sequences.shape[0] // batch_size, dim=0)
-        sequences = torch.cat([prompts.to(sequences.device), sequences[:, packed_length:]], dim=1)
-        if not isinstance(out, ModelOutput):
-            return sequences
-        out.sequences = sequences
-        return out
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The stock method, for prompts of embeddings followed by looked-up candidate tokens."""
-        positions = kwargs.get("cache_position")  # transformers 4.57
-        prefill = kwargs.get("is_first_iteration") or positions is not None and len(positions) == input_ids.shape[1]
-        if prefill and inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
-            candidates = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
-            inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds.dtype)], dim=1)
-        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-
-    def _lengths_without_prompt(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], prompt_length: int
-    ) -> GenerationConfig | None:
-        """Turn `max_length` and `min_length`, which count the original prompt, into numbers of new tokens."""
-        given = self.generation_config if generation_config is None else generation_config
-        config, stock = copy.deepcopy(given), GenerationConfig()
-        for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            length = kwargs.pop(total, None)
-            if length is None and getattr(given, total) != getattr(stock, total):
-                length = getattr(given, total)
-            setattr(config, total, getattr(stock, total))
-            if length is None or kwargs.get(new) is not None or getattr(given, new) is not None:
-                continue
-            if total == "max_length" and length <= prompt_length:
-                raise ValueError(
-                    f"`max_length` counts the prompt: {length} leaves no room after a prompt of {prompt_length} tokens. "
-                    "Raise it, or set `max_new_tokens`."
-                )
-            kwargs[new] = max(length - prompt_length, 0)
-        return None if generation_config is None and config == given else config
-
-
-class _FullPromptStreamer(BaseStreamer):
-    """Shows a streamer the original prompt in place of the packed one."""
-
-    def __init__(self, streamer: BaseStreamer, input_ids: torch.LongTensor):
-        self.streamer = streamer
-        self.prompt: torch.LongTensor | None = input_ids
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.prompt is not None:
-            value, self.prompt = self.prompt.cpu(), None
-        self.streamer.put(value)
-
-    def end(self) -> None:
-        self.streamer.end()
-
-
-def _refuse_with_images(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
-    for name, remedy in (
-        ("prefill_chunk_size", "Leave it out: a compressed prompt is prefilled in one piece."),
-        ("assistant_model", "Use `prompt_lookup_num_tokens`: a draft model would not see the packed prompt."),
-    ):
-        value = kwargs.get(name)
-        if value is None and generation_config is not None and name == "prefill_chunk_size":
-            value = generation_config.prefill_chunk_size
-        if value is not None:
-            raise ValueError(f"`{name}` does not work together with images. {remedy}")

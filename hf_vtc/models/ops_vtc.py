@@ -10,7 +10,8 @@ def unshuffle_layernorm(
     """Fold `factor` x `factor` neighbours of a square grid into channels, then LayerNorm over them.
 
     Args:
-        features (`torch.Tensor` of shape `(T, N, C)`): row-major grids, `N = side * side`, `side` divisible by `factor`.
+        features (`torch.Tensor` of shape `(T, N, C)`): row-major grids, `N = side * side`, `side` divisible by
+            `factor`.
         factor (`int`): side of the folded neighbourhood.
         weight, bias (`torch.Tensor` of shape `(factor * factor * C,)`): affine part of the LayerNorm.
         eps (`float`): as in `torch.nn.LayerNorm`.

@@ -19,9 +19,7 @@ def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
     arrived = iter(torch.cat(chunks).cpu().split([chunk.numel() for chunk in chunks]))
     # the clone aligns each slice to its dtype
     return [
-        tensor
-        if tensor.device.type == "cpu"
-        else next(arrived).clone().view(tensor.dtype).reshape(tensor.shape)
+        tensor if tensor.device.type == "cpu" else next(arrived).clone().view(tensor.dtype).reshape(tensor.shape)
         for tensor in tensors
     ]
 
@@ -73,8 +71,8 @@ def rows_of_images(placeholder_mask: torch.Tensor, num_reserved: list[int]) -> l
 
 def _mismatch(row: int, what: str) -> ValueError:
     return ValueError(
-        f"Image features and image tokens do not match in sample {row}: {what}. Build `input_ids` with the processor of "
-        "this checkpoint, from the same images, in prompt order, and do not truncate inside an image."
+        f"Image features and image tokens do not match in sample {row}: {what}. Build `input_ids` with the processor "
+        "of this checkpoint, from the same images, in prompt order, and do not truncate inside an image."
     )
 
 
@@ -141,10 +139,10 @@ def pack_visual_tokens(
 ) -> PackedPrompt:
     """Drop the positions that are not kept, and padding, from embeddings, mask and positions together.
 
-    Rows become as long as the longest needs and are padded on the left. Where nothing is dropped the layout stays as it
-    is, unless `align_left` asks for padding on the left in any case, as generation needs it. Positions are renumbered:
-    each kept token moves down by the number of dropped tokens before it in its row. Labels need no packing, since losses
-    read full-length states at kept positions (`kept_index`).
+    Rows become as long as the longest needs and are padded on the left. Where nothing is dropped the layout stays as
+    it is, unless `align_left` asks for padding on the left in any case, as generation needs it. Positions are
+    renumbered: each kept token moves down by the number of dropped tokens before it in its row. Labels need no
+    packing, since losses read full-length states at kept positions (`kept_index`).
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `(B, L, D)`): text and, at kept placeholders, visual tokens.

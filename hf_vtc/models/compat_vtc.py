@@ -1,0 +1,166 @@
+"""What differs between the supported versions of transformers. Every choice tests for a feature, never for a number."""
+
+import bisect
+from typing import Any
+
+from transformers import BatchFeature, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+try:
+    # transformers 5
+    from transformers.image_processing_backends import PilBackend as ImageProcessorBase
+except ImportError:
+    # 4.57, where an image processor without torchvision derives from the base class itself
+    from transformers.image_processing_utils import BaseImageProcessor as ImageProcessorBase
+
+__all__ = ["ImageProcessorBase", "ProcessorBase"]
+
+
+class _ProcessorBackport(ProcessorMixin):
+    """The steps of the newest `ProcessorMixin.__call__`, for versions in which each processor writes its own.
+
+    A subclass defines `prepare_inputs_layout`, `validate_inputs` and `replace_image_token` as it would there.
+    """
+
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        images, text, videos, audio = self.prepare_inputs_layout(images, text, videos, audio, **kwargs)
+        self.validate_inputs(images, text, videos, audio, **kwargs)
+        return_offsets = kwargs.pop("return_text_replacement_offsets", False)
+        # the merge takes entries out of nested dictionaries
+        kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        return_mm_token_type_ids = text_kwargs.pop("return_mm_token_type_ids", False)
+
+        image_inputs, replacements = {}, []
+        if images is not None:
+            image_inputs = self.image_processor(images, **images_kwargs)
+            replacements = [
+                self.replace_image_token(image_inputs, image_idx=index, **images_kwargs)
+                for index in range(len(image_inputs["image_sizes"]))
+            ]
+        text_inputs, offsets = {}, []
+        if text is not None:
+            text, offsets = _with_replacements(text, self.image_token, replacements)
+            text_inputs = self.tokenizer(text, **text_kwargs)
+            self._check_special_mm_tokens(text, text_inputs, modalities=["image"])
+            if return_mm_token_type_ids:
+                text_inputs["mm_token_type_ids"] = [
+                    [int(token == self.image_token_id) for token in row] for row in text_inputs["input_ids"]
+                ]
+        data = {**text_inputs, **image_inputs}
+        features = BatchFeature(
+            {name: value for name, value in data.items() if name not in self.unused_input_names},
+            tensor_type=return_tensors,
+        )
+        if return_offsets:
+            features["text_replacement_offsets"] = offsets
+        return features
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As in the newest transformers: text content, `image_url` parts, and masks that know expanded images."""
+        conversation = _with_content_parts(conversation)
+        kwargs.update(kwargs.pop("processor_kwargs", None) or {})
+        wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
+        if not (wants_mask and kwargs.get("tokenize") and kwargs.get("return_dict")):
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+        if kwargs.get("continue_final_message"):
+            raise ValueError("`continue_final_message` is not compatible with `return_assistant_tokens_mask`.")
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {None: self.chat_template}
+        _, spans = render_jinja_template(
+            conversations=conversation if _is_batch(conversation) else [conversation],
+            chat_template=templates.get(chat_template or "default", chat_template or templates.get(None)),
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=kwargs.get("add_generation_prompt", False),
+            tools=kwargs.get("tools"),
+            documents=kwargs.get("documents"),
+            **self.tokenizer.special_tokens_map,
+        )
+        features = super().apply_chat_template(
+            conversation,
+            chat_template,
+            **kwargs,
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+        offsets, replaced = features.pop("offset_mapping"), features.pop("text_replacement_offsets")
+        features["assistant_masks"] = [_token_mask(*row) for row in zip(offsets, replaced, spans)]
+        return features.convert_to_tensors(tensor_type=kwargs.get("return_tensors"))
+
+
+def _with_replacements(
+    texts: list[str], token: str, replacements: list[str]
+) -> tuple[list[str], list[list[dict[str, Any]]]]:
+    """Replace each `token` by the next of `replacements`; spans are (start, end) characters before and after."""
+    remaining = iter(replacements)
+    expanded_texts, batch_offsets = [], []
+    for text in texts:
+        pieces = text.split(token)
+        expanded, offsets, start = pieces[0], [], len(pieces[0])
+        for piece in pieces[1:]:
+            # a prompt without images keeps its tokens; `validate_inputs` has said what is wrong with it
+            replacement = next(remaining, token)
+            span, new_span = (start, start + len(token)), (len(expanded), len(expanded) + len(replacement))
+            offsets.append({"type": "image", "span": span, "new_span": new_span, "replacement": replacement})
+            expanded += replacement + piece
+            start += len(token) + len(piece)
+        expanded_texts.append(expanded)
+        batch_offsets.append(offsets)
+    return expanded_texts, batch_offsets
+
+
+def _token_mask(offsets: Any, replaced: list[dict[str, Any]], spans: list[tuple[int, int]]) -> list[int]:
+    """1 for every token that overlaps one of `spans`, given in characters before placeholders were expanded."""
+    ends = [replacement["span"][1] for replacement in replaced]
+    gained = [0, *(replacement["new_span"][1] - replacement["span"][1] for replacement in replaced)]
+    mask = [0] * len(offsets)
+    for span in spans:
+        first, last = (position + gained[bisect.bisect_right(ends, position)] for position in span)
+        for index, (start, end) in enumerate(offsets):
+            if start < last and end > first:
+                mask[index] = 1
+    return mask
+
+
+def _is_batch(conversation: Any) -> bool:
+    return isinstance(conversation, (list, tuple)) and (
+        isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
+    )
+
+
+def _with_content_parts(conversation: Any) -> Any:
+    if _is_batch(conversation):
+        return [_with_content_parts(single) for single in conversation]
+    return [{**message, "content": _content_parts(message.get("content"))} for message in conversation]
+
+
+def _content_parts(content: Any) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts = []
+    for part in content or []:
+        if part.get("type") == "image_url":
+            address = part["image_url"]
+            part = {"type": "image", "url": address["url"] if isinstance(address, dict) else address}
+        parts.append(part)
+    return parts
+
+
+if "get_text_with_replacements" in vars(ProcessorMixin):
+    ProcessorBase = ProcessorMixin
+else:
+
+    class ProcessorBase(_ProcessorBackport):
+        """`ProcessorMixin` of a version without hooks for placeholders."""
+
+        unused_input_names = ()
+        if "attributes" in vars(ProcessorMixin):
+            # 4.57 reads these; later versions read the parameters of `__init__`
+            attributes = ["image_processor", "tokenizer"]
+            image_processor_class = "AutoImageProcessor"
+            tokenizer_class = "AutoTokenizer"

@@ -1,0 +1,163 @@
+"""`generate` on prompts that are routed and packed once, before the decoding loop (contract C3)."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import ModelOutput
+
+from .packing_vtc import is_left_padded, pack_visual_tokens
+from .prompt_vtc import VisionInputs
+
+
+class VtcGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a head whose `model` is a `VtcModel`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.LongTensor | ModelOutput:
+        """`GenerationMixin.generate` on prompts that are routed and packed once, before the decoding loop.
+
+        Takes everything that the stock method takes, the vision arguments of `forward`, and returns the original
+        prompts followed by the new tokens, so that `out[:, input_ids.shape[1]:]` holds the answer. Logits processors
+        and stopping criteria see the packed prompt.
+
+        Raises:
+            ValueError: bad images, placeholders or budgets as in `forward`; `prefill_chunk_size` or `assistant_model`
+                together with images.
+        """
+        vision = VisionInputs(**{name: kwargs.pop(name, None) for name in VisionInputs.__dataclass_fields__})
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        mask = kwargs.get("attention_mask")
+        if vision.given:
+            _refuse_with_images(generation_config, kwargs)
+            packed, _ = self.model.compact(
+                input_ids,
+                vision,
+                attention_mask=kwargs.pop("attention_mask", None),
+                inputs_embeds=kwargs.pop("inputs_embeds", None),
+                align_left=True,
+            )
+        else:
+            if input_ids is not None:
+                self.model.require_no_placeholders(input_ids)
+            if input_ids is None or mask is None or is_left_padded(mask):
+                return super().generate(input_ids, generation_config, *args, **kwargs)
+            # the stock loop would continue after the padding
+            embeds = self.get_input_embeddings()(input_ids)
+            mask = kwargs.pop("attention_mask").cpu()
+            packed = pack_visual_tokens(embeds, torch.ones_like(mask, dtype=torch.bool), mask, align_left=True)
+        batch_size, packed_length = packed.inputs_embeds.shape[:2]
+        mask = packed.attention_mask
+        if mask is None:
+            mask = torch.ones(batch_size, packed_length, dtype=torch.long, device=packed.inputs_embeds.device)
+        if input_ids is None:
+            # as in the stock method, a prompt of embeddings gives back new tokens only
+            return super().generate(
+                None, generation_config, *args, inputs_embeds=packed.inputs_embeds, attention_mask=mask, **kwargs
+            )
+
+        packed_ids = packed.pack_ids(input_ids)
+        if vision.given and kwargs.get("past_key_values") is not None:
+            num_cached = kwargs["past_key_values"].get_seq_length()
+            new_images = bool((packed_ids[:, num_cached:] == self.config.image_token_id).any())
+            _require_settled_decisions(vision, num_cached > 0 and new_images)
+        generation_config = self._lengths_without_prompt(generation_config, kwargs, input_ids.shape[1])
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = _FullPromptStreamer(kwargs["streamer"], input_ids)
+        out = super().generate(
+            packed_ids,
+            generation_config,
+            *args,
+            inputs_embeds=packed.inputs_embeds,
+            attention_mask=mask,
+            **kwargs,
+        )
+        sequences = out.sequences if isinstance(out, ModelOutput) else out
+        prompts = input_ids.repeat_interleave(sequences.shape[0] // batch_size, dim=0)
+        sequences = torch.cat([prompts.to(sequences.device), sequences[:, packed_length:]], dim=1)
+        if not isinstance(out, ModelOutput):
+            return sequences
+        out.sequences = sequences
+        return out
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The stock method, which loses embeddings where looked-up candidate tokens follow the prompt (4.57 and 5.x)
+        and where a filled cache holds its beginning (4.57)."""
+        positions = kwargs.get("cache_position")  # 4.57 only
+        prefill = kwargs.get("is_first_iteration") or positions is not None and len(positions) == input_ids.shape[1]
+        if prefill and inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
+            candidates = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
+            inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds.dtype)], dim=1)
+        elif positions is not None and inputs_embeds is not None and input_ids.shape[1] == inputs_embeds.shape[1]:
+            inputs_embeds = inputs_embeds[:, -len(positions) :]
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _lengths_without_prompt(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], prompt_length: int
+    ) -> GenerationConfig | None:
+        """Turn `max_length` and `min_length`, which count the original prompt, into numbers of new tokens."""
+        given = self.generation_config if generation_config is None else generation_config
+        config, stock = copy.deepcopy(given), GenerationConfig()
+        for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            length = kwargs.pop(total, None)
+            if length is None and getattr(given, total) != getattr(stock, total):
+                length = getattr(given, total)
+            setattr(config, total, getattr(stock, total))
+            if length is None or kwargs.get(new) is not None or getattr(given, new) is not None:
+                continue
+            if total == "max_length" and length <= prompt_length:
+                raise ValueError(
+                    f"`max_length` counts the prompt: {length} leaves no room after a prompt of {prompt_length} "
+                    "tokens. Raise it, or set `max_new_tokens`."
+                )
+            kwargs[new] = max(length - prompt_length, 0)
+        return None if generation_config is None and config == given else config
+
+
+class _FullPromptStreamer(BaseStreamer):
+    """Shows a streamer the original prompt in place of the packed one."""
+
+    def __init__(self, streamer: BaseStreamer, input_ids: torch.LongTensor):
+        self.streamer = streamer
+        self.prompt: torch.LongTensor | None = input_ids
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt is not None:
+            value, self.prompt = self.prompt.cpu(), None
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def _refuse_with_images(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+    for name, remedy in (
+        ("prefill_chunk_size", "Leave it out: a compressed prompt is prefilled in one piece."),
+        ("assistant_model", "Use `prompt_lookup_num_tokens`: a draft model would not see the packed prompt."),
+    ):
+        value = kwargs.get(name)
+        if value is None and generation_config is not None and name == "prefill_chunk_size":
+            value = generation_config.prefill_chunk_size
+        if value is not None:
+            raise ValueError(f"`{name}` does not work together with images. {remedy}")
+
+
+def _require_settled_decisions(vision: VisionInputs, images_after_cache: bool) -> None:
+    budgets = vision.vtc_budget if isinstance(vision.vtc_budget, (list, tuple)) else [vision.vtc_budget]
+    undecided = vision.router_decisions is None and any(budget in (None, "auto") for budget in budgets)
+    if images_after_cache and undecided:
+        raise ValueError(
+            "A filled `past_key_values` and a new image need a fixed `vtc_budget` or `router_decisions`: with 'auto' "
+            "the new image can change how many tokens the cached ones should have. Fix the budget, or start without "
+            "the cache."
+        )

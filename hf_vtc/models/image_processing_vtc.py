@@ -1,0 +1,644 @@
+"""Images to tiles, on PIL and numpy alone, bit for bit as the published models were trained.
+
+One class serves every method; the field `tiling` says how an image is cut:
+
+- `"single"`: the whole image resized to one square tile.
+- `"pad"`: LLaVA 1.5, the image centred on a square of the mean colour, then resized to one tile.
+- `"anyres"`: LLaVA-NeXT, the best of `image_grid_pinpoints`, black padding; the whole image comes first.
+- `"dynamic"`: InternVL, the grid of at most `max_tiles` tiles with the closest aspect ratio; the thumbnail comes last.
+
+Sources: haotian-liu/LLaVA `llava/mm_utils.py` (pad, anyres); OpenGVLab/InternVL `dynamic_preprocess` at
+2410d1dbf208f0e799459aff9376e5747dbf41a2 (dynamic). Both rescale and normalise in float32, and so do we.
+"""
+
+import base64
+import binascii
+import io
+import json
+import math
+import os
+import urllib.request
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import IMAGE_PROCESSOR_NAME
+
+from .compat_vtc import ImageProcessorBase
+
+TILINGS = ("single", "pad", "anyres", "dynamic")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# (height, width), as in transformers' LLaVA-NeXT; the original LLaVA code writes (width, height)
+LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+_EXIF_ORIENTATION = 0x0112
+_DOWNLOAD_SECONDS = 60
+
+
+class TileLayout(NamedTuple):
+    """How one image is cut, known from its size alone. Sizes are (height, width) in pixels.
+
+    Args:
+        image_size (`tuple[int, int]`): the upright original.
+        resized_size (`tuple[int, int]`): the whole image after its resize, without padding.
+        offset (`tuple[int, int]`): (top, left) of the image on its padded canvas; in original pixels for `"pad"`,
+            which pads before the resize, in resized pixels for `"anyres"`, which pads after it.
+        grid (`tuple[int, int]`): (rows, columns) of tiles, the whole view not counted.
+        boxes (`tuple[tuple[float, float, float, float], ...]`): (left, top, right, bottom) of every tile in
+            original pixels, in the order of `pixel_values`; reaches beyond the image where a tile holds padding.
+    """
+
+    image_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    offset: tuple[int, int]
+    grid: tuple[int, int]
+    boxes: tuple[tuple[float, float, float, float], ...]
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of this image, the whole view included."""
+        return len(self.boxes)
+
+
+@dataclass(frozen=True)
+class TilingSettings:
+    """The fields of `VtcImageProcessor` for one call, checked.
+
+    Raises:
+        ValueError: a field is outside of its range.
+    """
+
+    tiling: str
+    size: dict[str, int]
+    resample: int
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+    do_rescale: bool
+    do_normalize: bool
+    min_tiles: int
+    max_tiles: int
+    use_thumbnail: bool
+    image_grid_pinpoints: Sequence[Sequence[int]]
+
+    def __post_init__(self) -> None:
+        if self.tiling not in TILINGS:
+            raise ValueError(f"`tiling` must be one of {', '.join(TILINGS)}, got {self.tiling!r}.")
+        if self.tile_size < 1:
+            raise ValueError(f"`size` must be a positive number of pixels, got {self.tile_size}.")
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise ValueError(
+                f"`min_tiles` and `max_tiles` must satisfy 1 <= min_tiles <= max_tiles, got {self.min_tiles} and "
+                f"{self.max_tiles}."
+            )
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"`{name}` needs one value per colour channel (3), got {getattr(self, name)}.")
+        if self.tiling == "anyres":
+            self._check_pinpoints()
+
+    def _check_pinpoints(self) -> None:
+        sides = [side for pair in self.image_grid_pinpoints for side in pair]
+        if not sides or any(side < self.tile_size or side % self.tile_size for side in sides):
+            raise ValueError(
+                f"`image_grid_pinpoints` must be (height, width) pairs in multiples of `size` ({self.tile_size}), got "
+                f"{list(self.image_grid_pinpoints)}."
+            )
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile in pixels."""
+        return self.size["height"]
+
+    def layout(self, height: int, width: int) -> TileLayout:
+        """Layout of an image of this size in pixels."""
+        if height < 1 or width < 1:
+            raise ValueError(f"An image needs at least one pixel per side, got height {height} and width {width}.")
+        if self.tiling == "single":
+            return single_layout(height, width, self.tile_size)
+        if self.tiling == "pad":
+            return pad_layout(height, width, self.tile_size)
+        if self.tiling == "anyres":
+            pinpoints = tuple((int(pair[0]), int(pair[1])) for pair in self.image_grid_pinpoints)
+            return anyres_layout(height, width, self.tile_size, pinpoints)
+        return dynamic_layout(height, width, self.tile_size, self.min_tiles, self.max_tiles, self.use_thumbnail)
+
+
+def single_layout(height: int, width: int, tile_size: int) -> TileLayout:
+    """The whole image is one tile; the aspect ratio is not kept."""
+    whole = (0.0, 0.0, float(width), float(height))
+    return TileLayout((height, width), (tile_size, tile_size), (0, 0), (1, 1), (whole,))
+
+
+def pad_layout(height: int, width: int, tile_size: int) -> TileLayout:
+    """The image centred on a square, which is one tile. Odd padding puts the extra line right or below."""
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    box = (float(-left), float(-top), float(side - left), float(side - top))
+    return TileLayout((height, width), (tile_size, tile_size), (top, left), (1, 1), (box,))
+
+
+def anyres_layout(height: int, width: int, tile_size: int, pinpoints: Sequence[tuple[int, int]]) -> TileLayout:
+    """LLaVA-NeXT: scale to fit the best pinpoint, centre on it, cut into tiles; the whole image is tile 0.
+
+    The best pinpoint shows the most pixels of the image (an upscaled pixel is not a new one), then wastes the least;
+    the first of equals wins.
+    """
+    best, best_rank = pinpoints[0], (-1, 0)
+    for target_height, target_width in pinpoints:
+        scale = min(target_width / width, target_height / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        rank = (shown, shown - target_height * target_width)
+        if rank > best_rank:
+            best, best_rank = (target_height, target_width), rank
+    scale_width, scale_height = best[1] / width, best[0] / height
+    if scale_width < scale_height:
+        resized = (min(math.ceil(height * scale_width), best[0]), best[1])
+    else:
+        resized = (best[0], min(math.ceil(width * scale_height), best[1]))
+    offset = ((best[0] - resized[0]) // 2, (best[1] - resized[1]) // 2)
+    grid = (best[0] // tile_size, best[1] // tile_size)
+    whole = (0.0, 0.0, float(width), float(height))
+    boxes = (whole, *_grid_boxes((height, width), resized, offset, grid, tile_size))
+    return TileLayout((height, width), resized, offset, grid, boxes)
+
+
+def dynamic_layout(
+    height: int, width: int, tile_size: int, min_tiles: int, max_tiles: int, use_thumbnail: bool
+) -> TileLayout:
+    """InternVL: the grid with the closest aspect ratio, and the whole image last if there is more than one tile.
+
+    Grids are tried by rising tile count. On an exact tie the later one wins if the image has more than half as many
+    pixels as that grid shows, so that small images are not blown up to many tiles.
+    """
+    best, best_difference = (1, 1), math.inf
+    for rows, columns in _grids(min_tiles, max_tiles):
+        difference = abs(width / height - columns / rows)
+        large_enough = width * height > 0.5 * tile_size * tile_size * rows * columns
+        if difference < best_difference or (difference == best_difference and large_enough):
+            best, best_difference = (rows, columns), difference
+    rows, columns = best
+    resized = (rows * tile_size, columns * tile_size)
+    boxes = _grid_boxes((height, width), resized, (0, 0), best, tile_size)
+    if use_thumbnail and len(boxes) > 1:
+        boxes = (*boxes, (0.0, 0.0, float(width), float(height)))
+    return TileLayout((height, width), resized, (0, 0), best, boxes)
+
+
+@lru_cache(maxsize=32)
+def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
+    # the original sorts a set by tile count alone; with `min_tiles` 1 no two grids of one count can ever tie, so the
+    # order among them is free
+    sides = range(1, max_tiles + 1)
+    grids = [(rows, columns) for columns in sides for rows in sides if min_tiles <= rows * columns <= max_tiles]
+    return sorted(grids, key=lambda grid: grid[0] * grid[1])
+
+
+def _grid_boxes(
+    image_size: tuple[int, int],
+    resized_size: tuple[int, int],
+    offset: tuple[int, int],
+    grid: tuple[int, int],
+    tile_size: int,
+) -> tuple[tuple[float, float, float, float], ...]:
+    # original pixels per resized pixel
+    step_y, step_x = image_size[0] / resized_size[0], image_size[1] / resized_size[1]
+    boxes = []
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            top, left = row * tile_size - offset[0], column * tile_size - offset[1]
+            boxes.append((left * step_x, top * step_y, (left + tile_size) * step_x, (top + tile_size) * step_y))
+    return tuple(boxes)
+
+
+class VtcImagesKwargs(TypedDict, total=False):
+    """Fields of `VtcImageProcessor` that a single call may override."""
+
+    tiling: str | None
+    size: int | dict[str, int] | None
+    resample: int | None
+    image_mean: float | list[float] | tuple[float, ...] | None
+    image_std: float | list[float] | tuple[float, ...] | None
+    do_rescale: bool | None
+    do_normalize: bool | None
+    min_tiles: int | None
+    max_tiles: int | None
+    use_thumbnail: bool | None
+    image_grid_pinpoints: list | tuple | None
+    input_data_format: str | None
+    return_tensors: str | None
+
+
+class VtcImageProcessor(ImageProcessorBase):
+    """Turns images into square tiles of normalised float32 pixels.
+
+    Every image becomes 8-bit RGB first, as in the original code: alpha is dropped, not composited; palettes, CMYK,
+    grey and 1-bit images are converted; 16-bit values are divided by 257 (PIL alone would clip them); the EXIF
+    orientation is applied to PIL images and files. Float arrays hold 0..1.
+
+    Args:
+        tiling (`str`): `"single"`, `"pad"`, `"anyres"` or `"dynamic"`, see the top of this file.
+        size (`int` or `dict`): side of a tile in pixels, also as `{"height": S, "width": S}`.
+        resample (`int`): PIL filter of every resize, 3 is bicubic.
+        image_mean (`Sequence[float]`): mean per channel of pixels in 0..1; for `"pad"` also the padding colour.
+        image_std (`Sequence[float]`): standard deviation per channel.
+        do_rescale (`bool`): divide by 255.
+        do_normalize (`bool`): subtract the mean, divide by the standard deviation.
+        min_tiles (`int`): smallest grid of `"dynamic"`, in tiles without the thumbnail.
+        max_tiles (`int`): largest grid of `"dynamic"`, in tiles without the thumbnail.
+        use_thumbnail (`bool`): whether `"dynamic"` appends the whole image when there is more than one tile.
+        image_grid_pinpoints (`Sequence[Sequence[int]]`): canvases of `"anyres"`, (height, width) in pixels.
+
+    Raises:
+        ValueError: a field is outside of its range.
+    """
+
+    model_input_names = ["pixel_values", "num_tiles", "image_sizes"]
+    valid_kwargs = VtcImagesKwargs
+
+    def __init__(
+        self,
+        tiling: str = "dynamic",
+        size: int | dict[str, int] = 448,
+        resample: int = int(Image.Resampling.BICUBIC),
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+        do_rescale: bool = True,
+        do_normalize: bool = True,
+        min_tiles: int = 1,
+        max_tiles: int = 12,
+        use_thumbnail: bool = True,
+        image_grid_pinpoints: Sequence[Sequence[int]] = LLAVA_NEXT_PINPOINTS,
+        **kwargs: Any,
+    ):
+        # written by `save_pretrained`, never kept: whether code travels is decided at each save
+        kwargs.pop("auto_map", None)
+        super().__init__(**kwargs)
+        self.tiling = tiling
+        self.size = _size_dict(size)
+        self.resample = int(resample)
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.do_rescale = do_rescale
+        self.do_normalize = do_normalize
+        self.min_tiles = min_tiles
+        self.max_tiles = max_tiles
+        self.use_thumbnail = use_thumbnail
+        self.image_grid_pinpoints = [list(pair) for pair in image_grid_pinpoints]
+        self._settings()
+
+    def _settings(self, **overrides: Any) -> TilingSettings:
+        fields = {name: getattr(self, name) for name in TilingSettings.__dataclass_fields__}
+        unknown = overrides.keys() - fields.keys()
+        if unknown:
+            raise ValueError(f"{sorted(unknown)} are no fields of `VtcImageProcessor`. Fields: {sorted(fields)}.")
+        fields.update((name, value) for name, value in overrides.items() if value is not None)
+        return TilingSettings(**{**fields, "size": _size_dict(fields["size"])})
+
+    def get_tile_layout(self, height: int, width: int, **overrides: Any) -> TileLayout:
+        """Grid, tile count and tile boxes of an image, without its pixels.
+
+        Args:
+            height (`int`): of the upright image, in pixels.
+            width (`int`): of the upright image, in pixels.
+            **overrides: fields of this processor for this call.
+        """
+        return self._settings(**overrides).layout(height, width)
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """Tiles of an image of this size in pixels, under the name that serving engines call."""
+        overrides = {key: value for key, value in (images_kwargs or {}).items() if key not in _CALL_ONLY}
+        return self.get_tile_layout(height, width, **overrides).num_tiles
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Load and convert images to upright 8-bit RGB, keeping the nesting of lists.
+
+        Args:
+            image_url_or_urls: a path, URL, data URI, base64 string, PIL image, array or tensor, or (lists of) lists
+                of these; an array with four dimensions is a list of images, `None` in a batch an empty row.
+
+        Raises:
+            OSError: a file or URL cannot be read.
+            ValueError: the content is no usable image.
+        """
+        return _fetch(image_url_or_urls, "images", None)
+
+    def preprocess(
+        self,
+        images: Any,
+        input_data_format: str | None = None,
+        return_tensors: str | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
+        """Tiles of all images, in order.
+
+        Args:
+            images: whatever `fetch_images` takes.
+            input_data_format (`str`): `"channels_first"` or `"channels_last"` of arrays. Default: the only reading
+                that gives 1 to 4 channels; if both do, last for numpy and first for torch.
+            return_tensors (`str`): `"pt"` or `"np"`. Default: numpy arrays.
+            **overrides: fields of this processor for this call.
+
+        Returns:
+            `pixel_values` of shape `(total_tiles, 3, S, S)`, float32; `image_sizes` of shape `(num_images, 2)`,
+            (height, width) of the originals; and for `"anyres"` and `"dynamic"` `num_tiles` of shape `(num_images,)`.
+
+        Raises:
+            OSError: a file or URL cannot be read.
+            ValueError: no image, an image without pixels or with an impossible shape, or a field outside its range.
+        """
+        settings = self._settings(**overrides)
+        images = _flatten(_fetch(images, "images", input_data_format))
+        if not images:
+            raise ValueError("`images` must hold at least one image, got none. Leave it out for text alone.")
+        layouts = [settings.layout(image.height, image.width) for image in images]
+        tiles = [tile for image, layout in zip(images, layouts) for tile in _cut(image, layout, settings)]
+        data = {
+            "pixel_values": _normalized(tiles, settings),
+            "image_sizes": np.array([layout.image_size for layout in layouts], dtype=np.int64),
+        }
+        if settings.tiling in ("anyres", "dynamic"):
+            data["num_tiles"] = np.array([layout.num_tiles for layout in layouts], dtype=np.int64)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as every supported version of transformers writes and reads them."""
+        return {name: value for name, value in super().to_dict().items() if not name.startswith("_")}
+
+    def remote_code_map(self) -> dict[str, str]:
+        """`auto_map` of a folder that carries its own code: auto class -> `file.Class`."""
+        return {"AutoImageProcessor": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, save_code: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Write `preprocessor_config.json`, and the code that reads it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): made if missing.
+            push_to_hub (`bool`): upload as well; `kwargs` then go to `push_to_hub` (`repo_id`, `token`, ...).
+            save_code (`bool`): write the `auto_map` key and copy the code files, so that the folder works with
+                `trust_remote_code=True` where hf_vtc is not installed.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        config = self.to_dict()
+        if save_code:
+            config["auto_map"] = self.remote_code_map()
+        file = os.path.join(save_directory, IMAGE_PROCESSOR_NAME)
+        write_json(file, config)
+        if save_code:
+            custom_object_save(self, save_directory)
+        if push_to_hub:
+            push_copy(self, save_directory, save_code, **kwargs)
+        return [file]
+
+
+def write_json(file: str | os.PathLike, content: dict) -> None:
+    """Write a configuration file as transformers formats it."""
+    Path(file).write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# arguments of `preprocess` that say nothing about the layout
+_CALL_ONLY = ("input_data_format", "return_tensors")
+
+
+def push_copy(saver: Any, save_directory: str | os.PathLike, save_code: bool, **kwargs: Any) -> None:
+    """Upload what `saver.save_pretrained(..., save_code=save_code)` writes.
+
+    Args:
+        saver: a processor with `save_pretrained` and `push_to_hub`.
+        save_directory (`str` or `os.PathLike`): its last part is the default of `repo_id`.
+        save_code (`bool`): as in `save_pretrained`.
+        **kwargs: arguments of `push_to_hub`.
+    """
+    pusher = copy(saver)
+    # transformers' `push_to_hub` calls `save_pretrained` without a way to pass an argument of ours
+    pusher.save_pretrained = partial(saver.save_pretrained, save_code=save_code)
+    pusher.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+
+def _size_dict(size: Any) -> dict[str, int]:
+    if isinstance(size, int):
+        return {"height": size, "width": size}
+    size = {key: value for key, value in dict(size).items() if value is not None}
+    if set(size) == {"shortest_edge"}:
+        size = {"height": size["shortest_edge"], "width": size["shortest_edge"]}
+    if set(size) != {"height", "width"} or size["height"] != size["width"]:
+        raise ValueError(f"`size` is the side of a square tile, an int or {{'height': S, 'width': S}}, got {size}.")
+    return size
+
+
+def _cut(image: Image.Image, layout: TileLayout, settings: TilingSettings) -> list[Image.Image]:
+    size = settings.tile_size
+    if settings.tiling == "pad":
+        image = _on_square(image, layout, settings.image_mean)
+    if settings.tiling in ("single", "pad"):
+        return [image.resize((size, size), settings.resample)]
+    canvas = image.resize(layout.resized_size[::-1], settings.resample)
+    rows, columns = layout.grid
+    if settings.tiling == "anyres":
+        resized, canvas = canvas, Image.new("RGB", (columns * size, rows * size))
+        canvas.paste(resized, layout.offset[::-1])
+    tiles = [
+        canvas.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    if layout.num_tiles > len(tiles):
+        whole = image.resize((size, size), settings.resample)
+        tiles = [whole, *tiles] if settings.tiling == "anyres" else [*tiles, whole]
+    return tiles
+
+
+def _on_square(image: Image.Image, layout: TileLayout, mean: Sequence[float]) -> Image.Image:
+    side = max(layout.image_size)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and side * side > 2 * limit and image.height != image.width:
+        raise ValueError(
+            f"`tiling='pad'` would pad an image of {image.height} x {image.width} pixels to {side} x {side}, more than "
+            f"twice `PIL.Image.MAX_IMAGE_PIXELS` ({limit}). Crop or shrink the image first."
+        )
+    # truncation, not rounding, as in the original
+    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
+    square.paste(image, layout.offset[::-1])
+    return square
+
+
+def _normalized(tiles: list[Image.Image], settings: TilingSettings) -> np.ndarray:
+    # (T, S, S, 3) bytes -> (T, 3, S, S); every step in float32, as torchvision's ToTensor and Normalize do
+    pixels = np.stack([np.asarray(tile) for tile in tiles]).transpose(0, 3, 1, 2).astype(np.float32, order="C")
+    if settings.do_rescale:
+        pixels /= np.float32(255)
+    if settings.do_normalize:
+        pixels -= np.asarray(settings.image_mean, dtype=np.float32).reshape(3, 1, 1)
+        pixels /= np.asarray(settings.image_std, dtype=np.float32).reshape(3, 1, 1)
+    return pixels
+
+
+def _flatten(images: Any) -> list[Image.Image]:
+    if isinstance(images, list):
+        return [image for item in images for image in _flatten(item)]
+    return [images]
+
+
+def _fetch(source: Any, where: str, input_data_format: str | None) -> Any:
+    if isinstance(source, (list, tuple)) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 4):
+        items = [(f"{where}[{index}]", item) for index, item in enumerate(source)]
+        return [[] if item is None else _fetch(item, place, input_data_format) for place, item in items]
+    if isinstance(source, (str, os.PathLike)):
+        return _read(source, where)
+    if isinstance(source, Image.Image):
+        return _loaded_rgb(source, where, "the given PIL image")
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return _array_to_rgb(source, where, input_data_format)
+    raise ValueError(
+        f"`{where}` must be a path, URL, base64 string, PIL image, numpy array or torch tensor, got "
+        f"{type(source).__name__}. Decode other formats to one of these first."
+    )
+
+
+def _read(source: str | os.PathLike, where: str) -> Image.Image:
+    source = os.fspath(source)
+    if os.path.isfile(source):
+        shown, stream = source, source
+    else:
+        shown = source if len(source) <= 100 else f"{source[:97]}..."
+        stream = io.BytesIO(_download(source, where, shown) if "://" in source[:10] else _decode(source, where, shown))
+    try:
+        image = Image.open(stream)
+    except OSError as error:
+        raise OSError(f"`{where}`: no image could be read from {shown!r} ({error}). Check the file's content.") from error
+    with image:
+        return _loaded_rgb(image, where, repr(shown))
+
+
+def _download(url: str, where: str, shown: str) -> bytes:
+    # some hosts refuse the default agent of urllib
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (hf_vtc)"})
+    try:
+        with urllib.request.urlopen(request, timeout=_DOWNLOAD_SECONDS) as response:
+            return response.read()
+    except (OSError, ValueError) as error:
+        raise OSError(f"`{where}`: {shown!r} could not be downloaded ({error}). Check the address.") from error
+
+
+def _decode(text: str, where: str, shown: str) -> bytes:
+    payload = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode("".join(payload.split()), validate=True)
+    except binascii.Error:
+        raise FileNotFoundError(
+            f"`{where}`: {shown!r} is no existing file, URL, data URI or base64 string. Check the path."
+        ) from None
+
+
+def _loaded_rgb(image: Image.Image, where: str, name: str) -> Image.Image:
+    if image.width < 1 or image.height < 1:
+        raise ValueError(
+            f"`{where}` needs at least one pixel per side, got {image.height} x {image.width} (height x width) from "
+            f"{name}. Remove it."
+        )
+    try:
+        image.load()
+        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    # decoders report damage in all of these ways
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise OSError(f"`{where}`: {name} is damaged or truncated ({error}). Replace the file.") from error
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _wide_to_rgb(image, where)
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(
+            f"`{where}` must have a PIL mode that converts to RGB, got {image.mode!r} from {name}. Convert it first."
+        ) from error
+
+
+def _wide_to_rgb(image: Image.Image, where: str) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        values = values.astype(np.uint16)
+    elif image.mode == "I":
+        # 32-bit integers: some versions of PIL open 16-bit PNG files so, others use the mode for plain grey levels
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"`{where}` of PIL mode 'I' must hold values in 0..255 or 0..65535, got {values.min()}.."
+                f"{values.max()}. Rescale it first."
+            )
+        values = values.astype(np.uint8 if values.max() <= 255 else np.uint16)
+    elif np.isfinite(values).all() and values.max() > 1:
+        values = values / 255
+    return Image.fromarray(_to_bytes(values, where)).convert("RGB")
+
+
+def _array_to_rgb(array: np.ndarray | torch.Tensor, where: str, input_data_format: str | None) -> Image.Image:
+    channels_first_wins = isinstance(array, torch.Tensor)
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+    if array.ndim not in (2, 3):
+        raise ValueError(
+            f"`{where}` must have 2 dimensions (grey), 3 (one image) or 4 (a list of images), got shape {array.shape}."
+        )
+    if array.ndim == 3:
+        array = _channels_last(array, where, channels_first_wins, input_data_format)
+    if 0 in array.shape:
+        raise ValueError(f"`{where}` needs at least one pixel per side, got shape {array.shape}. Remove it.")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(_to_bytes(array, where))).convert("RGB")
+
+
+def _channels_last(
+    array: np.ndarray, where: str, channels_first_wins: bool, input_data_format: str | None
+) -> np.ndarray:
+    # the enum of transformers and its plain strings both come this far
+    wanted = getattr(input_data_format, "value", input_data_format)
+    first, last = array.shape[0] in (1, 2, 3, 4), array.shape[2] in (1, 2, 3, 4)
+    if wanted is not None:
+        first, last = first and wanted == "channels_first", last and wanted == "channels_last"
+    if not (first or last):
+        raise ValueError(
+            f"`{where}` must have 1 to 4 channels first or last"
+            f"{'' if wanted is None else f' (`input_data_format={wanted!r}`)'}, got shape {array.shape}."
+        )
+    return np.moveaxis(array, 0, -1) if first and (channels_first_wins or not last) else array
+
+
+def _to_bytes(values: np.ndarray, where: str) -> np.ndarray:
+    """Grey levels in 0..255 from booleans, 8 or 16-bit integers, or floats in 0..1."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint16:
+        return np.rint(values / 257).astype(np.uint8)
+    if np.issubdtype(values.dtype, np.integer):
+        if values.min() < 0 or values.max() > 255:
+            raise ValueError(
+                f"`{where}` holds integers of type {values.dtype} in {values.min()}..{values.max()}, must be 0..255. "
+                "Pass 16-bit data as uint16."
+            )
+        return values.astype(np.uint8)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise ValueError(f"`{where}` must hold booleans, integers or floats, got type {values.dtype}.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"`{where}` must hold finite values, got NaN or infinity. Clean the array first.")
+    levels = np.rint(values.astype(np.float64) * 255)
+    if levels.min() < 0 or levels.max() > 255:
+        raise ValueError(
+            f"`{where}` holds floats in {values.min():.4g}..{values.max():.4g}, must be 0..1. Divide by 255, or pass "
+            "uint8; pixels that are normalised already belong into `pixel_values` of the model."
+        )
+    return levels.astype(np.uint8)

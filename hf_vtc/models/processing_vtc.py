@@ -1,0 +1,302 @@
+"""Text and images to model inputs: one processor for every method.
+
+A chat template or a raw prompt holds one placeholder per image. The processor replaces it by `image_start_token`, as
+many placeholders as the method may need for that image (contract: reserve, then pack), and `image_end_token`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
+
+from .compat_vtc import ProcessorBase
+from .image_processing_vtc import TileLayout, VtcImageProcessor, VtcImagesKwargs, push_copy, write_json
+
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+# what the decoders take; tokenizers of some versions add `token_type_ids`, which `generate` refuses
+TEXT_INPUT_NAMES = ["input_ids", "attention_mask"]
+
+# ChatML without a default system prompt (InternVL's `internvl2_5`); images stand where their content items stand, and
+# the parts that a model is trained to write are marked for `return_assistant_tokens_mask`
+_CHATML = """\
+{%- macro parts(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part['type'] in ['image', 'image_url'] -%}
+                {{- IMAGE_TOKEN + '\\n' -}}
+            {%- elif part['type'] == 'text' -%}
+                {{- part['text'] -}}
+            {%- else -%}
+                {{- raise_exception("Content parts must be of type text or image, got " + (part['type'] | string)) -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}
+            {{- parts(message['content']) + '<|im_end|>' -}}
+        {%- endgeneration -%}
+        {{- '\\n' -}}
+    {%- else -%}
+        {{- parts(message['content']) + '<|im_end|>\\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def chatml_template(image_token: str) -> str:
+    """The default chat template, with `image_token` where an image stands."""
+    return _CHATML.replace("IMAGE_TOKEN", repr(image_token))
+
+
+def tokens_of_tiles(layout: TileLayout, image_seq_length: int) -> int:
+    """Reserved placeholders of a method that keeps at most `image_seq_length` tokens of every tile."""
+    return layout.num_tiles * image_seq_length
+
+
+# `count_rule` -> reserved placeholders of one image; a method with another rule adds its pure function here
+COUNT_RULES: dict[str, Callable[[TileLayout, int], int]] = {"tiles": tokens_of_tiles}
+
+
+class VtcProcessorKwargs(ProcessingKwargs, total=False):
+    """Arguments of a call. Rows are padded unless `padding=False`: batches of images rarely have one length."""
+
+    images_kwargs: VtcImagesKwargs
+    _defaults = {"text_kwargs": {"padding": True}}
+
+
+class VtcProcessor(ProcessorBase):
+    """Chat or prompt plus images to `input_ids`, `attention_mask`, `pixel_values`, `num_tiles` and `image_sizes`.
+
+    The given tokenizer is set up for generation: padding on the left, no `token_type_ids`, and if it has no padding
+    token its end token pads. For training, `processor.tokenizer.padding_side` may be changed afterwards.
+
+    Args:
+        image_processor (`VtcImageProcessor`): cuts images into tiles.
+        tokenizer (`PreTrainedTokenizerBase`): must know the image tokens.
+        chat_template (`str` or `dict`): Jinja template that writes `image_token` once per image. Default: ChatML.
+        image_seq_length (`int`): reserved placeholders per tile; what else it counts, `count_rule` says.
+        image_token (`str`): the placeholder.
+        image_start_token (`str`): written before the placeholders of an image; `None` for none.
+        image_end_token (`str`): written after the placeholders of an image; `None` for none.
+        count_rule (`str`): how many placeholders an image reserves; `"tiles"`: `image_seq_length` per tile.
+
+    Raises:
+        ValueError: a token is unknown to the tokenizer, or a field is outside of its range.
+    """
+
+    valid_processor_kwargs = VtcProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: VtcImageProcessor,
+        tokenizer: Any,
+        chat_template: str | dict[str, str] | None = None,
+        image_seq_length: int = 256,
+        image_token: str = "<IMG_CONTEXT>",
+        image_start_token: str | None = "<img>",
+        image_end_token: str | None = "</img>",
+        count_rule: str = "tiles",
+    ):
+        if image_seq_length < 1:
+            raise ValueError(f"`image_seq_length` counts placeholders per tile, must be positive: {image_seq_length}.")
+        if count_rule not in COUNT_RULES:
+            raise ValueError(f"`count_rule` must be one of {', '.join(COUNT_RULES)}, got {count_rule!r}.")
+        self.image_seq_length = image_seq_length
+        self.image_token = image_token
+        self.image_start_token = image_start_token
+        self.image_end_token = image_end_token
+        self.count_rule = count_rule
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or chatml_template(image_token))
+        self.image_token_id = self._known_id("image_token", image_token)
+        for name, token in (("image_start_token", image_start_token), ("image_end_token", image_end_token)):
+            if token is not None:
+                self._known_id(name, token)
+        tokenizer.padding_side = "left"
+        tokenizer.model_input_names = list(TEXT_INPUT_NAMES)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def _known_id(self, name: str, token: str) -> int:
+        token_id = self.tokenizer.get_vocab().get(token)
+        if token_id is None:
+            raise ValueError(
+                f"`{name}` must be one token of the tokenizer, which does not know {token!r}. Add it by "
+                f"`tokenizer.add_tokens([{token!r}], special_tokens=True)` and resize the model's embeddings."
+            )
+        return token_id
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """Outputs of the parts that no model takes."""
+        return ["token_type_ids"]
+
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> tuple[Any, list[str] | None, Any, Any]:
+        """Text as a new list, images loaded; no image at all is `None`."""
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+        if images is not None:
+            images = _rows_or_flat(self.image_processor.fetch_images(images))
+        return images or None, text, videos, audio
+
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
+        """Check that every placeholder has an image and every image a placeholder.
+
+        Raises:
+            ValueError: they do not match; the message names the sample.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("`videos` and `audio` are not supported. Pass the frames of a video as images.")
+        if images is None and text is None:
+            raise ValueError("`text` or `images` must be given, got neither.")
+        if text is None:
+            return
+        if not all(isinstance(sample, str) for sample in text):
+            raise ValueError("`text` must be a string or a list of strings. Decode token ids first.")
+        counts = [sample.count(self.image_token) for sample in text]
+        images = [] if images is None else images
+        rows = images if images and isinstance(images[0], list) else None
+        if rows is None and (len(text) == 1 or not images):
+            rows = [images] * len(text)
+        if rows is None:
+            if sum(counts) != len(images):
+                raise ValueError(
+                    f"The samples have {counts} image placeholders ({self.image_token}), {sum(counts)} together, but "
+                    f"{len(images)} images were given. Pass `images` as one list per sample to see which one is wrong."
+                )
+            return
+        if len(rows) != len(text):
+            raise ValueError(f"`images` must have one list per sample, got {len(rows)} for {len(text)} samples.")
+        for index, (count, row) in enumerate(zip(counts, rows)):
+            if count != len(row):
+                raise ValueError(
+                    f"Sample {index} has {count} image placeholders ({self.image_token}) but {len(row)} images. Give "
+                    "each image one placeholder in the text, or one content item in the chat."
+                )
+
+    def reserved_tokens(self, height: int, width: int, **overrides: Any) -> int:
+        """Placeholders that an image of this size reserves, its start and end token not counted.
+
+        Args:
+            height (`int`): of the upright image, in pixels.
+            width (`int`): of the upright image, in pixels.
+            **overrides: fields of the image processor for this call.
+        """
+        return COUNT_RULES[self.count_rule](
+            self.image_processor.get_tile_layout(height, width, **overrides), self.image_seq_length
+        )
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """What one placeholder of the prompt becomes."""
+        height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
+        reserved = self.reserved_tokens(height, width, **_layout_fields(kwargs))
+        return (self.image_start_token or "") + self.image_token * reserved + (self.image_end_token or "")
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Reserved placeholders and tiles of images, given as (height, width) in pixels; serving engines call this."""
+        if image_sizes is None:
+            return MultiModalData()
+        fields = _layout_fields(kwargs)
+        return MultiModalData(
+            num_image_tokens=[self.reserved_tokens(*size, **fields) for size in image_sizes],
+            num_image_patches=[self.image_processor.get_tile_layout(*size, **fields).num_tiles for size in image_sizes],
+        )
+
+    def remote_code_map(self) -> dict[str, str]:
+        """`auto_map` of a folder that carries its own code: auto class -> `file.Class`."""
+        name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        return {"AutoProcessor": name, **self.image_processor.remote_code_map()}
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, save_code: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Write one folder that every supported version of transformers loads.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): made if missing.
+            push_to_hub (`bool`): upload as well; `kwargs` then go to `push_to_hub` (`repo_id`, `token`, ...).
+            save_code (`bool`): write `auto_map` keys and copy the code files, so that the folder works with
+                `trust_remote_code=True` where hf_vtc is not installed.
+
+        Returns:
+            The paths of the configuration files.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(str(folder))
+        _make_loadable_everywhere(folder / TOKENIZER_CONFIG_NAME)
+        self._write_chat_templates(folder)
+        config = self._config_dict()
+        if save_code:
+            config["auto_map"] = self.remote_code_map()
+            config["image_processor"]["auto_map"] = self.image_processor.remote_code_map()
+            custom_object_save(self, folder)
+            custom_object_save(self.image_processor, folder)
+        write_json(folder / PROCESSOR_NAME, config)
+        if push_to_hub:
+            push_copy(self, folder, save_code, **kwargs)
+        return [str(folder / PROCESSOR_NAME)]
+
+    def _config_dict(self) -> dict[str, Any]:
+        return {
+            "processor_class": type(self).__name__,
+            "image_processor": self.image_processor.to_dict(),
+            "image_seq_length": self.image_seq_length,
+            "image_token": self.image_token,
+            "image_start_token": self.image_start_token,
+            "image_end_token": self.image_end_token,
+            "count_rule": self.count_rule,
+        }
+
+    def _write_chat_templates(self, folder: Path) -> None:
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        for name, template in templates.items():
+            if Path(name).name != name:
+                raise ValueError(f"A name in `chat_template` must be usable as a file name, got {name!r}.")
+            file = folder / CHAT_TEMPLATE_FILE if name == "default" else folder / CHAT_TEMPLATE_DIR / f"{name}.jinja"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(template, encoding="utf-8")
+
+
+def _rows_or_flat(images: Any) -> list:
+    """A flat list of images, or a list of lists if the caller gave rows; empty if there is no image."""
+    images = images if isinstance(images, list) else [images]
+    if any(isinstance(item, list) for item in images):
+        rows = [item if isinstance(item, list) else [item] for item in images]
+        return rows if any(rows) else []
+    return images
+
+
+def _layout_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in ("input_data_format", "return_tensors")}
+
+
+def _make_loadable_everywhere(file: Path) -> None:
+    """Rewrite what one version of transformers writes in `tokenizer_config.json` and another cannot read."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        # the name of this class before 5.0, which 5.x still knows
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["model_input_names"] = list(TEXT_INPUT_NAMES)
+    config["padding_side"] = "left"
+    write_json(file, config)
