@@ -1,0 +1,196 @@
+"""What is particular to ViCO: routing rule, budgets over tiles, and which connector runs."""
+
+import pytest
+import torch
+from factories import random_batch, tiny_config, tiny_model
+
+from hf_vtc.models.modeling_vico import most_compressible, route_tiles
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("vico")
+
+
+def batch_of(model, images_per_row, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return random_batch(model.config, generator, images_per_row=images_per_row)
+
+
+def p_compress(model, batch):
+    with torch.no_grad():
+        return model.model.router(model.model.encode(batch["pixel_values"])).softmax(-1)[:, 0]
+
+
+def test_route_tiles_by_hand():
+    p = torch.tensor([0.1, 0.4, 0.3, 0.9, 0.9])
+    # quantile 0.5 of the first three is 0.3, and 0.9 does not exceed itself
+    assert route_tiles(p, [3, 2], 0.5, 0.0).tolist() == [False, True, False, False, False]
+    assert route_tiles(p, [5], 0.25, 0.35).tolist() == [False, True, False, True, True]
+    assert route_tiles(p, [5], 0.25, 0.35, "absolute").tolist() == [False, True, False, True, True]
+    assert route_tiles(p[:1], [1], 0.0, 0.0).tolist() == [False]
+    assert route_tiles(p[:1], [1], 0.0, 0.1, "absolute").tolist() == [True]
+    assert route_tiles(p, [0, 5, 0], 1.0, 0.0).tolist() == [False] * 5
+    assert route_tiles(p, [5], 0.0, 1.1).tolist() == [False] * 5
+
+
+def test_route_tiles_rounds_thresholds_to_the_routers_dtype():
+    # 0.3 lies above its bfloat16 neighbour: compared in float32, the tile would not reach it
+    p = torch.tensor([0.3, 0.1], dtype=torch.bfloat16)
+    assert float(p[0]) != 0.3
+    assert route_tiles(p, [2], 0.0, 0.3).tolist() == [True, False]
+
+
+def test_most_compressible_breaks_ties_by_order():
+    assert most_compressible(torch.tensor([0.5, 0.9, 0.5, 0.1]), 2).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("as_share", (True, False))
+def test_every_admissible_budget_is_honoured(model, as_share):
+    batch = batch_of(model, [1, 2], seed=3)
+    full, small = model.config.image_seq_length, model.config.compressed_seq_length
+    probabilities = p_compress(model, batch).split(batch["num_tiles"].tolist())
+    for image, tiles in enumerate(batch["num_tiles"].tolist()):
+        for num_compressed in range(tiles + 1):
+            count = full * tiles - (full - small) * num_compressed
+            budgets = ["full"] * len(batch["num_tiles"])
+            budgets[image] = count / (full * tiles) if as_share else count
+            with torch.no_grad():
+                out = model(**batch, vtc_budget=budgets)
+            assert out.num_visual_tokens[image] == count
+            decisions = out.router_decisions.split(batch["num_tiles"].tolist())
+            assert torch.equal(decisions[image], most_compressible(probabilities[image], num_compressed))
+            assert not any(bool(other.any()) for idx, other in enumerate(decisions) if idx != image)
+            # one token more than admissible changes nothing, one less takes the next count or raises
+            assert model.count_visual_tokens(**batch, vtc_budget=budgets)[image] == count
+            if not as_share:
+                budgets[image] = count + 1
+                assert model.count_visual_tokens(**batch, vtc_budget=budgets)[image] == count
+    smallest = small * int(batch["num_tiles"][0])
+    with pytest.raises(ValueError, match=f"smallest admissible count is {smallest}"):
+        model(**batch, vtc_budget=smallest - 1)
+
+
+def test_mixed_list_of_budgets(model):
+    batch = batch_of(model, [2, 1], seed=4)
+    auto = model.count_visual_tokens(**batch)
+    full = model.count_visual_tokens(**batch, vtc_budget="full")
+    mixed = model.count_visual_tokens(**batch, vtc_budget=["full", None, 1.0])
+    assert mixed.tolist() == [full[0], auto[1], full[2]]
+
+
+def test_router_decisions_override_the_rule(model):
+    batch = batch_of(model, [1, 1], seed=5)
+    decisions = torch.rand(int(batch["num_tiles"].sum())) < 0.5
+    with torch.no_grad():
+        out = model(**batch, router_decisions=decisions)
+    assert torch.equal(out.router_decisions, decisions)
+    saved = model.config.image_seq_length - model.config.compressed_seq_length
+    assert int(out.num_visual_tokens.sum()) == 16 * len(decisions) - saved * int(decisions.sum())
+    with pytest.raises(ValueError, match="router_decisions"):
+        model(**batch, router_decisions=decisions, vtc_budget="full")
+    with pytest.raises(ValueError, match="router_decisions"):
+        model(**batch, router_decisions=decisions[1:])
+
+
+@pytest.mark.parametrize(
+    "budget, expected", (("full", (True, False)), (0.25, (False, True)), (0.7, (True, True))), ids=str
+)
+def test_a_tile_runs_through_the_connector_it_needs_only(model, budget, expected):
+    batch = batch_of(model, [1], seed=6)
+    assert int(batch["num_tiles"]) > 1
+    tiles = {"multi_modal_projector": 0, "compressed_projector": 0}
+    handles = [
+        getattr(model.model, name).register_forward_hook(
+            lambda module, args, output, name=name: tiles.update({name: output.shape[0]})
+        )
+        for name in tiles
+    ]
+    try:
+        with torch.no_grad():
+            out = model(**batch, vtc_budget=budget)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert tiles["compressed_projector"] == int(out.router_decisions.sum())
+    assert tiles["multi_modal_projector"] == int((~out.router_decisions).sum())
+    assert tuple(count > 0 for count in tiles.values()) == expected
+
+
+def test_single_tile_follows_the_rule():
+    for rule, expected in (("relative+absolute", 16), ("absolute", 4)):
+        model = tiny_model("vico", routing_rule=rule, flash_absolute_threshold=0.0)
+        batch = batch_of(model, [1], seed=0)
+        batch["input_ids"] = torch.cat(
+            [torch.tensor([[3, 4]]), torch.full((1, 16), model.config.image_token_id), torch.tensor([[5]])], dim=1
+        )
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["pixel_values"], batch["num_tiles"] = batch["pixel_values"][:1], torch.tensor([1])
+        assert model.count_visual_tokens(**batch).tolist() == [expected]
+
+
+def test_flash_mode_off_is_full_length(model):
+    batch = batch_of(model, [2], seed=7)
+    off = tiny_model("vico", flash_mode=False)
+    with torch.no_grad():
+        assert torch.equal(off(**batch).logits, model(**batch, vtc_budget="full").logits)
+
+
+def test_num_tiles_can_be_left_out(model):
+    batch = batch_of(model, [2, 0, 1], seed=8)
+    with torch.no_grad():
+        with_counts = model(**batch)
+        batch.pop("num_tiles")
+        without = model(**batch)
+    assert torch.equal(with_counts.logits, without.logits)
+    assert torch.equal(with_counts.num_visual_tokens, without.num_visual_tokens)
+
+
+def test_precomputed_features_give_the_same_result(model):
+    batch = batch_of(model, [1, 2], seed=9)
+    with torch.no_grad():
+        expected = model(**batch, vtc_budget=0.5)
+        features = model.model.encode(batch.pop("pixel_values"))
+        assert torch.equal(model(**batch, image_features=features, vtc_budget=0.5).logits, expected.logits)
+        assert torch.equal(
+            model.count_visual_tokens(**batch, image_features=features, vtc_budget=0.5), expected.num_visual_tokens
+        )
+
+
+def test_attention_implementations_agree(model):
+    batch = batch_of(model, [1, 2], seed=10)
+    eager = tiny_model("vico")
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected, out = model(**batch, vtc_budget=0.5), eager(**batch, vtc_budget=0.5, output_attentions=True)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(out.logits[real], expected.logits[real], rtol=0, atol=1e-5)
+    assert out.attentions[0].shape[-1] == int(out.kept_mask.sum(1).max())
+
+
+def test_get_image_features_are_the_reserved_tokens(model):
+    batch = batch_of(model, [2], seed=11)
+    with torch.no_grad():
+        features = model.get_image_features(batch["pixel_values"], num_tiles=batch["num_tiles"])
+        full = model(**batch, vtc_budget="full").image_hidden_states
+    assert [part.shape[0] for part in features.pooler_output] == (16 * batch["num_tiles"]).tolist()
+    torch.testing.assert_close(torch.cat(features.pooler_output), full)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {"downsample_ratio": 0.4},
+        {"downsample_ratio": 1.0},
+        {"image_seq_length": 250},
+        {"ps_version": "v3"},
+        {"routing_rule": "relative"},
+        {"flash_relative_threshold": 1.5},
+        {"router_num_heads": 5},
+        {"vision_feature_select_strategy": "cls"},
+    ),
+    ids=str,
+)
+def test_bad_config_fields_raise(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        tiny_config("vico", **fields)

@@ -1,0 +1,107 @@
+"""A saved folder as users of transformers meet it: Auto classes, chat template, pipeline, save and load again."""
+
+import numpy as np
+import pytest
+import torch
+from factories import METHODS, tiny_model, tiny_processor
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+import hf_vtc
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    tiny_model(request.param).save_pretrained(path)
+    tiny_processor(request.param).save_pretrained(path)
+    return path
+
+
+def picture(width=64, height=40, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
+
+
+def chat(*images, question="what is this?"):
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.window
+def test_the_readme_block(folder):
+    model = hf_vtc.AutoModelForVision2Seq.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor.apply_chat_template(
+        chat(picture()), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    out = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, vtc_budget=0.5)
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(out[:, :length], inputs["input_ids"]) and out.shape[1] == length + 5
+    kept = model.count_visual_tokens(**inputs, vtc_budget=0.5)
+    reserved = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    assert kept.shape == (1,) and 0 < int(kept) <= reserved // 2
+    assert isinstance(processor.decode(out[0, length:]), str)
+
+
+@pytest.mark.window
+def test_batches_of_chats_equal_single_chats(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    chats = [chat(picture()), chat(picture(32, 96, 1), picture(50, 50, 2)), chat(question="no image")]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    together = processor.apply_chat_template(chats, padding=True, **options)
+    generated = model.generate(**together, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    for row, one in enumerate(chats):
+        alone = processor.apply_chat_template(one, **options)
+        expected = model.generate(**alone, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        assert torch.equal(generated[row, -4:], expected[0, -4:])
+
+
+@pytest.mark.window
+def test_save_and_load_again_is_bit_equal(folder, tmp_path):
+    first = AutoModelForImageTextToText.from_pretrained(folder)
+    first.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    second = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    state = second.state_dict()
+    assert state.keys() == first.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())
+    assert second.config.to_diff_dict().keys() == first.config.to_diff_dict().keys()
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_runs(folder, dtype):
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    inputs = AutoProcessor.from_pretrained(folder).apply_chat_template(
+        chat(picture()), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        out = model(**inputs)
+    assert out.logits.dtype == dtype and bool(out.logits.isfinite().all())
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.window
+def test_pipeline(folder):
+    generator = pipeline("image-text-to-text", model=str(folder), device="cpu")
+    [result] = generator(text=chat(picture()), max_new_tokens=4, return_full_text=False)
+    assert isinstance(result["generated_text"], str)
+    [compressed] = generator(
+        text=chat(picture()), max_new_tokens=4, return_full_text=False, generate_kwargs={"vtc_budget": 0.3}
+    )
+    assert isinstance(compressed["generated_text"], str)
+
+
+def test_fresh_parts_of_a_partial_checkpoint_are_initialised(folder, tmp_path):
+    """What a checkpoint lacks must not be uninitialised memory."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    torch.manual_seed(0)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] and all(".router." in name for name in info["missing_keys"])
+    for name, parameter in loaded.named_parameters():
+        assert bool(parameter.isfinite().all()) and float(parameter.abs().max()) < 1e2, name
+    query = loaded.model.router.query_token
+    assert 0 < float(query.std()) < 0.1
