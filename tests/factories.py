@@ -6,8 +6,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_vtc.models.image_processing_vtc import TilingSettings, VtcImageProcessor
+from hf_vtc.models.image_processing_vtc import VtcImageProcessor
 from hf_vtc.models.processing_vtc import VtcProcessor
+from hf_vtc.models.tiling_vtc import TilingSettings
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 # 256 bytes, some merges, then the special tokens
@@ -64,6 +65,8 @@ _TEXT = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 2048,
+    # not the default, which the two spellings of this setting must not lose
+    "rope_theta": 500000.0,
 }
 
 
@@ -77,7 +80,7 @@ def tiny_config(method: str, **overrides):
             "flash_absolute_threshold": 0.2,
             "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
         }
-        return VicoConfig(dict(_VISION), dict(_TEXT), **(fields | overrides))
+        return VicoConfig(**({"vision_config": dict(_VISION), "text_config": dict(_TEXT)} | fields | overrides))
     raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from factories import random_batch, tiny_config, tiny_model
+from transformers import AutoModel
 
 from hf_vtc.models.modeling_vico import most_compressible, route_tiles
 
@@ -175,6 +176,19 @@ def test_get_image_features_are_the_reserved_tokens(model):
         full = model(**batch, vtc_budget="full").image_hidden_states
     assert [part.shape[0] for part in features.pooler_output] == (16 * batch["num_tiles"]).tolist()
     torch.testing.assert_close(torch.cat(features.pooler_output), full)
+
+
+@pytest.mark.window
+@pytest.mark.parametrize(
+    "spelling", ({"rope_theta": 7000.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7000.0}}), ids=str
+)
+def test_both_spellings_of_rotary_settings_are_read(spelling):
+    text = tiny_config("vico").text_config.to_dict()
+    for name in ("rope_theta", "rope_scaling", "rope_parameters"):
+        text.pop(name, None)
+    config = tiny_config("vico", text_config=text | spelling)
+    rope = AutoModel.from_config(config.text_config).rotary_emb
+    torch.testing.assert_close(rope.inv_freq[1], torch.tensor(7000.0 ** (-2 / 16)))
 
 
 @pytest.mark.parametrize(

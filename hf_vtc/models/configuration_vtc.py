@@ -88,4 +88,23 @@ def _sub_config(config: dict | PretrainedConfig | None, default_type: str) -> Pr
             f"`model_type` {model_type!r} of a sub-config is unknown to the installed transformers. Upgrade it, or "
             "use a tower or decoder that it has."
         )
-    return CONFIG_MAPPING[model_type](**fields)
+    return CONFIG_MAPPING[model_type](**with_both_ropes(fields))
+
+
+def with_both_ropes(fields: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings in both spellings: `rope_theta` and `rope_scaling` (4.57), `rope_parameters` (5.x).
+
+    4.57 would read a folder of 5.x with its default `rope_theta`, without a word.
+    """
+    parameters = fields.get("rope_parameters")
+    scaling = fields.get("rope_scaling") or {}
+    if parameters and "rope_theta" in parameters:
+        scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+        if scaling.get("rope_type", "default") == "default":
+            scaling = None
+        return {**fields, "rope_theta": parameters["rope_theta"], "rope_scaling": scaling}
+    if "rope_theta" in fields:
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        parameters = {**scaling, "rope_theta": fields["rope_theta"], "rope_type": kind}
+        return {**fields, "rope_parameters": parameters}
+    return dict(fields)

@@ -1,0 +1,410 @@
+"""From published checkpoints to models of hf_vtc.
+
+`load_official` gives a model in memory, `from_base` turns an uncompressed model into a compressing one, and `convert`
+streams a folder into a folder without ever holding the model. A layout is one file of this package and one entry of
+`LAYOUTS`.
+"""
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
+
+from ..models.configuration_vtc import VtcConfig
+from . import internvl_hf, internvl_official
+from .assets import (
+    build_processor,
+    find_image_token_id,
+    generation_settings,
+    image_processor_settings,
+    load_tokenizer,
+)
+from .plan import Match, Plan, Source, fresh_tensors, match
+from .shards import CheckpointReader, ShardWriter, read_json, replacing_folder, write_json
+
+__all__ = ["LAYOUTS", "ConversionReport", "convert", "from_base", "load_official"]
+
+logger = logging.get_logger(__name__)
+
+# every layout offers TITLE, METHODS (name -> config class), matches(config), rename(name), plan(source, overrides)
+LAYOUTS: tuple[ModuleType, ...] = (internvl_official, internvl_hf)
+
+# what a conversion reads of a repository on the Hub
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did.
+
+    Args:
+        source (`Path`): the folder that was read.
+        destination (`Path`): the folder that was written.
+        layout (`str`): layout of the source.
+        method (`str`): method of the result.
+        dtype (`torch.dtype`): of the written floating tensors.
+        num_copied (`int`): source tensors that were carried over.
+        missing_keys (`list[str]`): tensors (new names) that the source should have had; none of them is needed.
+        unused_keys (`list[str]`): tensors (source names) that have no place in the result.
+        fresh_keys (`list[str]`): tensors (new names) that were initialised, because the source has no such part.
+        num_fresh_parameters (`int`): numbers in `fresh_keys`.
+        num_bytes (`int`): size of the written tensors.
+        has_processor (`bool`): whether tokenizer and processor were written too.
+        notes (`list[str]`): what the caller should know.
+    """
+
+    source: Path
+    destination: Path
+    layout: str
+    method: str
+    dtype: torch.dtype
+    num_copied: int
+    missing_keys: list[str]
+    unused_keys: list[str]
+    fresh_keys: list[str]
+    num_fresh_parameters: int
+    num_bytes: int
+    has_processor: bool
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """The report in words, a line per fact."""
+        lines = [
+            f"{self.layout} -> {self.method}: {self.destination}",
+            f"copied: {self.num_copied} tensors; written: {self.num_bytes / 1e6:,.1f} MB of weights",
+        ]
+        if self.fresh_keys:
+            lines.append(f"initialised: {len(self.fresh_keys)} tensors, {self.num_fresh_parameters:,} parameters")
+        if self.missing_keys:
+            lines.append(f"missing in the source, never used: {', '.join(self.missing_keys)}")
+        if self.unused_keys:
+            lines.append(f"not used: {', '.join(self.unused_keys)}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def load_official(
+    folder: str | os.PathLike,
+    method: str | None = None,
+    image_token_id: int | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> PreTrainedModel:
+    """Load a checkpoint in a published layout as a model of hf_vtc, in eval mode, on the CPU.
+
+    A base checkpoint gives a model whose new parts are freshly initialised (seed them by `torch.manual_seed`).
+
+    Args:
+        folder (`str` or `os.PathLike`): checkpoint folder, or the id of a repository on the Hub.
+        method (`str`, *optional*): such as `"vico"`; needed only if the layout fits several.
+        image_token_id (`int`, *optional*): id of `<IMG_CONTEXT>`. Default: what the folder's tokenizer says.
+        dtype (`torch.dtype` or `str`, *optional*): of the parameters. Default: as stored.
+
+    Raises:
+        ValueError: the layout is unknown, the id of the placeholder is, or tensors are missing or do not fit.
+        FileNotFoundError: the folder or a shard is missing.
+    """
+    checkpoint = _open(folder, method, image_token_id)
+    plan = checkpoint.plan({})
+    for note in plan.notes:
+        logger.warning("%s: %s", checkpoint.folder, note)
+    return checkpoint.load(plan, _checked_dtype(dtype))
+
+
+def from_base(
+    model_or_path: PreTrainedModel | str | os.PathLike,
+    method: str,
+    *,
+    image_token_id: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    **config_overrides: Any,
+) -> PreTrainedModel:
+    """Turn an uncompressed model into one of `method`; what the base lacks is initialised, the rest is copied.
+
+    With `vtc_budget="full"` the result computes exactly what the base computes. Nothing is shared with the base.
+
+    Args:
+        model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): `InternVLForConditionalGeneration`, a checkpoint
+            folder (official or `-HF`), or the id of a repository on the Hub.
+        method (`str`): such as `"vico"`.
+        image_token_id (`int`, *optional*): id of the placeholder, where an official folder has no tokenizer.
+        dtype (`torch.dtype` or `str`, *optional*): of the parameters. Default: that of the base.
+        **config_overrides: fields of the new config. For `"vico"`, `flash_mode` is False unless given, since a fresh
+            router knows nothing.
+
+    Returns:
+        The model in eval mode, on the device of the base.
+
+    Raises:
+        ValueError: the base is compressed already, does not fit the method, or a field is unknown.
+    """
+    if isinstance(model_or_path, PreTrainedModel):
+        if dtype is None:
+            dtype = model_or_path.dtype
+        return _from_model(model_or_path, method, image_token_id, _checked_dtype(dtype), config_overrides)
+    checkpoint = _open(model_or_path, method, image_token_id)
+    plan = checkpoint.plan(config_overrides)
+    if not plan.fresh_modules:
+        raise ValueError(
+            f"{checkpoint.folder} is compressed already ({plan.layout}). Use `load_official` for it, or give an "
+            "uncompressed base."
+        )
+    return checkpoint.load(plan, _checked_dtype(dtype))
+
+
+def convert(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    method: str | None = None,
+    *,
+    image_token_id: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "2GB",
+    overwrite: bool = False,
+    save_code: bool = True,
+    **config_overrides: Any,
+) -> ConversionReport:
+    """Convert a published checkpoint folder to a folder that `from_pretrained` loads.
+
+    Shards are read and written one after the other, so that memory holds about one shard of `max_shard_size`, never
+    the model. Everything is checked before the first weight is read. The destination appears at the end as a whole: a
+    failure or an interruption leaves nothing behind, and an existing destination as it was.
+
+    Args:
+        src (`str` or `os.PathLike`): checkpoint folder, or the id of a repository on the Hub.
+        dst (`str` or `os.PathLike`): folder to write.
+        method (`str`, *optional*): such as `"vico"`; needed only if the layout fits several.
+        image_token_id (`int`, *optional*): id of `<IMG_CONTEXT>`. Default: what the source's tokenizer says.
+        dtype (`torch.dtype` or `str`, *optional*): of the written floating tensors. Default: as stored.
+        max_shard_size (`int` or `str`): bytes of one file, also as `"2GB"` or `"500MB"`.
+        overwrite (`bool`): replace an existing model folder.
+        save_code (`bool`): copy the model's source files beside the weights, for `trust_remote_code=True`.
+        **config_overrides: fields of the new config that replace those of the source.
+
+    Returns:
+        The report. Without a tokenizer in the source no processor is written, and its notes say so.
+
+    Raises:
+        FileExistsError: `dst` exists and `overwrite` is False.
+        FileNotFoundError: the source or a shard is missing.
+        ValueError: layout, placeholder id, tensors or config fields, as in `load_official`.
+    """
+    dst = Path(dst).absolute()
+    dtype = _checked_dtype(dtype)
+    with replacing_folder(dst, overwrite) as partial:
+        checkpoint = _open(src, method, image_token_id)
+        if dst.resolve() == checkpoint.folder.resolve():
+            raise ValueError(f"`src` and `dst` are both {dst}. Choose another destination.")
+        plan = checkpoint.plan(config_overrides)
+        matched = match(plan, checkpoint.shapes(), str(checkpoint.folder))
+        dtype = dtype or checkpoint.reader.main_dtype()
+
+        writer = ShardWriter(partial, max_shard_size)
+        for name, tensor in _streamed(checkpoint.reader, matched, dtype):
+            writer.add(name, tensor)
+        num_fresh = 0
+        for name, tensor in fresh_tensors(matched, dtype):
+            num_fresh += tensor.numel()
+            writer.add(name, tensor)
+        writer.close()
+        _write_config(plan, matched.skeleton, dtype, partial, save_code)
+        checkpoint.write_assets(plan, partial, save_code)
+    notes = list(plan.notes)
+    if checkpoint.tokenizer is None:
+        notes.append("The source has no tokenizer: the model alone was written, without a processor.")
+    return ConversionReport(
+        source=checkpoint.folder,
+        destination=dst,
+        layout=plan.layout,
+        method=checkpoint.method,
+        dtype=dtype,
+        num_copied=len(matched.used),
+        missing_keys=matched.missing,
+        unused_keys=matched.unused,
+        fresh_keys=matched.fresh,
+        num_fresh_parameters=num_fresh,
+        num_bytes=writer.total_bytes,
+        has_processor=checkpoint.tokenizer is not None,
+        notes=notes + [f"{name} was left out: {reason}." for name, reason in plan.ignored.items()],
+    )
+
+
+@dataclass
+class _Checkpoint:
+    """A folder whose layout is known; small files and headers are read, weights are not."""
+
+    folder: Path
+    layout: ModuleType
+    method: str
+    config: dict[str, Any]
+    reader: CheckpointReader
+    tokenizer: Any
+    image_token_id: int
+
+    def plan(self, overrides: Mapping[str, Any]) -> Plan:
+        _check_overrides(overrides, self.layout.METHODS[self.method])
+        reader, settings = self.reader, image_processor_settings(self.folder)
+        source = Source(self.config, reader.tensors, self.image_token_id, reader.equal, settings)
+        return self.layout.plan(source, overrides)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: stored.shape for name, stored in self.reader.tensors.items()}
+
+    def load(self, plan: Plan, dtype: torch.dtype | None) -> PreTrainedModel:
+        matched = match(plan, self.shapes(), str(self.folder))
+        dtype = dtype or self.reader.main_dtype()
+        # copied, since a mapped tensor would lean on the file for as long as the model lives
+        state = {name: tensor.clone() for name, tensor in _streamed(self.reader, matched, dtype)}
+        model = _build(plan, state | dict(fresh_tensors(matched, dtype)), dtype)
+        if matched.unused or matched.missing:
+            logger.warning("%s: not used: %s; missing: %s", self.folder, matched.unused, matched.missing)
+        settings = generation_settings(self.folder, plan.config.text_config, self.tokenizer)
+        model.generation_config = GenerationConfig(**settings)
+        return model
+
+    def write_assets(self, plan: Plan, folder: Path, save_code: bool) -> None:
+        settings = generation_settings(self.folder, plan.config.text_config, self.tokenizer)
+        # written as it stands: transformers refuses to save what some published files hold
+        write_json(folder / "generation_config.json", settings)
+        if self.tokenizer is not None:
+            build_processor(self.tokenizer, plan).save_pretrained(folder, save_code=save_code)
+
+
+def _open(folder: str | os.PathLike, method: str | None, image_token_id: int | None) -> _Checkpoint:
+    """Find out what a folder is. Raises as the public functions say."""
+    folder = _local_folder(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint. Give a model's folder.")
+    config = read_json(folder / "config.json")
+    layout, method = _layout_of(config, folder, method)
+    reader = CheckpointReader(folder)
+    tokenizer = load_tokenizer(folder)
+    token_id = find_image_token_id(tokenizer, config, image_token_id, folder)
+    return _Checkpoint(folder, layout, method, config, reader, tokenizer, token_id)
+
+
+def _local_folder(folder: str | os.PathLike) -> Path:
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file. Give the folder that holds config.json and the weights.")
+    if len(path.parts) != 2 or path.is_absolute():
+        raise FileNotFoundError(f"{path} does not exist. Give a checkpoint folder, or 'owner/name' of the Hub.")
+    try:
+        return Path(snapshot_download(os.fspath(folder), allow_patterns=list(_HUB_PATTERNS)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{path} is no folder here, and the Hub did not deliver it ({type(error).__name__}: {error}). Check the "
+            "path."
+        ) from error
+
+
+def _layout_of(config: Mapping[str, Any], folder: Path, method: str | None) -> tuple[ModuleType, str]:
+    """The layout of a config, and the method that it is converted to."""
+    supported = "; ".join(layout.TITLE for layout in LAYOUTS)
+    found = [layout for layout in LAYOUTS if layout.matches(config)]
+    if not found:
+        if str(config.get("model_type")).startswith("vtc_"):
+            raise ValueError(f"{folder} is a model of hf_vtc already. Load it by `from_pretrained`.")
+        raise ValueError(
+            f"{folder} has an unknown layout: `model_type` {config.get('model_type')!r}, architectures "
+            f"{config.get('architectures')}. Supported: {supported}."
+        )
+    methods = sorted({name for layout in found for name in layout.METHODS})
+    if method is None and len(methods) > 1:
+        raise ValueError(f"{folder} fits several methods. Give `method`, one of {', '.join(methods)}.")
+    if method is not None and method not in methods:
+        raise ValueError(f"`method` must be one of {', '.join(methods)} for {folder}, got {method!r}.")
+    method = method or methods[0]
+    return next(layout for layout in found if method in layout.METHODS), method
+
+
+def _from_model(
+    model: PreTrainedModel,
+    method: str,
+    image_token_id: int | None,
+    dtype: torch.dtype,
+    overrides: Mapping[str, Any],
+) -> PreTrainedModel:
+    if model.config.model_type != "internvl" or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"The base must be an InternVLForConditionalGeneration, got {type(model).__name__}. Load it by "
+            "`AutoModelForImageTextToText`."
+        )
+    config = model.config.to_dict()
+    layout, method = _layout_of(config, Path(model.config.name_or_path or "the model"), method)
+    _check_overrides(overrides, layout.METHODS[method])
+    state = model.state_dict()
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    token_id = model.config.image_token_id if image_token_id is None else image_token_id
+    source = Source(config, state, token_id, lambda first, second: torch.equal(state[first], state[second]))
+    plan = layout.plan(source, overrides, tied=head is embeddings)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    matched = match(plan, shapes, type(model).__name__, on_disk=False)
+    # copied, so that training the one does not move the other
+    copied = {
+        new: tensor.detach().to("cpu", dtype, copy=True)
+        for name, renamed in matched.used.items()
+        for new, tensor in zip(renamed.names, renamed.transform(state[name]), strict=True)
+    }
+    attention = {name: getattr(model.config, name)._attn_implementation for name in ("text_config", "vision_config")}
+    result = _build(plan, copied | dict(fresh_tensors(matched, dtype)), dtype, attn_implementation=attention)
+    # not in the state dict, and `model.to(dtype)` rounds them: rotary frequencies, for one
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        setattr(result.get_submodule(owner), leaf, buffer.detach().to("cpu", copy=True))
+    result.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    return result.to(model.device)
+
+
+def _build(plan: Plan, state: dict[str, torch.Tensor], dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
+    """A model in eval mode from a complete state dict."""
+    model, info = plan.model_class.from_pretrained(
+        None, config=plan.config, state_dict=state, dtype=dtype, output_loading_info=True, **kwargs
+    )
+    missing = set(info["missing_keys"]) - set(model._tied_weights_keys)
+    assert not missing and not info["unexpected_keys"], (missing, info["unexpected_keys"])
+    return model.eval()
+
+
+def _streamed(reader: CheckpointReader, matched: Match, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The new tensors that come from the source, shard by shard."""
+    for name, tensor in reader.read(matched.used):
+        renamed = matched.used[name]
+        for new, part in zip(renamed.names, renamed.transform(tensor), strict=True):
+            yield new, part.to(dtype) if part.is_floating_point() else part
+
+
+def _write_config(plan: Plan, skeleton: PreTrainedModel, dtype: torch.dtype, folder: Path, save_code: bool) -> None:
+    config = plan.config
+    config.architectures = [plan.model_class.__name__]
+    config.dtype = dtype
+    if save_code:
+        config.auto_map = config.remote_code_map()
+        custom_object_save(skeleton, folder)
+    config.save_pretrained(folder)
+
+
+def _check_overrides(overrides: Mapping[str, Any], config_class: type[VtcConfig]) -> None:
+    known = {name for owner in (config_class, VtcConfig) for name in inspect.signature(owner.__init__).parameters}
+    known -= {"self", "kwargs", "vision_config", "text_config", "image_token_id", "tie_word_embeddings"}
+    unknown = sorted(overrides.keys() - known)
+    if unknown:
+        raise ValueError(f"Unknown config fields: {', '.join(unknown)}. Known are {', '.join(sorted(known))}.")
+
+
+def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise ValueError(f"`dtype` must be a floating dtype such as 'bfloat16', got {dtype!r}.")

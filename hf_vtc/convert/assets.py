@@ -1,0 +1,122 @@
+"""What a model folder holds beside the weights: tokenizer, processor and generation settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..models.image_processing_vtc import VtcImageProcessor
+from ..models.processing_vtc import VtcProcessor
+from .plan import Plan
+from .shards import read_json
+
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+# ends a turn in the chat format of every InternVL3 model
+TURN_END = "<|im_end|>"
+
+# the name of transformers 5 for the class before it, which 5 still knows
+_GENERIC_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint folder, None if the folder has none.
+
+    Raises:
+        ValueError: its files cannot be read.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    try:
+        if settings.get("tokenizer_class") not in _GENERIC_CLASSES:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # without a class name transformers would ask config.json, whose `model_type` it does not know
+        spelling = {}
+        if isinstance(settings.get("extra_special_tokens"), list):
+            # written by transformers 5, for versions before it
+            spelling["additional_special_tokens"] = settings["extra_special_tokens"]
+            spelling["extra_special_tokens"] = {}
+        return PreTrainedTokenizerFast.from_pretrained(folder, **spelling)
+    except Exception as error:
+        raise ValueError(
+            f"The tokenizer of {folder} cannot be loaded ({type(error).__name__}: {error}). Repair its files, or move "
+            "them away and give `image_token_id` to convert the model alone."
+        ) from error
+
+
+def find_image_token_id(
+    tokenizer: PreTrainedTokenizerBase | None, config: Mapping[str, Any], given: int | None, folder: Path
+) -> int:
+    """Id of the placeholder: what the caller, the tokenizer and `config.json` say, which must agree.
+
+    Raises:
+        ValueError: nobody knows it, or they disagree.
+    """
+    known = {"`image_token_id`": given, "config.json": config.get("image_token_id")}
+    if tokenizer is not None:
+        known[f"the tokenizer's {IMAGE_TOKEN}"] = tokenizer.get_vocab().get(IMAGE_TOKEN)
+    known = {who: token_id for who, token_id in known.items() if token_id is not None}
+    if not known:
+        what = f"its tokenizer has no {IMAGE_TOKEN} token" if tokenizer is not None else "there is no tokenizer"
+        raise ValueError(
+            f"The id of the image placeholder is unknown: {folder} does not say it and {what}. Copy the tokenizer of "
+            "the official repository into the folder, or give `image_token_id`."
+        )
+    if len(set(known.values())) > 1:
+        said = ", ".join(f"{who} says {token_id}" for who, token_id in known.items())
+        raise ValueError(f"The id of the image placeholder is not clear: {said}. Give or keep the right one only.")
+    return next(iter(known.values()))
+
+
+def image_processor_settings(folder: Path) -> dict[str, Any]:
+    """Settings of the image processor in a folder of any transformers version, empty if there is none."""
+    nested, plain = folder / "processor_config.json", folder / "preprocessor_config.json"
+    settings = read_json(nested).get("image_processor") if nested.is_file() else None
+    if settings is None and plain.is_file():
+        settings = read_json(plain)
+    return settings or {}
+
+
+def build_processor(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> VtcProcessor:
+    """The processor that fits a planned model."""
+    tiles = plan.tiles
+    image_processor = VtcImageProcessor(
+        tiling="dynamic",
+        size=tiles.size,
+        min_tiles=tiles.min_tiles,
+        max_tiles=tiles.max_tiles,
+        use_thumbnail=tiles.use_thumbnail,
+    )
+    return VtcProcessor(image_processor, tokenizer, image_seq_length=plan.config.image_seq_length)
+
+
+def generation_settings(
+    folder: Path | None, text_config: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """Content of `generation_config.json`: that of the source, and tokens that end a turn and pad.
+
+    Args:
+        folder (`Path`, *optional*): of the source.
+        text_config (`PretrainedConfig`): of the decoder.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the source.
+    """
+    file = folder / "generation_config.json" if folder is not None else None
+    settings = read_json(file) if file is not None and file.is_file() else {}
+    for name in ("_from_model_config", "transformers_version"):
+        settings.pop(name, None)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if settings.get(name) is None:
+            settings[name] = getattr(text_config, name, None)
+    if tokenizer is not None:
+        ends = settings["eos_token_id"]
+        ends = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+        turn_end = tokenizer.get_vocab().get(TURN_END, tokenizer.eos_token_id)
+        if turn_end is not None and turn_end not in ends:
+            ends = [turn_end, *ends]
+        settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+        if settings["pad_token_id"] is None:
+            settings["pad_token_id"] = tokenizer.pad_token_id
+    return {name: value for name, value in settings.items() if value is not None}
