@@ -1,0 +1,181 @@
+"""What the trainers of all methods share: supervised positions, metrics, scaling, and draws that survive resume."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from .losses import IGNORE_INDEX
+
+
+@dataclass
+class Responses:
+    """The supervised tokens of one batch; the state at position t predicts label t + 1.
+
+    Outputs of our models are full-length whatever was compressed, so one position means the same token to the policy
+    and to the reference.
+
+    Args:
+        mask (`torch.BoolTensor` of shape `(B, L - 1)`): True where the state predicts a supervised token.
+        targets (`torch.LongTensor` of shape `(N,)`): the supervised tokens, row by row.
+        row_idx (`torch.LongTensor` of shape `(N,)`): the sample of each.
+    """
+
+    mask: torch.Tensor
+    targets: torch.Tensor
+    row_idx: torch.Tensor
+
+    @classmethod
+    def from_labels(cls, labels: torch.Tensor) -> "Responses":
+        """Read `labels` `(B, L)`, -100 where nothing is supervised."""
+        shifted = labels[:, 1:]
+        mask = shifted != IGNORE_INDEX
+        return cls(mask, shifted[mask], mask.nonzero()[:, 0])
+
+    @property
+    def num_rows(self) -> int:
+        return self.mask.shape[0]
+
+    def tokens_of(self, rows: list[int]) -> torch.Tensor:
+        """Indices into the N tokens that give the tokens of `rows`, one row after the other, repeats allowed."""
+        return torch.cat([(self.row_idx == row).nonzero()[:, 0] for row in rows])
+
+    def select(self, rows: list[int]) -> "Responses":
+        """The responses of a batch that consists of `rows` of this one."""
+        mask = self.mask[rows]
+        return Responses(mask, self.targets[self.tokens_of(rows)], mask.nonzero()[:, 0])
+
+
+class VtcTrainer(Trainer):
+    """Base of our trainers. Abstract: `compute_loss` is the objective.
+
+    One process per device, as with `accelerate launch` or `torchrun`; `torch.nn.DataParallel` is not supported. Losses
+    come back divided by the number of supervised items of the whole accumulated batch, over all processes. Metrics
+    that an objective hands to `record` are logged beside the loss, as means since the last log, of this process.
+
+    Args:
+        model ([`PreTrainedModel`]): a model of hf_vtc with a language modelling head, or a `PeftModel` around one.
+        args (`TrainingArguments`, *optional*): `remove_unused_columns` is switched off: collators need all columns.
+        kwargs: the other arguments of `transformers.Trainer`.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, args=None, **kwargs: Any):
+        super().__init__(model=model, args=args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process per device is needed, but this one would spread over {self.args.n_gpu} devices. "
+                "Start the script with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device."
+            )
+        self.args.remove_unused_columns = False
+        # our losses are sums over a count that spans the accumulated batch: Trainer must supply it, and not average
+        self.model_accepts_loss_kwargs = True
+        # (sum, weight) of each metric since the last log
+        self._metrics: dict[str, tuple[torch.Tensor | float, float]] = {}
+        self._num_drawn = 0
+
+    def unwrap(self, model: nn.Module) -> PreTrainedModel:
+        """Our own model inside the wrappers of accelerate and PEFT."""
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def place_reference(self, reference_model: PreTrainedModel) -> PreTrainedModel:
+        """Freeze a reference model, switch its dropout off and put it on this process's device, whole."""
+        reference_model = reference_model.requires_grad_(False).eval()
+        return self.accelerator.prepare_model(reference_model, evaluation_mode=True)
+
+    def response_logits(
+        self, model: nn.Module, responses: Responses, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, Any]:
+        """Run a model and project only the states that predict supervised tokens.
+
+        Args:
+            model (`nn.Module`): wrapped or not. The wrapper's own `forward` runs, as distributed training requires.
+            responses (`Responses`): which states.
+            inputs (`dict`): arguments of the model's `forward`, without labels.
+
+        Returns:
+            Logits `(N, V)`, row by row, and the model's output.
+        """
+        own = self.unwrap(model)
+        captured = {}
+
+        def keep_states(module: nn.Module, args: tuple, output: Any) -> None:
+            captured["states"] = output.last_hidden_state
+
+        # the head's output holds no states: take them from the base model on their way, at full length but of width D
+        handle = own.model.register_forward_hook(keep_states)
+        try:
+            outputs = model(**inputs, logits_to_keep=1, use_cache=False)
+        finally:
+            handle.remove()
+        states = captured["states"][:, :-1][responses.mask]
+        with self.accelerator.autocast():
+            return own.get_output_embeddings()(states), outputs
+
+    def across_processes(self, loss: torch.Tensor) -> torch.Tensor:
+        """Undo the mean over processes that gradient synchronisation takes: all items are already counted."""
+        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+    def draw(self, count: int, training: bool) -> torch.Tensor:
+        """Uniform numbers in [0, 1) for the next `count` tiles, on the CPU.
+
+        The n-th number of an optimizer step depends on the seed, the step, the process and n alone: a resumed run
+        draws what the uninterrupted one would have, and four micro-batches of one sample what one of four would have.
+        Every evaluation draws the same numbers.
+        """
+        moment = (0, self.state.global_step) if training else (1, 0)
+        generator = np.random.default_rng((self.args.seed, self.args.process_index, *moment))
+        numbers = generator.random(self._num_drawn + count, dtype=np.float32)[self._num_drawn :]
+        self._num_drawn += count
+        return torch.from_numpy(numbers)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of one optimizer step; draws start anew."""
+        self._num_drawn = 0
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def record(self, name: str, value: torch.Tensor | float, weight: float = 1.0) -> None:
+        """Add to a metric; its mean since the last log, weighted, is logged under `name`."""
+        if weight == 0:
+            return
+        value = value.detach() if isinstance(value, torch.Tensor) else value
+        total, weights = self._metrics.get(name, (0.0, 0.0))
+        self._metrics[name] = (total + value * weight, weights + weight)
+
+    def _pop_metrics(self) -> dict[str, float]:
+        means = {name: float(total) / weight for name, (total, weight) in self._metrics.items()}
+        self._metrics = {}
+        return means
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`Trainer.log`, with the recorded metrics beside the training loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._pop_metrics()}
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """`Trainer.evaluation_loop`, with the recorded metrics under the prefix."""
+        in_training, self._metrics = self._metrics, {}
+        self._num_drawn = 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._pop_metrics().items()})
+        self._metrics = in_training
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, None, None]:
+        """The objective on an evaluation batch; full-length logits are never built."""
+        return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
