@@ -12,6 +12,8 @@ from .packing_vtc import is_left_padded, pack_visual_tokens
 from .prompt_vtc import VisionInputs
 
 
+# transformers 5 looks for "GenerationMixin" in the qualified name of `generate`, and else makes a new class of every
+# model that it loads by remote code
 class VtcGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a head whose `model` is a `VtcModel`."""
 

@@ -93,9 +93,11 @@ class VtcPreTrainedModel(PreTrainedModel):
             save_code (`bool`): copy the model's source files and write every `auto_map` key, so that the folder loads
                 with `trust_remote_code=True` where hf_vtc is not installed. `False` writes neither.
         """
-        self.config.auto_map = self.config.remote_code_map() if save_code else None
-        if not save_code:
-            del self.config.auto_map
+        if save_code:
+            self.config.auto_map = self.config.remote_code_map()
+        else:
+            # a map without files would break every load with trust_remote_code
+            vars(self.config).pop("auto_map", None)
         super().save_pretrained(save_directory, *args, **kwargs)
         if save_code and kwargs.get("is_main_process", True):
             custom_object_save(self, save_directory)

@@ -1,0 +1,27 @@
+"""Vision-token compression for transformers. Importing this package registers its models with the Auto classes."""
+
+from importlib import import_module
+from typing import Any
+
+from . import models
+from .auto import AutoModelForVision2Seq, install_vision2seq
+
+__version__ = "0.1.0"
+
+# loaded on first use, so that loading a model costs neither peft, matplotlib nor the trainers
+_SUBMODULES = ("convert", "data", "hub", "plot", "report", "trainers")
+_REPORT_FUNCTIONS = ("bench", "estimate")
+
+__all__ = ["AutoModelForVision2Seq", "install_vision2seq", "models", *_REPORT_FUNCTIONS, *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
+    if name in _REPORT_FUNCTIONS:
+        return getattr(import_module(".report", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,72 @@
+"""Every test run is offline and deterministic, and leaves nothing outside of temporary folders."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+# transformers reads these when it is imported, so they come first
+_MODULES = tempfile.TemporaryDirectory(prefix="hf_vtc_modules_")
+os.environ["HF_MODULES_CACHE"] = _MODULES.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import factories  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from hf_vtc.models import METHODS  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+HIDE_PACKAGE = 'import sys; sys.modules["hf_vtc"] = None\n'
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", params=[entry.config.model_type.removeprefix("vtc_") for entry in METHODS])
+def method(request: pytest.FixtureRequest) -> str:
+    """Name of a method, every method in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def saved(method: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a tiny model, its processor and their code; shared, so tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("saved") / f"{method}-tiny"
+    torch.manual_seed(0)
+    factories.tiny_model(method).save_pretrained(folder)
+    factories.tiny_processor(method).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Run a script in a new process that has its own cache of dynamic modules, and return what it printed.
+
+    `installed` says whether hf_vtc can be imported there. Further arguments go to `sys.argv`.
+    """
+
+    def run(script: str, *arguments: object, installed: bool = False, python: str = sys.executable) -> str:
+        folder = tmp_path_factory.mktemp("process")
+        environment = {
+            **os.environ,
+            "HF_MODULES_CACHE": str(folder / "modules"),
+            # the other interpreter of a cross-version test has the package by this path only
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))) if installed else "",
+        }
+        result = subprocess.run(
+            [python, "-c", script if installed else HIDE_PACKAGE + script, *map(str, arguments)],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, f"exit status {result.returncode}\n{result.stdout}\n{result.stderr[-4000:]}"
+        return result.stdout
+
+    return run

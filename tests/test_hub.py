@@ -1,0 +1,279 @@
+"""`hf_vtc.hub`: folders that carry their code, the proof that they work, and the commit that publishes them."""
+
+import json
+import re
+
+import factories
+import pytest
+import torch
+from huggingface_hub import ModelCard, RepoUrl
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hf_vtc import hub
+from hf_vtc.auto import REMOTE_CODE_FROM_FOLDER
+
+needs_remote_code_from_folder = pytest.mark.skipif(
+    not REMOTE_CODE_FROM_FOLDER, reason="remote code from a local folder needs transformers >= 5.11"
+)
+
+CARD = """---
+license: mit
+base_model: somebody/something
+tags:
+- mine
+---
+
+# Ours
+
+Kept as it is: ünïcode, `code` and all.
+"""
+
+
+@pytest.fixture
+def parts(method):
+    return factories.tiny_model(method), factories.tiny_processor(method)
+
+
+@pytest.fixture
+def exported(parts, tmp_path):
+    return hub.export(*parts, tmp_path / "exported", check=False)
+
+
+@pytest.mark.window
+def test_export_writes_a_complete_folder(method, parts, tmp_path):
+    folder = hub.export(*parts, tmp_path / "new" / "tiny", check=False)
+    assert folder == tmp_path / "new" / "tiny"
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer_config.json"} <= names
+    assert {f"configuration_{method}.py", f"modeling_{method}.py", "processing_vtc.py"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq"} <= set(auto_map)
+    # nothing but the folder is left, and the folder does not say where it was made
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["tiny"]
+    for file in folder.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+
+
+@pytest.mark.window
+def test_export_carries_every_file_that_its_code_imports(exported):
+    for file in exported.glob("*.py"):
+        for name in re.findall(r"^\s*from \.(\w+) import", file.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            assert (exported / f"{name}.py").is_file(), f"{file.name} imports {name}"
+
+
+@needs_remote_code_from_folder
+def test_export_proves_what_it_writes(parts, tmp_path):
+    model, processor = parts
+    folder = hub.export(model, processor, tmp_path / "tiny")
+    weights = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.window
+def test_export_takes_a_path(method, exported, tmp_path):
+    (exported / "README.md").write_text(CARD, encoding="utf-8")
+    folder = hub.export(exported, tmp_path / "copy", check=False)
+    assert "Kept as it is: ünïcode, `code` and all." in (folder / "README.md").read_text(encoding="utf-8")
+    original = AutoModelForImageTextToText.from_pretrained(exported).state_dict()
+    copied = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, copied[name]) for name, value in original.items())
+    assert (folder / f"modeling_{method}.py").is_file()
+    assert AutoProcessor.from_pretrained(folder).image_token
+
+
+def test_export_replaces_a_model_folder_only_if_told(parts, exported):
+    (exported / "stale.txt").write_text("from the last time")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        hub.export(*parts, exported, check=False)
+    assert (exported / "stale.txt").is_file()
+    hub.export(*parts, exported, check=False, overwrite=True)
+    assert not (exported / "stale.txt").exists()
+    assert (exported / "config.json").is_file()
+
+
+def test_export_onto_its_own_source(exported):
+    before = AutoModelForImageTextToText.from_pretrained(exported).state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    hub.export(exported, exported, check=False, overwrite=True)
+    after = AutoModelForImageTextToText.from_pretrained(exported).state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_export_does_not_replace_a_folder_of_other_things(parts, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(FileExistsError, match="config.json"):
+        hub.export(*parts, tmp_path / "photos", check=False, overwrite=True)
+    assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_export_that_fails_changes_nothing(parts, tmp_path, monkeypatch, there_before):
+    model, processor = parts
+    folder = tmp_path / "tiny"
+    if there_before:
+        hub.export(model, processor, folder, check=False)
+        (folder / "mark.txt").write_text("before")
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(processor), "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space left"):
+        hub.export(model, processor, folder, check=False, overwrite=True)
+    assert folder.exists() == there_before
+    assert not there_before or (folder / "mark.txt").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"] * there_before
+
+
+def test_export_refuses_what_is_no_model_of_ours(parts, tmp_path):
+    model, processor = parts
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        hub.export(torch.nn.Linear(1, 1), processor, tmp_path / "x")
+    with pytest.raises(ValueError, match="from_base"):
+        hub.export(model.get_decoder(), processor, tmp_path / "x")
+    with pytest.raises(ValueError, match="processor"):
+        hub.export(model, None, tmp_path / "x")
+    with pytest.raises(ValueError, match="destination"):
+        hub.export(model, processor)
+    assert not (tmp_path / "x").exists()
+
+
+def test_card_is_written_with_the_metadata_of_the_hub(method, exported):
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert {"vtc", "vision-token-compression", "custom_code", method} <= set(card.data.tags)
+    assert f"vtc_{method}" in card.text
+
+
+@pytest.mark.parametrize("form", ["text", "path", "card"])
+def test_card_that_is_given_is_kept(parts, tmp_path, form):
+    (tmp_path / "card.md").write_text(CARD, encoding="utf-8")
+    card = {"text": CARD, "path": tmp_path / "card.md", "card": ModelCard(CARD)}[form]
+    folder = hub.export(*parts, tmp_path / "tiny", card=card, check=False)
+    written = ModelCard.load(folder / "README.md")
+    assert written.text == ModelCard(CARD).text
+    assert written.data.license == "mit"
+    assert written.data.base_model == "somebody/something"
+    assert written.data.pipeline_tag == "image-text-to-text"
+    assert written.data.tags[0] == "mine" and "custom_code" in written.data.tags
+
+
+@needs_remote_code_from_folder
+def test_check_finds_code_that_computes_something_else(exported):
+    reference = json.loads((exported / "config.json").read_text())["auto_map"]["AutoModelForImageTextToText"]
+    module, head = reference.split(".")
+    with (exported / f"{module}.py").open("a", encoding="utf-8") as file:
+        file.write(
+            f"\n\n_forward = {head}.forward\n\n\n"
+            "def _changed(self, *args, **kwargs):\n"
+            "    output = _forward(self, *args, **kwargs)\n"
+            "    output.logits = output.logits + 1\n"
+            "    return output\n\n\n"
+            f"{head}.forward = _changed\n"
+        )
+    with pytest.raises(RuntimeError, match="different 'logits of budget auto'"):
+        hub.check(exported)
+
+
+@needs_remote_code_from_folder
+def test_check_shows_why_the_clean_process_failed(exported):
+    (exported / "packing_vtc.py").write_text("import a_package_that_nobody_has\n")
+    with pytest.raises(RuntimeError, match="a_package_that_nobody_has"):
+        hub.check(exported)
+
+
+@needs_remote_code_from_folder
+@pytest.mark.parametrize("key", ["AutoModel", "AutoModelForVision2Seq"])
+def test_check_names_a_missing_auto_class(exported, key):
+    values = json.loads((exported / "config.json").read_text())
+    del values["auto_map"][key]
+    (exported / "config.json").write_text(json.dumps(values))
+    with pytest.raises(RuntimeError, match=f"lacks .*{key}"):
+        hub.check(exported)
+
+
+@needs_remote_code_from_folder
+def test_check_names_a_missing_file(method, exported):
+    (exported / f"modeling_{method}.py").unlink()
+    with pytest.raises(RuntimeError, match=f"modeling_{method}.py"):
+        hub.check(exported)
+
+
+@needs_remote_code_from_folder
+def test_check_finds_missing_weights(exported):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(exported / "model.safetensors")
+    dropped = sorted(weights)[-1]
+    del weights[dropped]
+    save_file(weights, exported / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=re.escape(dropped)):
+        hub.check(exported)
+
+
+@pytest.mark.skipif(REMOTE_CODE_FROM_FOLDER, reason="this transformers loads remote code from a local folder")
+def test_check_says_which_transformers_it_needs(exported):
+    with pytest.raises(RuntimeError, match="5.11"):
+        hub.check(exported)
+
+
+class FakeHub:
+    """Stands in for the network side of `HfApi` and remembers what it was asked."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        self.files = set()
+        for name in ("create_repo", "create_branch", "upload_folder"):
+            monkeypatch.setattr(hub.HfApi, name, self.method(name))
+
+    def method(self, name):
+        def call(api, *args, **kwargs):
+            self.calls.append((name, args, kwargs, api.token))
+            return getattr(self, name)(*args, **kwargs)
+
+        return call
+
+    def create_repo(self, repo_id, **kwargs):
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def create_branch(self, repo_id, **kwargs):
+        return None
+
+    def upload_folder(self, *, folder_path, **kwargs):
+        self.files = {path.name for path in folder_path.iterdir()}
+        return type("Commit", (), {"oid": "abc123"})
+
+
+def test_push_makes_one_commit(method, parts, monkeypatch):
+    fake = FakeHub(monkeypatch)
+    url = hub.push(*parts, "someone/tiny", private=True, commit_message="First", token="secret", check=False)
+    assert url == "https://huggingface.co/someone/tiny/tree/abc123"
+    assert [name for name, *_ in fake.calls] == ["create_repo", "upload_folder"]
+    (_, created, create_options, token), (_, _, upload_options, _) = fake.calls
+    assert created == ("someone/tiny",) and create_options["private"] is True and create_options["exist_ok"] is True
+    assert token == "secret"
+    assert upload_options["repo_id"] == "someone/tiny" and upload_options["commit_message"] == "First"
+    assert {"config.json", "model.safetensors", "README.md", f"modeling_{method}.py"} <= fake.files
+
+
+def test_push_to_a_branch_from_a_path(exported, monkeypatch):
+    fake = FakeHub(monkeypatch)
+    hub.push(exported, "someone/tiny", revision="candidate", check=False)
+    assert [name for name, *_ in fake.calls] == ["create_repo", "create_branch", "upload_folder"]
+    assert fake.calls[1][2]["branch"] == fake.calls[2][2]["revision"] == "candidate"
+
+
+@needs_remote_code_from_folder
+def test_push_uploads_nothing_that_fails_the_check(parts, monkeypatch):
+    fake = FakeHub(monkeypatch)
+
+    def fail(folder):
+        raise RuntimeError("differs")
+
+    monkeypatch.setattr(hub, "_check", fail)
+    with pytest.raises(RuntimeError, match="differs"):
+        hub.push(*parts, "someone/tiny")
+    assert fake.calls == []
