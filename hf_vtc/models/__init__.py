@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -13,6 +12,9 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+
+# the top-level name is a stand-in without torchvision in some 5.x
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_vico import VicoConfig
 from .image_processing_vtc import VtcImageProcessor

@@ -1,6 +1,7 @@
-"""What differs between the supported versions of transformers. Every choice tests for a feature, never for a number."""
+"""What differs between the supported versions of transformers. Every choice tests for a feature, not for a number."""
 
 import bisect
+import inspect
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
@@ -16,11 +17,17 @@ except ImportError:
 __all__ = ["ImageProcessorBase", "ProcessorBase"]
 
 
-class _ProcessorBackport(ProcessorMixin):
+class _CallBackport(ProcessorMixin):
     """The steps of the newest `ProcessorMixin.__call__`, for versions in which each processor writes its own.
 
     A subclass defines `prepare_inputs_layout`, `validate_inputs` and `replace_image_token` as it would there.
     """
+
+    if "attributes" in vars(ProcessorMixin):
+        # 4.57 reads these; later versions read the parameters of `__init__`
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
     def __call__(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -62,35 +69,42 @@ class _ProcessorBackport(ProcessorMixin):
             features["text_replacement_offsets"] = offsets
         return features
 
+
+class _ChatTemplateBackport:
+    """`apply_chat_template` of the newest transformers, for versions that mark the wrong tokens after an image."""
+
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in the newest transformers: text content, `image_url` parts, and masks that know expanded images."""
         conversation = _with_content_parts(conversation)
-        kwargs.update(kwargs.pop("processor_kwargs", None) or {})
+        processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
         if not (wants_mask and kwargs.get("tokenize") and kwargs.get("return_dict")):
-            return super().apply_chat_template(conversation, chat_template, **kwargs)
+            return self._apply_older(conversation, chat_template, kwargs, processor_kwargs)
         if kwargs.get("continue_final_message"):
             raise ValueError("`continue_final_message` is not compatible with `return_assistant_tokens_mask`.")
-        templates = self.chat_template if isinstance(self.chat_template, dict) else {None: self.chat_template}
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template_kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_TEMPLATES}
         _, spans = render_jinja_template(
             conversations=conversation if _is_batch(conversation) else [conversation],
-            chat_template=templates.get(chat_template or "default", chat_template or templates.get(None)),
+            chat_template=templates.get(chat_template or "default", chat_template),
             return_assistant_tokens_mask=True,
-            add_generation_prompt=kwargs.get("add_generation_prompt", False),
-            tools=kwargs.get("tools"),
-            documents=kwargs.get("documents"),
-            **self.tokenizer.special_tokens_map,
+            **{**self.tokenizer.special_tokens_map, **template_kwargs},
         )
-        features = super().apply_chat_template(
-            conversation,
-            chat_template,
-            **kwargs,
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-        )
+        processor_kwargs.update(return_offsets_mapping=True, return_text_replacement_offsets=True)
+        return_tensors = kwargs.get("return_tensors", processor_kwargs.get("return_tensors"))
+        features = self._apply_older(conversation, chat_template, kwargs, processor_kwargs)
         offsets, replaced = features.pop("offset_mapping"), features.pop("text_replacement_offsets")
         features["assistant_masks"] = [_token_mask(*row) for row in zip(offsets, replaced, spans)]
-        return features.convert_to_tensors(tensor_type=kwargs.get("return_tensors"))
+        return features.convert_to_tensors(tensor_type=return_tensors)
+
+    def _apply_older(self, conversation: Any, chat_template: str | None, kwargs: dict, processor_kwargs: dict) -> Any:
+        # 4.57 takes the arguments of the processor among all others
+        nested = {"processor_kwargs": processor_kwargs} if _TAKES_PROCESSOR_KWARGS else processor_kwargs
+        return super().apply_chat_template(conversation, chat_template, **kwargs, **nested)
+
+
+_TAKES_PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+_NOT_FOR_TEMPLATES = ("tokenize", "return_dict", "return_tensors")
 
 
 def _with_replacements(
@@ -151,16 +165,11 @@ def _content_parts(content: Any) -> list[dict[str, Any]]:
     return parts
 
 
-if "get_text_with_replacements" in vars(ProcessorMixin):
-    ProcessorBase = ProcessorMixin
+_MIXIN = ProcessorMixin if "get_text_with_replacements" in vars(ProcessorMixin) else _CallBackport
+
+if "_adjust_assistant_masks_indices" in vars(ProcessorMixin):
+    ProcessorBase = _MIXIN
 else:
 
-    class ProcessorBase(_ProcessorBackport):
-        """`ProcessorMixin` of a version without hooks for placeholders."""
-
-        unused_input_names = ()
-        if "attributes" in vars(ProcessorMixin):
-            # 4.57 reads these; later versions read the parameters of `__init__`
-            attributes = ["image_processor", "tokenizer"]
-            image_processor_class = "AutoImageProcessor"
-            tokenizer_class = "AutoTokenizer"
+    class ProcessorBase(_ChatTemplateBackport, _MIXIN):
+        """`ProcessorMixin` of an older version, with what the newest can do."""

@@ -1,29 +1,20 @@
 """Images to tiles, on PIL and numpy alone, bit for bit as the published models were trained.
 
-One class serves every method; the field `tiling` says how an image is cut:
-
-- `"single"`: the whole image resized to one square tile.
-- `"pad"`: LLaVA 1.5, the image centred on a square of the mean colour, then resized to one tile.
-- `"anyres"`: LLaVA-NeXT, the best of `image_grid_pinpoints`, black padding; the whole image comes first.
-- `"dynamic"`: InternVL, the grid of at most `max_tiles` tiles with the closest aspect ratio; the thumbnail comes last.
-
-Sources: haotian-liu/LLaVA `llava/mm_utils.py` (pad, anyres); OpenGVLab/InternVL `dynamic_preprocess` at
-2410d1dbf208f0e799459aff9376e5747dbf41a2 (dynamic). Both rescale and normalise in float32, and so do we.
+One class serves every method; the field `tiling` says how an image is cut, see `tiling_vtc.py`. The original code
+rescales and normalises in float32, and so do we.
 """
 
 import base64
 import binascii
 import io
 import json
-import math
 import os
 import urllib.request
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -33,8 +24,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .compat_vtc import ImageProcessorBase
+from .tiling_vtc import TileLayout, TilingSettings, square_size
 
-TILINGS = ("single", "pad", "anyres", "dynamic")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # (height, width), as in transformers' LLaVA-NeXT; the original LLaVA code writes (width, height)
@@ -44,189 +35,14 @@ _EXIF_ORIENTATION = 0x0112
 _DOWNLOAD_SECONDS = 60
 
 
-class TileLayout(NamedTuple):
-    """How one image is cut, known from its size alone. Sizes are (height, width) in pixels.
-
-    Args:
-        image_size (`tuple[int, int]`): the upright original.
-        resized_size (`tuple[int, int]`): the whole image after its resize, without padding.
-        offset (`tuple[int, int]`): (top, left) of the image on its padded canvas; in original pixels for `"pad"`,
-            which pads before the resize, in resized pixels for `"anyres"`, which pads after it.
-        grid (`tuple[int, int]`): (rows, columns) of tiles, the whole view not counted.
-        boxes (`tuple[tuple[float, float, float, float], ...]`): (left, top, right, bottom) of every tile in
-            original pixels, in the order of `pixel_values`; reaches beyond the image where a tile holds padding.
-    """
-
-    image_size: tuple[int, int]
-    resized_size: tuple[int, int]
-    offset: tuple[int, int]
-    grid: tuple[int, int]
-    boxes: tuple[tuple[float, float, float, float], ...]
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles of this image, the whole view included."""
-        return len(self.boxes)
-
-
-@dataclass(frozen=True)
-class TilingSettings:
-    """The fields of `VtcImageProcessor` for one call, checked.
-
-    Raises:
-        ValueError: a field is outside of its range.
-    """
-
-    tiling: str
-    size: dict[str, int]
-    resample: int
-    image_mean: Sequence[float]
-    image_std: Sequence[float]
-    do_rescale: bool
-    do_normalize: bool
-    min_tiles: int
-    max_tiles: int
-    use_thumbnail: bool
-    image_grid_pinpoints: Sequence[Sequence[int]]
-
-    def __post_init__(self) -> None:
-        if self.tiling not in TILINGS:
-            raise ValueError(f"`tiling` must be one of {', '.join(TILINGS)}, got {self.tiling!r}.")
-        if self.tile_size < 1:
-            raise ValueError(f"`size` must be a positive number of pixels, got {self.tile_size}.")
-        if not 1 <= self.min_tiles <= self.max_tiles:
-            raise ValueError(
-                f"`min_tiles` and `max_tiles` must satisfy 1 <= min_tiles <= max_tiles, got {self.min_tiles} and "
-                f"{self.max_tiles}."
-            )
-        for name in ("image_mean", "image_std"):
-            if len(getattr(self, name)) != 3:
-                raise ValueError(f"`{name}` needs one value per colour channel (3), got {getattr(self, name)}.")
-        if self.tiling == "anyres":
-            self._check_pinpoints()
-
-    def _check_pinpoints(self) -> None:
-        sides = [side for pair in self.image_grid_pinpoints for side in pair]
-        if not sides or any(side < self.tile_size or side % self.tile_size for side in sides):
-            raise ValueError(
-                f"`image_grid_pinpoints` must be (height, width) pairs in multiples of `size` ({self.tile_size}), got "
-                f"{list(self.image_grid_pinpoints)}."
-            )
-
-    @property
-    def tile_size(self) -> int:
-        """Side of a tile in pixels."""
-        return self.size["height"]
-
-    def layout(self, height: int, width: int) -> TileLayout:
-        """Layout of an image of this size in pixels."""
-        if height < 1 or width < 1:
-            raise ValueError(f"An image needs at least one pixel per side, got height {height} and width {width}.")
-        if self.tiling == "single":
-            return single_layout(height, width, self.tile_size)
-        if self.tiling == "pad":
-            return pad_layout(height, width, self.tile_size)
-        if self.tiling == "anyres":
-            pinpoints = tuple((int(pair[0]), int(pair[1])) for pair in self.image_grid_pinpoints)
-            return anyres_layout(height, width, self.tile_size, pinpoints)
-        return dynamic_layout(height, width, self.tile_size, self.min_tiles, self.max_tiles, self.use_thumbnail)
-
-
-def single_layout(height: int, width: int, tile_size: int) -> TileLayout:
-    """The whole image is one tile; the aspect ratio is not kept."""
-    whole = (0.0, 0.0, float(width), float(height))
-    return TileLayout((height, width), (tile_size, tile_size), (0, 0), (1, 1), (whole,))
-
-
-def pad_layout(height: int, width: int, tile_size: int) -> TileLayout:
-    """The image centred on a square, which is one tile. Odd padding puts the extra line right or below."""
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    box = (float(-left), float(-top), float(side - left), float(side - top))
-    return TileLayout((height, width), (tile_size, tile_size), (top, left), (1, 1), (box,))
-
-
-def anyres_layout(height: int, width: int, tile_size: int, pinpoints: Sequence[tuple[int, int]]) -> TileLayout:
-    """LLaVA-NeXT: scale to fit the best pinpoint, centre on it, cut into tiles; the whole image is tile 0.
-
-    The best pinpoint shows the most pixels of the image (an upscaled pixel is not a new one), then wastes the least;
-    the first of equals wins.
-    """
-    best, best_rank = pinpoints[0], (-1, 0)
-    for target_height, target_width in pinpoints:
-        scale = min(target_width / width, target_height / height)
-        shown = min(int(width * scale) * int(height * scale), width * height)
-        rank = (shown, shown - target_height * target_width)
-        if rank > best_rank:
-            best, best_rank = (target_height, target_width), rank
-    scale_width, scale_height = best[1] / width, best[0] / height
-    if scale_width < scale_height:
-        resized = (min(math.ceil(height * scale_width), best[0]), best[1])
-    else:
-        resized = (best[0], min(math.ceil(width * scale_height), best[1]))
-    offset = ((best[0] - resized[0]) // 2, (best[1] - resized[1]) // 2)
-    grid = (best[0] // tile_size, best[1] // tile_size)
-    whole = (0.0, 0.0, float(width), float(height))
-    boxes = (whole, *_grid_boxes((height, width), resized, offset, grid, tile_size))
-    return TileLayout((height, width), resized, offset, grid, boxes)
-
-
-def dynamic_layout(
-    height: int, width: int, tile_size: int, min_tiles: int, max_tiles: int, use_thumbnail: bool
-) -> TileLayout:
-    """InternVL: the grid with the closest aspect ratio, and the whole image last if there is more than one tile.
-
-    Grids are tried by rising tile count. On an exact tie the later one wins if the image has more than half as many
-    pixels as that grid shows, so that small images are not blown up to many tiles.
-    """
-    best, best_difference = (1, 1), math.inf
-    for rows, columns in _grids(min_tiles, max_tiles):
-        difference = abs(width / height - columns / rows)
-        large_enough = width * height > 0.5 * tile_size * tile_size * rows * columns
-        if difference < best_difference or (difference == best_difference and large_enough):
-            best, best_difference = (rows, columns), difference
-    rows, columns = best
-    resized = (rows * tile_size, columns * tile_size)
-    boxes = _grid_boxes((height, width), resized, (0, 0), best, tile_size)
-    if use_thumbnail and len(boxes) > 1:
-        boxes = (*boxes, (0.0, 0.0, float(width), float(height)))
-    return TileLayout((height, width), resized, (0, 0), best, boxes)
-
-
-@lru_cache(maxsize=32)
-def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
-    # the original sorts a set by tile count alone; with `min_tiles` 1 no two grids of one count can ever tie, so the
-    # order among them is free
-    sides = range(1, max_tiles + 1)
-    grids = [(rows, columns) for columns in sides for rows in sides if min_tiles <= rows * columns <= max_tiles]
-    return sorted(grids, key=lambda grid: grid[0] * grid[1])
-
-
-def _grid_boxes(
-    image_size: tuple[int, int],
-    resized_size: tuple[int, int],
-    offset: tuple[int, int],
-    grid: tuple[int, int],
-    tile_size: int,
-) -> tuple[tuple[float, float, float, float], ...]:
-    # original pixels per resized pixel
-    step_y, step_x = image_size[0] / resized_size[0], image_size[1] / resized_size[1]
-    boxes = []
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            top, left = row * tile_size - offset[0], column * tile_size - offset[1]
-            boxes.append((left * step_x, top * step_y, (left + tile_size) * step_x, (top + tile_size) * step_y))
-    return tuple(boxes)
-
-
 class VtcImagesKwargs(TypedDict, total=False):
     """Fields of `VtcImageProcessor` that a single call may override."""
 
     tiling: str | None
     size: int | dict[str, int] | None
     resample: int | None
-    image_mean: float | list[float] | tuple[float, ...] | None
-    image_std: float | list[float] | tuple[float, ...] | None
+    image_mean: list[float] | tuple[float, ...] | None
+    image_std: list[float] | tuple[float, ...] | None
     do_rescale: bool | None
     do_normalize: bool | None
     min_tiles: int | None
@@ -245,7 +61,7 @@ class VtcImageProcessor(ImageProcessorBase):
     orientation is applied to PIL images and files. Float arrays hold 0..1.
 
     Args:
-        tiling (`str`): `"single"`, `"pad"`, `"anyres"` or `"dynamic"`, see the top of this file.
+        tiling (`str`): `"single"`, `"pad"`, `"anyres"` or `"dynamic"`, see `tiling_vtc.py`.
         size (`int` or `dict`): side of a tile in pixels, also as `{"height": S, "width": S}`.
         resample (`int`): PIL filter of every resize, 3 is bicubic.
         image_mean (`Sequence[float]`): mean per channel of pixels in 0..1; for `"pad"` also the padding colour.
@@ -283,7 +99,7 @@ class VtcImageProcessor(ImageProcessorBase):
         kwargs.pop("auto_map", None)
         super().__init__(**kwargs)
         self.tiling = tiling
-        self.size = _size_dict(size)
+        self.size = square_size(size)
         self.resample = int(resample)
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
@@ -301,7 +117,7 @@ class VtcImageProcessor(ImageProcessorBase):
         if unknown:
             raise ValueError(f"{sorted(unknown)} are no fields of `VtcImageProcessor`. Fields: {sorted(fields)}.")
         fields.update((name, value) for name, value in overrides.items() if value is not None)
-        return TilingSettings(**{**fields, "size": _size_dict(fields["size"])})
+        return TilingSettings(**{**fields, "size": square_size(fields["size"])})
 
     def get_tile_layout(self, height: int, width: int, **overrides: Any) -> TileLayout:
         """Grid, tile count and tile boxes of an image, without its pixels.
@@ -318,18 +134,19 @@ class VtcImageProcessor(ImageProcessorBase):
         overrides = {key: value for key, value in (images_kwargs or {}).items() if key not in _CALL_ONLY}
         return self.get_tile_layout(height, width, **overrides).num_tiles
 
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
+    def fetch_images(self, image_url_or_urls: Any, input_data_format: str | None = None) -> Any:
         """Load and convert images to upright 8-bit RGB, keeping the nesting of lists.
 
         Args:
             image_url_or_urls: a path, URL, data URI, base64 string, PIL image, array or tensor, or (lists of) lists
                 of these; an array with four dimensions is a list of images, `None` in a batch an empty row.
+            input_data_format (`str`): as in `preprocess`.
 
         Raises:
             OSError: a file or URL cannot be read.
             ValueError: the content is no usable image.
         """
-        return _fetch(image_url_or_urls, "images", None)
+        return _fetch(image_url_or_urls, "images", input_data_format)
 
     def preprocess(
         self,
@@ -425,17 +242,6 @@ def push_copy(saver: Any, save_directory: str | os.PathLike, save_code: bool, **
     pusher.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
 
-def _size_dict(size: Any) -> dict[str, int]:
-    if isinstance(size, int):
-        return {"height": size, "width": size}
-    size = {key: value for key, value in dict(size).items() if value is not None}
-    if set(size) == {"shortest_edge"}:
-        size = {"height": size["shortest_edge"], "width": size["shortest_edge"]}
-    if set(size) != {"height", "width"} or size["height"] != size["width"]:
-        raise ValueError(f"`size` is the side of a square tile, an int or {{'height': S, 'width': S}}, got {size}.")
-    return size
-
-
 def _cut(image: Image.Image, layout: TileLayout, settings: TilingSettings) -> list[Image.Image]:
     size = settings.tile_size
     if settings.tiling == "pad":
@@ -463,8 +269,8 @@ def _on_square(image: Image.Image, layout: TileLayout, mean: Sequence[float]) ->
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and side * side > 2 * limit and image.height != image.width:
         raise ValueError(
-            f"`tiling='pad'` would pad an image of {image.height} x {image.width} pixels to {side} x {side}, more than "
-            f"twice `PIL.Image.MAX_IMAGE_PIXELS` ({limit}). Crop or shrink the image first."
+            f"`tiling='pad'` would pad an image of {image.height} x {image.width} pixels to {side} x {side}, more "
+            f"than twice `PIL.Image.MAX_IMAGE_PIXELS` ({limit}). Crop or shrink the image first."
         )
     # truncation, not rounding, as in the original
     square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
@@ -515,7 +321,9 @@ def _read(source: str | os.PathLike, where: str) -> Image.Image:
     try:
         image = Image.open(stream)
     except OSError as error:
-        raise OSError(f"`{where}`: no image could be read from {shown!r} ({error}). Check the file's content.") from error
+        raise OSError(
+            f"`{where}`: no image could be read from {shown!r} ({error}). Check the file's content."
+        ) from error
     with image:
         return _loaded_rgb(image, where, repr(shown))
 

@@ -15,7 +15,8 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
 from .compat_vtc import ProcessorBase
-from .image_processing_vtc import TileLayout, VtcImageProcessor, VtcImagesKwargs, push_copy, write_json
+from .image_processing_vtc import VtcImageProcessor, VtcImagesKwargs, push_copy, write_json
+from .tiling_vtc import TileLayout
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # what the decoders take; tokenizers of some versions add `token_type_ids`, which `generate` refuses
@@ -150,7 +151,9 @@ class VtcProcessor(ProcessorBase):
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
         if images is not None:
-            images = _rows_or_flat(self.image_processor.fetch_images(images))
+            name = "input_data_format"
+            data_format = kwargs.get(name, (kwargs.get("images_kwargs") or {}).get(name))
+            images = _rows_or_flat(self.image_processor.fetch_images(images, data_format))
         return images or None, text, videos, audio
 
     def validate_inputs(
@@ -217,7 +220,9 @@ class VtcProcessor(ProcessorBase):
         fields = _layout_fields(kwargs)
         return MultiModalData(
             num_image_tokens=[self.reserved_tokens(*size, **fields) for size in image_sizes],
-            num_image_patches=[self.image_processor.get_tile_layout(*size, **fields).num_tiles for size in image_sizes],
+            num_image_patches=[
+                self.image_processor.get_tile_layout(*size, **fields).num_tiles for size in image_sizes
+            ],
         )
 
     def remote_code_map(self) -> dict[str, str]:

@@ -1,0 +1,537 @@
+"""`VtcImageProcessor`: bit-exact tiles, every kind of image, clear errors."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoImageProcessor
+
+import hf_vtc.models  # noqa: F401 - registers the Auto classes
+from hf_vtc.models.image_processing_vtc import IMAGENET_MEAN, IMAGENET_STD, VtcImageProcessor
+from hf_vtc.models.tiling_vtc import anyres_layout, dynamic_layout
+
+try:
+    # transformers 5
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ClipProcessor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+        GotOcr2ImageProcessorPil as InternVLProcessor,
+    )
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as LlavaProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil as LlavaNextProcessor,
+    )
+except ImportError:
+    # 4.57
+    from transformers.models.clip.image_processing_clip import CLIPImageProcessor as ClipProcessor
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor as InternVLProcessor
+    from transformers.models.llava.image_processing_llava import LlavaImageProcessor as LlavaProcessor
+    from transformers.models.llava_next.image_processing_llava_next import (
+        LlavaNextImageProcessor as LlavaNextProcessor,
+    )
+
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+# height, width: upright, flat, exact ties between two grids (1.25, 0.75, 1.75), one tile, extremes
+SIZES = [(64, 96), (97, 41), (80, 100), (100, 75), (40, 70), (400, 500), (32, 32), (7, 300), (300, 7), (65, 64)]
+
+
+def random_image(height: int, width: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def to_tensor_and_normalize(tile: Image.Image, mean, std) -> torch.Tensor:
+    """torchvision's ToTensor and Normalize, spelt out."""
+    tensor = torch.from_numpy(np.array(tile)).permute(2, 0, 1).to(torch.float32).div(255)
+    mean, std = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+    return (tensor - mean[:, None, None]) / std[:, None, None]
+
+
+def internvl_tiles(image: Image.Image, size: int, max_tiles: int) -> list[Image.Image]:
+    """InternVL's preprocessing as its description reads, one sentence per block."""
+    width, height = image.size
+    candidates = []
+    for count in range(1, max_tiles + 1):
+        candidates += [(columns, count // columns) for columns in range(1, count + 1) if count % columns == 0]
+
+    chosen = None
+    for columns, rows in candidates:
+        distance = abs(width / height - columns / rows)
+        if chosen is None or distance < chosen[0]:
+            chosen = (distance, columns, rows)
+        elif distance == chosen[0] and width * height > 0.5 * size * size * columns * rows:
+            chosen = (distance, columns, rows)
+    _, columns, rows = chosen
+
+    canvas = image.resize((size * columns, size * rows))
+    tiles = []
+    for k in range(columns * rows):
+        left, top = (k % columns) * size, (k // columns) * size
+        tiles.append(canvas.crop((left, top, left + size, top + size)))
+    return tiles if len(tiles) == 1 else [*tiles, image.resize((size, size))]
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("max_tiles", [1, 4, 12])
+@pytest.mark.parametrize("size", [*SIZES, (1, 1)])
+def test_dynamic_equals_the_description_bit_for_bit(size, max_tiles):
+    image = random_image(*size)
+    out = VtcImageProcessor(size=32, max_tiles=max_tiles)(image, return_tensors="pt")
+    expected = [
+        to_tensor_and_normalize(tile, IMAGENET_MEAN, IMAGENET_STD) for tile in internvl_tiles(image, 32, max_tiles)
+    ]
+    assert out["num_tiles"].tolist() == [len(expected)]
+    assert out["image_sizes"].tolist() == [list(size)]
+    assert out["pixel_values"].dtype == torch.float32
+    assert torch.equal(out["pixel_values"], torch.stack(expected))
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("size", SIZES)
+def test_dynamic_equals_transformers_bit_for_bit(size):
+    image = random_image(*size)
+    theirs = InternVLProcessor(
+        size={"height": 32, "width": 32},
+        crop_to_patches=True,
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )(image, return_tensors="pt")
+    ours = VtcImageProcessor(size=32)(image, return_tensors="pt")
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+
+
+def test_dynamic_at_the_published_size_equals_transformers_bit_for_bit():
+    image = random_image(601, 803)
+    theirs = InternVLProcessor(
+        size={"height": 448, "width": 448},
+        crop_to_patches=True,
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )(image, return_tensors="pt")
+    ours = VtcImageProcessor()(image, return_tensors="pt")
+    assert ours["num_tiles"].tolist() == [13]
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+
+
+@pytest.mark.window
+@pytest.mark.parametrize(
+    "size", [(40, 64), (64, 40), (32, 32), (100, 100), (7, 90), (90, 7), (48, 64), (333, 500), (33, 32)]
+)
+def test_anyres_equals_transformers_bit_for_bit(size):
+    pinpoints = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+    shared = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "image_grid_pinpoints": pinpoints}
+    image = random_image(*size)
+    theirs = LlavaNextProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **shared)(
+        image, return_tensors="pt"
+    )
+    ours = VtcImageProcessor(tiling="anyres", size=32, **shared)(image, return_tensors="pt")
+    assert ours["image_sizes"].tolist() == theirs["image_sizes"].tolist()
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"][0])
+    assert ours["num_tiles"].tolist() == [len(ours["pixel_values"])]
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("size", SIZES)
+def test_pad_equals_transformers_bit_for_bit(size):
+    image = random_image(*size)
+    theirs = LlavaProcessor(
+        do_pad=True,
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+    )(image, return_tensors="pt")
+    ours = VtcImageProcessor(tiling="pad", size=32, image_mean=CLIP_MEAN, image_std=CLIP_STD)(
+        image, return_tensors="pt"
+    )
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    assert "num_tiles" not in ours
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("size", SIZES)
+def test_single_equals_transformers_bit_for_bit(size):
+    image = random_image(*size)
+    theirs = ClipProcessor(
+        size={"height": 32, "width": 32}, do_center_crop=False, image_mean=CLIP_MEAN, image_std=CLIP_STD
+    )(image, return_tensors="pt")
+    ours = VtcImageProcessor(tiling="single", size=32, image_mean=CLIP_MEAN, image_std=CLIP_STD)(
+        image, return_tensors="pt"
+    )
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+
+
+def test_pad_uses_the_truncated_mean_colour():
+    processor = VtcImageProcessor(tiling="pad", size=32, image_mean=CLIP_MEAN, do_rescale=False, do_normalize=False)
+    corner = processor(Image.new("RGB", (2, 32)))["pixel_values"][0, :, 0, 0]
+    assert corner.tolist() == [122, 116, 104]
+
+
+@pytest.mark.window
+@settings(max_examples=150, deadline=None)
+@given(
+    height=st.integers(1, 5000),
+    width=st.integers(1, 5000),
+    tiling=st.sampled_from(["single", "pad", "anyres", "dynamic"]),
+    max_tiles=st.integers(1, 40),
+    use_thumbnail=st.booleans(),
+)
+def test_get_tile_layout_covers_the_image(height, width, tiling, max_tiles, use_thumbnail):
+    processor = VtcImageProcessor(tiling=tiling, size=336, max_tiles=max_tiles, use_thumbnail=use_thumbnail)
+    layout = processor.get_tile_layout(height, width)
+    rows, columns = layout.grid
+    grid_tiles = rows * columns
+    whole = (0.0, 0.0, float(width), float(height))
+    boxes = list(layout.boxes)
+    if tiling == "anyres":
+        assert boxes.pop(0) == whole
+    elif tiling == "dynamic":
+        assert grid_tiles <= max_tiles
+        if use_thumbnail and grid_tiles > 1:
+            assert boxes.pop() == whole
+    assert len(boxes) == grid_tiles
+    assert layout.num_tiles == processor.get_number_of_image_patches(height, width)
+    # neighbours touch, and together they hold the image
+    for k, (left, top, right, bottom) in enumerate(boxes):
+        assert left < right and top < bottom
+        if (k + 1) % columns:
+            assert boxes[k + 1][0] == pytest.approx(right) and boxes[k + 1][1] == top
+        if k + columns < grid_tiles:
+            assert boxes[k + columns][1] == pytest.approx(bottom) and boxes[k + columns][0] == left
+    assert boxes[0][0] <= 0 and boxes[0][1] <= 0
+    assert boxes[-1][2] >= width - 1e-6 * width and boxes[-1][3] >= height - 1e-6 * height
+
+
+@pytest.mark.parametrize("tiling", ["single", "pad", "anyres", "dynamic"])
+def test_get_tile_layout_boxes_show_what_the_tiles_show(tiling):
+    # a red square at a known place of a black image must appear in exactly those tiles whose box meets it
+    image = Image.new("RGB", (300, 200))
+    image.paste((255, 0, 0), (210, 130, 230, 150))
+    processor = VtcImageProcessor(
+        tiling=tiling, size=32, image_grid_pinpoints=[[64, 96]], image_mean=[0.0] * 3, do_normalize=False
+    )
+    tiles = processor(image)["pixel_values"]
+    for tile, (left, top, right, bottom) in zip(tiles, processor.get_tile_layout(200, 300).boxes):
+        rows, columns = np.nonzero(tile[0] > 0.5)
+        inside = left < 220 < right and top < 140 < bottom
+        assert bool(len(rows)) == inside
+        if inside:
+            # the centre of mass, taken back to pixels of the original
+            x = left + (columns.mean() + 0.5) / 32 * (right - left)
+            y = top + (rows.mean() + 0.5) / 32 * (bottom - top)
+            assert abs(x - 220) < (right - left) / 32 and abs(y - 140) < (bottom - top) / 32
+
+
+def test_layouts_of_known_sizes():
+    grids = {
+        # height, width: rows, columns
+        (800, 1300): (2, 3),
+        (896, 896): (2, 2),
+        # too few pixels to earn two by two
+        (600, 600): (1, 1),
+        # two by one and four by two have this ratio; the larger needs more than half of its pixels
+        (1200, 600): (2, 1),
+        (1300, 650): (4, 2),
+        (10, 5000): (1, 12),
+    }
+    for (height, width), grid in grids.items():
+        assert dynamic_layout(height, width, 448, 1, 12, True).grid == grid
+    # small squares: the first of two equally good pinpoints, in (height, width)
+    assert anyres_layout(100, 100, 336, [(336, 672), (672, 336)]).grid == (1, 2)
+    assert anyres_layout(100, 100, 336, [(672, 336), (336, 672)]).grid == (2, 1)
+
+
+def grey(height=40, width=64) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (height, width), dtype=np.uint8)
+
+
+def odd_images() -> dict:
+    """Name -> (image, the RGB image that it stands for)."""
+    rgb = random_image(40, 64)
+    level = grey()
+    as_rgb = Image.fromarray(level).convert("RGB")
+    pixels = np.asarray(rgb)
+    alpha = Image.fromarray(np.full((40, 64), 3, np.uint8))
+    rgba, grey_alpha = rgb.copy(), Image.fromarray(level)
+    rgba.putalpha(alpha)
+    grey_alpha.putalpha(alpha)
+    palette = rgb.quantize(16)
+    one_bit = Image.fromarray(level > 127)
+    return {
+        "rgb": (rgb, rgb),
+        "grey": (Image.fromarray(level), as_rgb),
+        "grey+alpha": (grey_alpha, as_rgb),
+        "rgba": (rgba, rgb),
+        "palette": (palette, palette.convert("RGB")),
+        "palette+transparency": (transparent(palette), palette.convert("RGB")),
+        "one bit": (one_bit, one_bit.convert("RGB")),
+        "cmyk": (rgb.convert("CMYK"), rgb.convert("CMYK").convert("RGB")),
+        "ycbcr": (rgb.convert("YCbCr"), rgb.convert("YCbCr").convert("RGB")),
+        "16 bit": (Image.fromarray(level.astype(np.uint16) * 257), as_rgb),
+        "16 bit in mode I": (Image.fromarray(level.astype(np.int32) * 257), as_rgb),
+        "8 bit in mode I": (Image.fromarray(level.astype(np.int32)), as_rgb),
+        "float levels": (Image.fromarray(level.astype(np.float32)), as_rgb),
+        "float unit": (Image.fromarray(level.astype(np.float32) / np.float32(255)), as_rgb),
+        "uint8 hwc": (pixels, rgb),
+        "uint8 chw": (pixels.transpose(2, 0, 1), rgb),
+        "uint8 hw": (level, as_rgb),
+        "uint8 hw1": (level[:, :, None], as_rgb),
+        "uint8 1hw": (level[None], as_rgb),
+        "uint8 hw2": (np.stack([level, level // 2], -1), as_rgb),
+        "uint8 hw4": (np.dstack([pixels, level]), rgb),
+        "int64": (pixels.astype(np.int64), rgb),
+        "uint16": (pixels.astype(np.uint16) * 257, rgb),
+        "bool": (level > 127, one_bit.convert("RGB")),
+        "float32": (pixels.astype(np.float32) / np.float32(255), rgb),
+        "float64": (pixels / 255, rgb),
+        "float16": ((pixels / 255).astype(np.float16), rgb),
+        "not contiguous": (pixels[:, ::-1][:, ::-1], rgb),
+        "torch chw": (torch.from_numpy(pixels.transpose(2, 0, 1).copy()), rgb),
+        "torch hwc": (torch.from_numpy(pixels.copy()), rgb),
+        "torch float": (torch.from_numpy(pixels.transpose(2, 0, 1) / 255).requires_grad_(), rgb),
+    }
+
+
+def transparent(palette: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG", transparency=0)
+    return Image.open(buffer)
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("kind", odd_images())
+def test_every_kind_of_image_is_read(kind):
+    image, plain = odd_images()[kind]
+    processor = VtcImageProcessor(size=32, max_tiles=4)
+    out, expected = processor(image), processor(plain)
+    assert np.array_equal(out["pixel_values"], expected["pixel_values"])
+    assert out["image_sizes"].tolist() == [[40, 64]]
+
+
+def test_bfloat16_tensor_is_read():
+    image = torch.zeros(3, 40, 64, dtype=torch.bfloat16)
+    image[0] = 1
+    out = VtcImageProcessor(tiling="single", size=32, do_normalize=False)(image)
+    assert out["pixel_values"].mean(axis=(0, 2, 3)).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("tiling", ["single", "pad", "anyres", "dynamic"])
+@pytest.mark.parametrize("shape", [(1, 4000, 3), (4000, 1, 3), (1, 1, 3), (2, 4000, 3)])
+def test_strips_are_read_as_channels_last_arrays(tiling, shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    processor = VtcImageProcessor(tiling=tiling, size=32, image_grid_pinpoints=[[32, 64], [64, 32]])
+    out = processor(pixels)
+    assert np.array_equal(out["pixel_values"], processor(Image.fromarray(pixels))["pixel_values"])
+    assert out["image_sizes"].tolist() == [list(shape[:2])]
+    assert len(out["pixel_values"]) == processor.get_tile_layout(*shape[:2]).num_tiles
+
+
+def test_input_data_format_decides_ambiguous_arrays():
+    pixels = np.zeros((3, 40, 3), np.uint8)
+    processor = VtcImageProcessor(size=32)
+    assert processor(pixels)["image_sizes"].tolist() == [[3, 40]]
+    assert processor(torch.from_numpy(pixels))["image_sizes"].tolist() == [[40, 3]]
+    assert processor(pixels, input_data_format="channels_first")["image_sizes"].tolist() == [[40, 3]]
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation, tmp_path):
+    upright = random_image(48, 80)
+    # what undoes the rotation that the tag asks for
+    undo = (
+        "",
+        "FLIP_LEFT_RIGHT",
+        "ROTATE_180",
+        "FLIP_TOP_BOTTOM",
+        "TRANSPOSE",
+        "ROTATE_90",
+        "TRANSVERSE",
+        "ROTATE_270",
+    )
+    name = undo[orientation - 1]
+    stored = upright.transpose(Image.Transpose[name]) if name else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "photo.png"
+    stored.save(file, exif=exif)
+    processor = VtcImageProcessor(size=32)
+    expected = processor(upright)["pixel_values"]
+    for image in (Image.open(file), str(file), file):
+        out = processor(image)
+        assert out["image_sizes"].tolist() == [[48, 80]]
+        assert np.array_equal(out["pixel_values"], expected)
+
+
+@pytest.mark.window
+def test_every_source_is_read(tmp_path):
+    image = random_image(48, 80)
+    file = tmp_path / "image.png"
+    image.save(file)
+    text = base64.b64encode(file.read_bytes()).decode()
+    processor = VtcImageProcessor(size=32)
+    expected = processor(image)["pixel_values"]
+    for source in (file, str(file), file.as_uri(), text, f"data:image/png;base64,{text}"):
+        assert np.array_equal(processor(source)["pixel_values"], expected)
+
+
+def test_urls_are_downloaded(tmp_path, monkeypatch):
+    image = random_image(48, 80)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    asked = []
+
+    def urlopen(request, timeout):
+        asked.append((request.full_url, timeout > 0))
+        return io.BytesIO(buffer.getvalue())
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    processor = VtcImageProcessor(size=32)
+    out = processor("https://example.com/a.png")
+    assert asked == [("https://example.com/a.png", True)]
+    assert np.array_equal(out["pixel_values"], processor(image)["pixel_values"])
+
+
+@pytest.mark.window
+def test_nesting_is_flattened_in_order_and_kept_by_fetch_images():
+    first, second, third = (random_image(40, 40 + 30 * index, index) for index in range(3))
+    processor = VtcImageProcessor(size=32)
+    parts = [processor(image) for image in (first, second, third)]
+    expected = np.concatenate([part["pixel_values"] for part in parts])
+    for images in (
+        [first, second, third],
+        [[first], [second, third]],
+        [[], [first, second, third]],
+        (first, (second, third)),
+    ):
+        out = processor(images)
+        assert np.array_equal(out["pixel_values"], expected)
+        assert out["num_tiles"].tolist() == [part["num_tiles"][0] for part in parts]
+    batch = np.stack([np.asarray(first)] * 2)
+    assert processor(batch)["image_sizes"].tolist() == [[40, 40]] * 2
+    assert [len(row) for row in processor.fetch_images([[first, second], None, [third]])] == [2, 0, 1]
+
+
+def test_fetch_images_leaves_plain_images_alone():
+    image = random_image(8, 8)
+    processor = VtcImageProcessor()
+    assert processor.fetch_images(image) is image
+    assert processor.fetch_images(processor.fetch_images([image]))[0] is image
+
+
+@pytest.mark.window
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((0, 5, 3), np.uint8), "at least one pixel"),
+        (Image.new("RGB", (0, 5)), "at least one pixel"),
+        (np.zeros(5, np.uint8), "2 dimensions"),
+        (np.zeros((1, 2, 3, 4, 5), np.uint8), "2 dimensions"),
+        (np.zeros((9, 9, 5), np.uint8), "1 to 4 channels"),
+        (np.full((4, 4, 3), np.nan), "finite"),
+        (np.full((4, 4, 3), np.inf, np.float32), "finite"),
+        (np.full((4, 4, 3), 2.0), "must be 0..1"),
+        (np.full((4, 4, 3), -0.5), "must be 0..1"),
+        (np.full((4, 4, 3), 256), "must be 0..255"),
+        (np.full((4, 4, 3), -1), "must be 0..255"),
+        (np.zeros((4, 4, 3), complex), "booleans, integers or floats"),
+        (Image.fromarray(np.full((4, 4), 70000, np.int32)), "0..65535"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "finite"),
+        (Image.new("La", (4, 4)), "converts to RGB"),
+        (object(), "must be a path"),
+        ([], "at least one image"),
+        ([[], []], "at least one image"),
+        ([[np.zeros((4, 4, 3), np.uint8)], [np.zeros(3)]], re.escape("images[1][0]")),
+    ],
+)
+def test_unusable_images_are_named(image, words):
+    with pytest.raises(ValueError, match=words):
+        VtcImageProcessor(size=32)(image)
+
+
+@pytest.mark.window
+def test_unreadable_files_are_named(tmp_path):
+    processor = VtcImageProcessor(size=32)
+    with pytest.raises(FileNotFoundError, match="no existing file"):
+        processor("missing/picture.png")
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    with pytest.raises(OSError, match="no image could be read"):
+        processor(text)
+    for extension in ("png", "jpg", "gif", "tiff", "webp", "bmp"):
+        whole, half = tmp_path / f"whole.{extension}", tmp_path / f"half.{extension}"
+        random_image(60, 60).save(whole)
+        half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        with pytest.raises(OSError, match=re.escape(half.name)):
+            processor(half)
+    with pytest.raises(OSError, match="damaged or truncated"):
+        processor(Image.open(tmp_path / "half.png"))
+    with pytest.raises(OSError, match="could not be downloaded"):
+        processor((tmp_path / "nothing.png").as_uri())
+
+
+def test_padding_that_exhausts_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    processor = VtcImageProcessor(tiling="pad", size=32)
+    with pytest.raises(ValueError, match="Crop or shrink"):
+        processor(Image.new("RGB", (100, 2)))
+    assert processor(Image.new("RGB", (30, 20)))["image_sizes"].tolist() == [[20, 30]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tiling": "grid"}, "`tiling`"),
+        ({"size": 0}, "`size`"),
+        ({"size": {"height": 3, "width": 4}}, "`size`"),
+        ({"min_tiles": 3, "max_tiles": 2}, "`min_tiles`"),
+        ({"image_mean": [0.5]}, "`image_mean`"),
+        ({"tiling": "anyres", "size": 32, "image_grid_pinpoints": [[33, 64]]}, "`image_grid_pinpoints`"),
+        ({"tiling": "anyres", "image_grid_pinpoints": []}, "`image_grid_pinpoints`"),
+    ],
+)
+def test_wrong_fields_are_refused_at_construction_and_at_call(fields, words):
+    with pytest.raises(ValueError, match=words):
+        VtcImageProcessor(**fields)
+    with pytest.raises(ValueError, match=words):
+        VtcImageProcessor()(random_image(8, 8), **fields)
+
+
+@pytest.mark.window
+def test_fields_can_be_overridden_per_call():
+    processor = VtcImageProcessor(size=32)
+    image = random_image(64, 64)
+    assert processor(image)["num_tiles"].tolist() == [5]
+    assert processor(image, max_tiles=1)["pixel_values"].shape == (1, 3, 32, 32)
+    assert processor(image, max_tiles=4, use_thumbnail=False)["num_tiles"].tolist() == [4]
+    assert processor(image, tiling="single", size=16)["pixel_values"].shape == (1, 3, 16, 16)
+    assert processor.get_tile_layout(64, 64, max_tiles=1).num_tiles == 1
+    assert processor.max_tiles == 12
+    with pytest.raises(ValueError, match="no fields"):
+        processor(image, max_tile=3)
+
+
+@pytest.mark.window
+def test_save_pretrained_and_load(tmp_path):
+    processor = VtcImageProcessor(tiling="anyres", size=32, image_grid_pinpoints=[[32, 64], [64, 32]], max_tiles=3)
+    processor.save_pretrained(tmp_path / "code")
+    processor.save_pretrained(tmp_path / "plain", save_code=False)
+    with_code = {file.name for file in (tmp_path / "code").iterdir()}
+    assert {"preprocessor_config.json", "image_processing_vtc.py", "compat_vtc.py"} <= with_code
+    assert {file.name for file in (tmp_path / "plain").iterdir()} == {"preprocessor_config.json"}
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "preprocessor_config.json").read_text())
+    image = random_image(40, 90)
+    expected = processor(image)["pixel_values"]
+    for folder in ("code", "plain"):
+        loaded = AutoImageProcessor.from_pretrained(tmp_path / folder)
+        assert type(loaded) is VtcImageProcessor
+        assert loaded.to_dict() == processor.to_dict()
+        assert np.array_equal(loaded(image)["pixel_values"], expected)
+    assert VtcImageProcessor.from_pretrained(tmp_path / "plain", tiling="single").tiling == "single"
