@@ -1,0 +1,196 @@
+"""Make `model_cards/vico-tiny`: base model, consistency training, router training, evaluation, checkpoint folder.
+
+    python examples/train_vico.py --output model_cards/vico-tiny                # everything
+    python examples/train_vico.py --base base --output model_cards/vico-tiny    # from a base of train_base.py
+    python examples/train_vico.py --evaluate model_cards/vico-tiny              # the numbers of the card
+
+The two stages of ViCO (arXiv 2510.12793; InternVL3.5, arXiv 2508.18265) are those of `hf_vtc.trainers`. What the
+papers leave open is chosen here: step counts and learning rates; one tile compressed at a time per loss ratio; the
+percentile, which in the long run is the share of tiles that the router learns to compress.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from digit_forms import FIELD_SIZE, MAX_TILES, TOKENS_PER_TILE, draw_page, evaluation_set, page_rng
+from digit_forms.measure import as_table, measure
+from rich.console import Console
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+
+import hf_vtc
+from hf_vtc.data import VtcCollator
+from hf_vtc.models.image_processing_vtc import VtcImageProcessor
+from hf_vtc.models.processing_vtc import VtcProcessor
+from hf_vtc.trainers import VicoConsistencyTrainer, VicoRouterTrainer
+
+# pages of the base model's training have seed 0, evaluation has 1234
+CONSISTENCY_PAGES_SEED = 100
+ROUTER_PAGES_SEED = 200
+EVALUATION_SEED = 1234
+
+
+class PageDataset(torch.utils.data.Dataset):
+    """Pages with all their questions as one conversation in random order, the transcription last."""
+
+    def __init__(self, num_pages: int, seed: int):
+        self.num_pages = num_pages
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.num_pages
+
+    def __getitem__(self, idx: int) -> dict:
+        rng = page_rng(self.seed, "train", idx)
+        page = draw_page(rng, "train")
+        *questions, transcription = page.questions
+        messages = []
+        for question in [questions[i] for i in rng.permutation(len(questions))] + [transcription]:
+            messages.append({"role": "user", "content": question.text})
+            messages.append({"role": "assistant", "content": question.answer})
+        return {"messages": messages, "images": [page.image]}
+
+
+class ProgressLog(TrainerCallback):
+    """Prints what the trainer logs, one line each time."""
+
+    def __init__(self, console: Console, stage: str):
+        self.console, self.stage = console, stage
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        shown = {name: round(float(value), 4) for name, value in logs.items() if isinstance(value, int | float)}
+        self.console.print(f"{self.stage} {state.global_step}/{state.max_steps}: {shown}")
+
+
+def build_processor(tokenizer) -> VtcProcessor:
+    """The processor that cuts forms into their fields, thumbnail last."""
+    image_processor = VtcImageProcessor(tiling="dynamic", size=FIELD_SIZE, max_tiles=MAX_TILES)
+    return VtcProcessor(image_processor, tokenizer, image_seq_length=TOKENS_PER_TILE)
+
+
+def training_arguments(folder: Path, steps: int, batch_size: int, learning_rate: float, seed: int):
+    """`TrainingArguments` shared by both stages."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        logging_steps=max(steps // 20, 1),
+        save_steps=max(steps // 3, 1),
+        save_total_limit=1,
+        seed=seed,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def run_stage(trainer, console: Console, stage: str) -> None:
+    trainer.pop_callback(PrinterCallback)
+    trainer.add_callback(ProgressLog(console, stage))
+    trainer.train()
+    trainer.model.eval()
+
+
+def train_consistency(model, processor, folder: Path, steps: int, seed: int, console: Console) -> None:
+    """Stage 1, in place. The compressed connector is new and learns faster than what the base already knows."""
+    batch_size, learning_rate = 16, 1.5e-3
+    new = list(model.model.compressed_projector.parameters())
+    router = {id(parameter) for parameter in model.model.router.parameters()}
+    known = router | {id(parameter) for parameter in new}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    optimizer = torch.optim.AdamW(
+        [{"params": new, "lr": learning_rate}, {"params": rest, "lr": learning_rate / 5}], weight_decay=0.01
+    )
+    trainer = VicoConsistencyTrainer(
+        model,
+        training_arguments(folder / "consistency", steps, batch_size, learning_rate, seed),
+        train_dataset=PageDataset(steps * batch_size, CONSISTENCY_PAGES_SEED + seed),
+        data_collator=VtcCollator(processor),
+        optimizers=(optimizer, None),
+    )
+    run_stage(trainer, console, "consistency")
+
+
+def train_router(model, reference, processor, folder: Path, steps: int, percentile: float, seed, console) -> None:
+    """Stage 2, in place."""
+    batch_size = 16
+    trainer = VicoRouterTrainer(
+        model,
+        training_arguments(folder / "router", steps, batch_size, 1e-3, seed),
+        reference_model=reference,
+        probe="one_tile",
+        percentile=percentile,
+        train_dataset=PageDataset(steps * batch_size, ROUTER_PAGES_SEED + seed),
+        data_collator=VtcCollator(processor),
+    )
+    run_stage(trainer, console, "router")
+
+
+def evaluate(model, processor, num_questions: int, console: Console) -> list:
+    """Measure, print, and return the four rows of the card."""
+    rows = measure(model.eval(), processor, evaluation_set(num_questions, EVALUATION_SEED))
+    console.print(as_table(rows, num_questions))
+    return rows
+
+
+def load(folder: str):
+    """Model and processor of a checkpoint folder, in float32."""
+    from transformers import AutoProcessor
+
+    model = hf_vtc.AutoModelForVision2Seq.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="checkpoint folder to write")
+    parser.add_argument("--base", type=Path, help="folder of train_base.py; trained first if not given")
+    parser.add_argument("--work", type=Path, default=Path("outputs/vico-tiny"), help="trainer checkpoints and log")
+    parser.add_argument("--consistency-steps", type=int, default=600)
+    parser.add_argument("--router-steps", type=int, default=150)
+    parser.add_argument("--percentile", type=float, default=75.0, help="of past loss ratios, the router's threshold")
+    parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the evaluation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate", metavar="FOLDER", help="only measure a finished checkpoint")
+    args = parser.parse_args()
+    console = Console()
+    if args.evaluate:
+        rows = evaluate(*load(args.evaluate), args.questions, console)
+        console.print_json(json.dumps([vars(row) for row in rows]))
+        return
+    if args.output is None:
+        parser.error("--output is needed, or --evaluate")
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.base is None:
+        args.base = args.work / "base"
+        script = Path(__file__).with_name("train_base.py")
+        subprocess.run([sys.executable, script, "--output", args.base, "--seed", str(args.seed)], check=True)
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    processor = build_processor(tokenizer)
+    reference = hf_vtc.convert.from_base(args.base, "vico")
+    # thresholds: the papers publish none; an even chance decides, and one tile per page always stays
+    model = hf_vtc.convert.from_base(
+        args.base, "vico", flash_mode=True, flash_relative_threshold=0.0, flash_absolute_threshold=0.5
+    )
+    train_consistency(model, processor, args.work, args.consistency_steps, args.seed, console)
+    model.save_pretrained(args.work / "after_consistency", save_code=False)
+    train_router(model, reference, processor, args.work, args.router_steps, args.percentile, args.seed, console)
+    model.requires_grad_(True).to(torch.bfloat16).save_pretrained(args.output, save_code=False)
+    processor.save_pretrained(args.output, save_code=False)
+    console.print(f"wrote {args.output}")
+    # what is shipped is what is measured: the rounded weights
+    evaluate(*load(str(args.output)), args.questions, console)
+
+
+if __name__ == "__main__":
+    main()
