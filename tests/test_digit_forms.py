@@ -86,16 +86,24 @@ def test_draw_page_answers_agree_with_metadata(pages):
         width, height = page.image.size
         assert answers["orientation"][0].answer == ("landscape" if width > height else "portrait")
         assert answers["count"][0].answer == str(len(page.boxes))
+        assert len(answers["describe_field"]) == len(page.boxes) + 1
+        for question in answers["describe_field"]:
+            box = next(
+                (box for box in page.boxes if f"row {box.row + 1}, column {box.column + 1}" in question.text), None
+            )
+            assert question.answer.endswith("empty" if box is None else box.colour)
         for topic, value in (("number", "number"), ("where", "place"), ("box_colour", "colour")):
             assert len(answers[topic]) == len(page.boxes)
             for box, question in zip(page.boxes, answers[topic], strict=True):
                 place = f"row {box.row + 1}, column {box.column + 1}"
                 assert question.answer == (place if value == "place" else getattr(box, value))
+                assert f"{box.colour} {box.number}" in [q.answer for q in answers["read_box"]]
+                assert f"{box.colour} {place}" in [q.answer for q in answers["find_box"]]
                 assert (place if topic == "box_colour" else f"the {box.colour} box") in question.text
         taken = {f"row {box.row + 1}, column {box.column + 1}" for box in page.boxes}
         for question in answers["is_box"]:
             assert question.answer == ("yes" if any(place in question.text for place in taken) else "no")
-        assert page.questions[-1].kind == "transcription"
+        assert page.questions[-1].topic == "transcription"
         assert page.questions[-1].answer == ", ".join(f"{box.colour} {box.number}" for box in page.boxes)
 
 

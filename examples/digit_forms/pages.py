@@ -18,7 +18,7 @@ PATCH_SIZE = 4
 GRIDS = ((2, 3), (3, 2), (2, 4), (4, 2))
 MAX_TILES = 12
 # share of pages with 1, 2, 3 boxes, by number of fields: about a quarter of the tiles hold a number
-BOX_COUNTS = {6: (0.4, 0.6, 0.0), 8: (0.25, 0.4, 0.35)}
+BOX_COUNTS = {6: (0.2, 0.8, 0.0), 8: (0.15, 0.4, 0.45)}
 ONE_DIGIT_SHARE = 0.35
 
 PAGE_COLOURS = {

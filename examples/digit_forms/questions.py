@@ -1,7 +1,11 @@
 """Questions about a form, in three kinds, each with one exact answer.
 
 coarse: page colour, orientation. middling: how many boxes, where is one, which colour is one. fine: read a number.
-The transcription of the whole page is a fourth kind, used as a training task and not evaluated.
+
+A fourth kind, "auxiliary", is asked in training only: the transcription of the whole page, and answers that name what
+they talk about before they say something of it ("red 47"). A model without a pretrained language model learns to look
+things up from the latter: "find the colour in the question" and "find it on the page" are then two predictions, and
+not one that gives no gradient before both halves exist.
 """
 
 from dataclasses import dataclass
@@ -33,6 +37,9 @@ TEMPLATES = {
         "Which number is written in the {colour} box?",
         "Read the number in the {colour} box.",
     ),
+    "read_box": ("Read the {colour} box.", "Tell me about the {colour} box."),
+    "find_box": ("Find the {colour} box.", "Locate the {colour} box."),
+    "describe_field": ("Describe row {row}, column {column}.", "What is in row {row}, column {column}?"),
     "transcription": ("Read all boxes.", "Transcribe the page.", "What is written on the form?"),
 }
 KINDS = {
@@ -43,7 +50,10 @@ KINDS = {
     "box_colour": "middling",
     "is_box": "middling",
     "number": "fine",
-    "transcription": "transcription",
+    "read_box": "auxiliary",
+    "find_box": "auxiliary",
+    "describe_field": "auxiliary",
+    "transcription": "auxiliary",
 }
 
 
@@ -51,7 +61,7 @@ KINDS = {
 class Question:
     """One question about a page.
 
-    `kind` is `"coarse"`, `"middling"`, `"fine"` or `"transcription"`; `topic` is a key of `TEMPLATES`; `answer` is the
+    `kind` is `"coarse"`, `"middling"`, `"fine"` or `"auxiliary"`; `topic` is a key of `TEMPLATES`; `answer` is the
     only string that counts as right.
     """
 
@@ -85,11 +95,15 @@ def ask_all(rng: np.random.Generator, page_colour: str, rows: int, columns: int,
         ask("where", f"row {box.row + 1}, column {box.column + 1}", colour=box.colour)
         ask("box_colour", box.colour, **place)
         ask("number", box.number, colour=box.colour)
+        ask("read_box", f"{box.colour} {box.number}", colour=box.colour)
+        ask("find_box", f"{box.colour} row {box.row + 1}, column {box.column + 1}", colour=box.colour)
+        ask("describe_field", f"row {box.row + 1}, column {box.column + 1} {box.colour}", **place)
     taken = {(box.row, box.column) for box in boxes}
     free = [(row, column) for row in range(rows) for column in range(columns) if (row, column) not in taken]
     box = boxes[rng.integers(len(boxes))]
     row, column = free[rng.integers(len(free))]
     ask("is_box", "yes", row=box.row + 1, column=box.column + 1)
     ask("is_box", "no", row=row + 1, column=column + 1)
+    ask("describe_field", f"row {row + 1}, column {column + 1} empty", row=row + 1, column=column + 1)
     ask("transcription", ", ".join(f"{box.colour} {box.number}" for box in boxes))
     return questions

@@ -21,7 +21,7 @@ def corpus() -> list[str]:
         for wording in wordings:
             for colour, row, column in itertools.product(BOX_COLOURS, range(1, 5), range(1, 5)):
                 texts.append("user\n" + wording.format(colour=colour, row=row, column=column))
-    answers = ["portrait", "landscape", "yes", "no", "row 1, column 2", *PAGE_COLOURS, *BOX_COLOURS]
+    answers = ["portrait", "landscape", "yes", "no", "empty", "row 1, column 2", *PAGE_COLOURS, *BOX_COLOURS]
     answers += [f"{first} 12, {second} 3" for first, second in itertools.permutations(BOX_COLOURS, 2)]
     return texts + [f"assistant\n{answer}" for answer in answers * 20]
 
