@@ -1,0 +1,284 @@
+"""The command line: what it prints, what it writes, and how it refuses."""
+
+import json
+from pathlib import Path
+
+import factories
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+import hf_vtc.convert
+import hf_vtc.hub
+from hf_vtc import cli
+
+QUESTIONS = [
+    {"question": "What colour is the page?", "answer": "Red", "kind": "coarse"},
+    {"question": "How many [boxes]?", "answer": "2", "kind": "middling"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with its processor."""
+    path = tmp_path_factory.mktemp("model") / "vico-test"
+    factories.tiny_model("vico").save_pretrained(path)
+    factories.tiny_processor("vico").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def shipped(folder, tmp_path, monkeypatch):
+    """A model and pages in the places of those that come with hf_vtc; the current folder is `tmp_path`."""
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "b.png")
+    pages = [{"image": "a.png", "questions": QUESTIONS}, {"image": "b.png", "questions": QUESTIONS[:1]}]
+    (tmp_path / "pages.json").write_text(json.dumps(pages), encoding="utf-8")
+    monkeypatch.setattr(cli, "_SHIPPED_MODEL", folder)
+    monkeypatch.setattr(cli, "_SHIPPED_PAGES", tmp_path / "pages.json")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def output_of(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def test_help_names_every_command():
+    text = output_of("--help")
+    assert all(f" {name} " in text for name in ("run", "convert", "export", "estimate", "bench"))
+
+
+@pytest.mark.window
+def test_run_without_arguments(shipped):
+    text = output_of("run", "--max-new-tokens", 3)
+    assert "a.png" in text and "b.png" in text and "All questions, vico-test" in text
+    assert "48 of 48" in text and "16 of 16" in text
+    assert text.rstrip().endswith("What was kept: vtc_run.png")
+    with Image.open(shipped / "vtc_run.png") as picture:
+        # pages below each other, "auto" and 0.5 beside each other
+        assert picture.width > 2 * 448 and picture.height > 224 + 448
+
+
+@pytest.mark.window
+def test_run_json(shipped, folder):
+    content = json.loads(output_of("run", "--json", "--max-new-tokens", 3, "--save", "kept.png"))
+    assert content["picture"] == "kept.png" and (shipped / "kept.png").is_file()
+    assert (content["device"], content["dtype"], content["model"]) == ("cpu", "float32", str(folder))
+    assert [Path(result["image"]).name for result in content["results"]] == ["a.png", "a.png", "b.png"]
+
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many [boxes]?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=Image.new("RGB", (64, 32), "red"), text=text, return_tensors="pt")
+    for attempt, budget in zip(content["results"][1]["runs"], ("full", "auto", 0.5), strict=True):
+        tokens = model.generate(**inputs, vtc_budget=budget, max_new_tokens=3, do_sample=False)
+        answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert (attempt["budget"], attempt["answer"]) == (budget, answer)
+        assert attempt["num_reserved"] == 48
+        assert attempt["num_kept"] == int(model.count_visual_tokens(**inputs, vtc_budget=budget))
+        assert attempt["compression_ratio"] == 48 / attempt["num_kept"]
+        assert attempt["correct"] == (answer.casefold() == "2")
+        assert attempt["ttft_ms"] > 0
+    for line, budget in zip(content["summary"], ("full", "auto", 0.5), strict=True):
+        assert (line["budget"], line["num_marked"], line["num_reserved"]) == (budget, 3, 48 + 48 + 16)
+
+
+def test_run_prints_json_alone(shipped, folder, run_python):
+    # in a process of its own, where nothing has been imported or silenced yet
+    arguments = ("run", "--image", shipped / "a.png", "--model", folder, "--json", "--max-new-tokens", 2)
+    content = json.loads(run_python("from hf_vtc.cli import app; app()", *arguments, installed=True))
+    assert len(content["results"]) == 1
+
+
+def test_run_works_where_output_is_ascii(shipped, folder, run_python, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    script = "import sys; from hf_vtc.cli import app; sys.argv[0] = 'hf-vtc'; app()"
+    arguments = ("run", "--image", shipped / "a.png", "--question", "Où?", "--model", folder, "--max-new-tokens", 8)
+    assert "O?" in run_python(script, *arguments, installed=True)
+
+
+def test_run_own_image_and_question(shipped):
+    arguments = ("--image", "a.png", "--image", "b.png", "--question", "Why?", "--budget", 16, "--max-new-tokens", 2)
+    content = json.loads(output_of("run", "--json", *arguments))
+    assert [(result["image"], result["question"]) for result in content["results"]] == [
+        ("a.png", "Why?"),
+        ("b.png", "Why?"),
+    ]
+    for result in content["results"]:
+        assert "answer" not in result and [attempt["correct"] for attempt in result["runs"]] == [None] * 3
+        assert result["runs"][2]["num_kept"] <= 16
+    assert content["summary"][0]["num_correct"] is None
+
+
+def test_run_question_about_the_shipped_pages(shipped):
+    content = json.loads(output_of("run", "--json", "--question", "Why?", "--max-new-tokens", 1))
+    assert [result["question"] for result in content["results"]] == ["Why?", "Why?"]
+
+
+@pytest.mark.parametrize("budget", ("auto", "full"))
+def test_run_names_a_budget_once(shipped, budget):
+    content = json.loads(output_of("run", "--json", "--image", "b.png", "--budget", budget, "--max-new-tokens", 1))
+    assert [line["budget"] for line in content["summary"]] == ["full", "auto"]
+
+
+def test_run_dtype(shipped):
+    arguments = ("--image", "b.png", "--dtype", "bfloat16", "--device", "cpu", "--max-new-tokens", 1)
+    assert json.loads(output_of("run", "--json", *arguments))["dtype"] == "bfloat16"
+
+
+def test_right_answers_are_counted():
+    runs = [[{"answer": "RED"}, {"answer": "blue"}], [{"answer": "3"}, {"answer": "2"}]]
+    results = [{**asked, "runs": attempts} for asked, attempts in zip(QUESTIONS, runs, strict=True)]
+    for result in results:
+        cli._mark(result)
+        for attempt in result["runs"]:
+            attempt |= {"budget": "full", "num_reserved": 8, "num_kept": 2, "ttft_ms": 1.0}
+    lines = [cli._summary(results, run_idx) for run_idx in range(2)]
+    assert [(line["num_correct"], line["num_marked"]) for line in lines] == [(1, 2), (1, 2)]
+    assert lines[0]["compression_ratio"] == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--image", "nope.png"], "'nope.png' is no existing file"),
+        (["run", "--image", "pages.json"], "no image could be read"),
+        (["run", "--model", "./nope"], "'./nope' is neither a folder nor"),
+        (["run", "--model", "."], "No config.json of a model can be read from ."),
+        (["run", "--model", "owner/name"], "No config.json of a model can be read from owner/name"),
+        (["run", "--budget", "half"], "got 'half'"),
+        (["run", "--budget", "1.5"], "got 1.5"),
+        (["run", "--budget", "0"], "at least 1, got 0"),
+        (["run", "--budget", "3"], "smallest admissible count is"),
+        (["run", "--save", "kept.txt"], "`--save` needs the name of a picture"),
+        (["run", "--save", "nowhere/kept.png"], "does not exist"),
+        (["run", "--device", "cudo"], "cudo"),
+        (["run", "--dtype", "int8"], "`--dtype` must be one of"),
+        (["estimate", "--image-size", "448"], "`--image-size` must be height x width"),
+        (["estimate", "--budget", "auto"], "router decides from the pixels"),
+        (["bench", "--image", "nope.png"], "'nope.png' is no existing file"),
+        (["convert", "nope", "out"], "nope"),
+        (["export", "nope", "out"], "'nope' is neither a folder nor"),
+        (["export", "owner/name", "out"], "No config.json of a model can be read from owner/name"),
+    ],
+)
+def test_refusals_are_one_line(shipped, arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not (shipped / "out").exists() and not (shipped / "vtc_run.png").exists()
+
+
+def test_debug_shows_where_an_error_comes_from(shipped):
+    result = invoke("run", "--budget", "half", "--debug")
+    assert isinstance(result.exception, ValueError) and "got 'half'" in str(result.exception)
+
+
+def test_unknown_device_is_refused(shipped):
+    missing = "cuda" if not torch.cuda.is_available() else "xpu"
+    result = invoke("run", "--device", missing)
+    assert result.exit_code == 2 and f"`--device {missing}` is not available here" in result.stderr
+
+
+def test_other_models_are_refused(shipped):
+    factories.uncompressed(factories.tiny_model("vico")).save_pretrained(shipped / "stock")
+    result = invoke("run", "--model", shipped / "stock")
+    assert result.exit_code == 2 and "is no model of hf_vtc" in result.stderr and "hf-vtc convert" in result.stderr
+
+
+@pytest.mark.parametrize("name, remedy", [("_SHIPPED_MODEL", "--model"), ("_SHIPPED_PAGES", "--image")])
+def test_missing_shipped_files_are_explained(shipped, monkeypatch, name, remedy):
+    monkeypatch.setattr(cli, name, shipped / "absent")
+    result = invoke("run")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1 and str(shipped / "absent") in result.stderr and remedy in result.stderr
+
+
+def test_estimate_of_the_shipped_model(shipped):
+    content = json.loads(output_of("estimate", "--json", "--image-size", "32x64", "--text-tokens", 5))
+    assert (content["model_type"], content["num_tiles"], content["num_reserved"]) == ("vtc_vico", 3, 48)
+    assert (content["image_size"], content["num_text_tokens"], content["num_kept"]) == ([32, 64], 5, 24)
+    # its processor cuts into at most 4 tiles and a thumbnail
+    assert json.loads(output_of("estimate", "--json", "--image-size", "64x96"))["num_tiles"] == 5
+    assert "ideal speed-up" in output_of("estimate", "--num-tiles", 7)
+
+
+def test_estimate_of_other_models(shipped):
+    factories.uncompressed(factories.tiny_model("vico")).config.save_pretrained(shipped / "stock")
+    assert json.loads(output_of("estimate", "stock", "--json", "--num-tiles", 1))["num_reserved"] == 16
+    config = json.loads((shipped / "stock" / "config.json").read_text(encoding="utf-8"))
+    official = {"model_type": "internvl_chat", "vision_config": config["vision_config"], "downsample_ratio": 0.5}
+    (shipped / "official").mkdir()
+    text = json.dumps({**official, "llm_config": config["text_config"]})
+    (shipped / "official" / "config.json").write_text(text, encoding="utf-8")
+    content = json.loads(output_of("estimate", "official", "--json", "--num-tiles", 2, "--budget", 0.25))
+    assert (content["num_reserved"], content["num_kept"]) == (32, 8)
+
+
+def test_bench_measures_one_page(shipped):
+    content = json.loads(output_of("bench", "--json", "--repeats", 2, "--warmup", 0, "--batch-size", 3))
+    assert (content["batch_size"], content["num_tiles"], content["num_reserved"]) == (3, 9, [48] * 3)
+    assert len(content["measured"]["seconds"]) == 2
+    assert "eta = oracle / measured" in output_of("bench", "--repeats", 1, "--warmup", 0)
+
+
+def test_bench_takes_several_images(shipped):
+    arguments = ("--image", "a.png", "--image", "b.png", "--repeats", 1, "--warmup", 0)
+    assert json.loads(output_of("bench", "--json", *arguments))["num_reserved"] == [48, 16]
+
+
+def test_convert_writes_a_model(shipped):
+    base = factories.uncompressed(factories.tiny_model("vico"))
+    base.save_pretrained("base")
+    factories.tiny_tokenizer().save_pretrained("base")
+    assert "initialised" in output_of("convert", "base", "out", "--method", "vico", "--dtype", "bfloat16", "--no-code")
+    config = json.loads((shipped / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "vtc_vico" and not list((shipped / "out").glob("*.py"))
+    again = invoke("convert", "base", "out")
+    assert again.exit_code == 2 and "overwrite" in again.stderr
+    output_of("convert", "base", "out", "--overwrite")
+    assert (shipped / "out" / "modeling_vico.py").is_file()
+
+
+def test_export_writes_a_folder_with_code(shipped, folder):
+    assert "not checked" in output_of("export", folder, "out", "--no-check")
+    assert (shipped / "out" / "modeling_vico.py").is_file()
+
+
+@pytest.mark.parametrize("flag, check", [([], True), (["--check"], True), (["--no-check"], False)])
+def test_export_checks_unless_told_otherwise(shipped, folder, monkeypatch, flag, check):
+    calls = []
+    monkeypatch.setattr(hf_vtc.hub, "export", lambda *args, **kwargs: calls.append((args, kwargs)) or args[1])
+    output_of("export", folder, "out", "--overwrite", *flag)
+    assert calls == [((str(folder), Path("out")), {"check": check, "overwrite": True})]
+
+
+def test_convert_hands_its_options_on(shipped, monkeypatch):
+    calls = []
+
+    class Report:
+        def summary(self):
+            return "done"
+
+    monkeypatch.setattr(hf_vtc.convert, "convert", lambda *args, **kwargs: calls.append((args, kwargs)) or Report())
+    assert output_of("convert", "a", "b", "--image-token-id", 7, "--max-shard-size", "5MB") == "done\n"
+    expected = {
+        "image_token_id": 7,
+        "dtype": None,
+        "max_shard_size": "5MB",
+        "overwrite": False,
+        "save_code": True,
+    }
+    assert calls == [(("a", Path("b"), None), expected)]
