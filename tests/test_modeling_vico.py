@@ -5,7 +5,7 @@ import torch
 from factories import random_batch, tiny_config, tiny_model
 from transformers import AutoModel
 
-from hf_vtc.models.modeling_vico import most_compressible, route_tiles
+from hf_vtc.models.modeling_vico import SingleQueryAttention, most_compressible, route_tiles
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +208,17 @@ def test_both_spellings_of_rotary_settings_are_read(spelling):
 def test_bad_config_fields_raise(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         tiny_config("vico", **fields)
+
+
+def test_single_query_attention_equals_multihead_attention():
+    torch.manual_seed(0)
+    stock = torch.nn.MultiheadAttention(32, 16, batch_first=True).double()
+    torch.nn.init.normal_(stock.in_proj_bias)
+    own = SingleQueryAttention(32, 16).double()
+    names = ("q_proj", "k_proj", "v_proj")
+    state = {f"{name}.weight": part for name, part in zip(names, stock.in_proj_weight.chunk(3))}
+    state |= {f"{name}.bias": part for name, part in zip(names, stock.in_proj_bias.chunk(3))}
+    own.load_state_dict(state | {f"out_proj.{key}": value for key, value in stock.out_proj.state_dict().items()})
+    query, features = torch.randn(5, 32).double(), torch.randn(5, 9, 32).double()
+    expected = stock(query[:, None], features, features, need_weights=False)[0][:, 0]
+    torch.testing.assert_close(own(query, features), expected, rtol=0, atol=1e-12)

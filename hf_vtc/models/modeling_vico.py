@@ -103,7 +103,8 @@ class VicoProjector(nn.Module):
 class SingleQueryAttention(nn.Module):
     """Multi-head attention of one query per tile over the tile's features, biases everywhere, no mask.
 
-    Equal to `torch.nn.MultiheadAttention`, with plain linear layers so that quantisation and LoRA can reach them.
+    Equal to `torch.nn.MultiheadAttention` up to rounding. Since there is one query only, the key projection is folded
+    into it and the value projection runs after pooling: `C / heads` times fewer operations than projecting N features.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -114,18 +115,16 @@ class SingleQueryAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(T, N, C)` to keys and values `(T, heads, N, C / heads)`, to be shared by several queries."""
-        return self._heads(self.k_proj(features)), self._heads(self.v_proj(features))
-
-    def forward(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Attend with `query` `(T, C)`; returns `(T, C)`."""
-        queries = self._heads(self.q_proj(query)[:, None])
-        mixed = nn.functional.scaled_dot_product_attention(queries, keys, values)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2)[:, 0])
-
-    def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def forward(self, query: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Attend with `query` `(T, C)` over `features` `(T, N, C)`; returns `(T, C)`."""
+        heads = (self.num_heads, -1)
+        queries = self.q_proj(query).unflatten(-1, heads)  # (T, heads, C / heads)
+        folded = torch.einsum("thd,hdc->thc", queries, self.k_proj.weight.unflatten(0, heads))
+        constant = (queries * self.k_proj.bias.unflatten(0, heads)).sum(-1, keepdim=True)
+        scores = (folded @ features.transpose(1, 2) + constant) * queries.shape[-1] ** -0.5  # (T, heads, N)
+        pooled = scores.softmax(-1) @ features  # (T, heads, C)
+        values = torch.einsum("thc,hdc->thd", pooled, self.v_proj.weight.unflatten(0, heads))
+        return self.out_proj(values.flatten(1) + self.v_proj.bias)
 
 
 class RouterBlock(nn.Module):
@@ -167,10 +166,9 @@ class VisionResolutionRouter(nn.Module):
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         """Pool `(T, N, C)` to `(T, C)` by four cross attentions, the second of which runs three times."""
         query = self.query_token.expand(features.shape[0], -1)
-        query = self.norm1(self.attn1(query, *self.attn1.keys_and_values(features)))
-        keys, values = self.attn2.keys_and_values(features)
+        query = self.norm1(self.attn1(query, features))
         for _ in range(3):
-            query = self.norm2(self.attn2(query, keys, values))
+            query = self.norm2(self.attn2(query, features))
         return query
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
