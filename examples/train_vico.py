@@ -16,7 +16,15 @@ import sys
 from pathlib import Path
 
 import torch
-from digit_forms import FIELD_SIZE, MAX_TILES, TOKENS_PER_TILE, draw_page, evaluation_set, page_rng
+from digit_forms import (
+    EVALUATED_KINDS,
+    FIELD_SIZE,
+    MAX_TILES,
+    TOKENS_PER_TILE,
+    draw_page,
+    evaluation_set,
+    page_rng,
+)
 from digit_forms.measure import as_table, measure
 from rich.console import Console
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
@@ -34,11 +42,12 @@ EVALUATION_SEED = 1234
 
 
 class PageDataset(torch.utils.data.Dataset):
-    """Pages with all their questions as one conversation in random order, the transcription last."""
+    """Pages with questions of the evaluated kinds, in random order, as one conversation each."""
 
-    def __init__(self, num_pages: int, seed: int):
+    def __init__(self, num_pages: int, seed: int, max_questions: int):
         self.num_pages = num_pages
         self.seed = seed
+        self.max_questions = max_questions
 
     def __len__(self) -> int:
         return self.num_pages
@@ -46,11 +55,11 @@ class PageDataset(torch.utils.data.Dataset):
     def __getitem__(self, idx: int) -> dict:
         rng = page_rng(self.seed, "train", idx)
         page = draw_page(rng, "train")
-        *questions, transcription = page.questions
+        questions = [question for question in page.questions if question.kind in EVALUATED_KINDS]
         messages = []
-        for question in [questions[i] for i in rng.permutation(len(questions))] + [transcription]:
-            messages.append({"role": "user", "content": question.text})
-            messages.append({"role": "assistant", "content": question.answer})
+        for choice in rng.permutation(len(questions))[: self.max_questions]:
+            messages.append({"role": "user", "content": questions[choice].text})
+            messages.append({"role": "assistant", "content": questions[choice].answer})
         return {"messages": messages, "images": [page.image]}
 
 
@@ -112,7 +121,7 @@ def train_consistency(model, processor, folder: Path, steps: int, seed: int, con
     trainer = VicoConsistencyTrainer(
         model,
         training_arguments(folder / "consistency", steps, batch_size, learning_rate, seed),
-        train_dataset=PageDataset(steps * batch_size, CONSISTENCY_PAGES_SEED + seed),
+        train_dataset=PageDataset(steps * batch_size, CONSISTENCY_PAGES_SEED + seed, max_questions=8),
         data_collator=VtcCollator(processor),
         optimizers=(optimizer, None),
     )
@@ -128,7 +137,7 @@ def train_router(model, reference, processor, folder: Path, steps: int, percenti
         reference_model=reference,
         probe="one_tile",
         percentile=percentile,
-        train_dataset=PageDataset(steps * batch_size, ROUTER_PAGES_SEED + seed),
+        train_dataset=PageDataset(steps * batch_size, ROUTER_PAGES_SEED + seed, max_questions=12),
         data_collator=VtcCollator(processor),
     )
     run_stage(trainer, console, "router")
