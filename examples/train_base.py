@@ -1,6 +1,7 @@
 """Train the shared tiny base: a stock InternVL of 1.1 M parameters that reads forms filled in by hand.
 
     python examples/train_base.py --output base
+    python examples/train_base.py --evaluate model_cards/base-tiny
 
 The output is an ordinary transformers folder (`InternVLForConditionalGeneration`, tokenizer) in float32, from which
 the compressed models are built. Two phases, both plain `transformers.Trainer`:
@@ -39,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     InternVLConfig,
     InternVLForConditionalGeneration,
     PreTrainedModel,
@@ -398,19 +400,27 @@ def train_language(
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the trained model")
+    parser.add_argument("--output", type=Path, help="folder of the trained model")
+    parser.add_argument("--evaluate", metavar="FOLDER", help="only measure a finished model")
     parser.add_argument("--pages", type=int, default=16000, help="training pages, drawn once")
     parser.add_argument("--tower-steps", type=int, default=2000, help="steps of phase 1, 128 tiles each")
     parser.add_argument("--steps", type=int, default=2500, help="steps of phase 2, 8 pages each")
     parser.add_argument("--tower", type=Path, help="start phase 2 from the tower that an earlier run saved here")
     parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the final evaluation")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.output is None and args.evaluate is None:
+        parser.error("--output is needed, or --evaluate")
+    return args
 
 
 def main() -> None:
     args = parse_arguments()
     console = Console(width=119)
+    if args.evaluate:
+        model = InternVLForConditionalGeneration.from_pretrained(args.evaluate, dtype=torch.float32)
+        evaluate(model, AutoTokenizer.from_pretrained(args.evaluate), args.questions, console=console)
+        return
     set_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()

@@ -38,6 +38,7 @@ from hf_vtc.trainers import VicoConsistencyTrainer, VicoRouterTrainer
 # pages of the base model's training have seed 0, evaluation has 1234
 CONSISTENCY_PAGES_SEED = 100
 ROUTER_PAGES_SEED = 200
+CALIBRATION_PAGES_SEED = 300
 EVALUATION_SEED = 1234
 
 
@@ -108,7 +109,9 @@ def run_stage(trainer, console: Console, stage: str) -> None:
     trainer.model.eval()
 
 
-def train_consistency(model, processor, folder: Path, steps: int, seed: int, console: Console) -> None:
+def train_consistency(
+    model, reference, processor, folder: Path, steps: int, probability: float, seed: int, console: Console
+) -> None:
     """Stage 1, in place. The compressed connector is new and learns faster than what the base already knows."""
     batch_size, learning_rate = 16, 1.5e-3
     new = list(model.model.compressed_projector.parameters())
@@ -120,7 +123,9 @@ def train_consistency(model, processor, folder: Path, steps: int, seed: int, con
     )
     trainer = VicoConsistencyTrainer(
         model,
-        training_arguments(folder / "consistency", steps, batch_size, learning_rate, seed),
+        training_arguments(folder, steps, batch_size, learning_rate, seed),
+        reference_model=reference,
+        compress_probability=probability,
         train_dataset=PageDataset(steps * batch_size, CONSISTENCY_PAGES_SEED + seed, max_questions=8),
         data_collator=VtcCollator(processor),
         optimizers=(optimizer, None),
@@ -143,6 +148,21 @@ def train_router(model, reference, processor, folder: Path, steps: int, percenti
     run_stage(trainer, console, "router")
 
 
+@torch.no_grad()
+def calibrate(model, processor, saving: float) -> float:
+    """The absolute threshold at which training pages lose `saving` of their visual tokens.
+
+    The papers publish no thresholds. With the percentile of stage 2 most tiles are labelled "compress", so that all
+    probabilities lie above one half: what the router has learned is their order.
+    """
+    pages = PageDataset(400, CALIBRATION_PAGES_SEED, max_questions=1)
+    images = [pages[idx]["images"][0] for idx in range(len(pages))]
+    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    p_compress = model.eval().model.router(model.model.encode(pixel_values)).softmax(-1)[:, 0]
+    per_tile = 1 - model.config.compressed_seq_length / model.config.image_seq_length
+    return round(float(torch.quantile(p_compress, 1 - saving / per_tile)), 4)
+
+
 def evaluate(model, processor, num_questions: int, console: Console) -> list:
     """Measure, print, and return the four rows of the card."""
     rows = measure(model.eval(), processor, evaluation_set(num_questions, EVALUATION_SEED))
@@ -163,9 +183,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="checkpoint folder to write")
     parser.add_argument("--base", type=Path, help="folder of train_base.py; trained first if not given")
     parser.add_argument("--work", type=Path, default=Path("outputs/vico-tiny"), help="trainer checkpoints and log")
-    parser.add_argument("--consistency-steps", type=int, default=600)
-    parser.add_argument("--router-steps", type=int, default=150)
+    parser.add_argument("--consistency-steps", type=int, nargs=2, default=(500, 300), help="at rates 0.5 and 0.75")
+    parser.add_argument("--router-steps", type=int, default=130)
     parser.add_argument("--percentile", type=float, default=75.0, help="of past loss ratios, the router's threshold")
+    parser.add_argument("--saving", type=float, default=0.52, help="share of visual tokens that `auto` shall save")
     parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", metavar="FOLDER", help="only measure a finished checkpoint")
@@ -186,15 +207,18 @@ def main() -> None:
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     processor = build_processor(tokenizer)
-    reference = hf_vtc.convert.from_base(args.base, "vico")
-    # thresholds: the papers publish none; an even chance decides, and one tile per page always stays
-    model = hf_vtc.convert.from_base(
-        args.base, "vico", flash_mode=True, flash_relative_threshold=0.0, flash_absolute_threshold=0.5
-    )
-    train_consistency(model, processor, args.work, args.consistency_steps, args.seed, console)
+    reference = hf_vtc.convert.from_base(args.base, "vico", dtype=torch.float32)
+    model = hf_vtc.convert.from_base(args.base, "vico", dtype=torch.float32, flash_mode=True)
+    # the paper's even chance first; then mostly compressed pages, which an even chance almost never draws: without
+    # them the page's colour is lost as soon as no blank tile is left at full length
+    for stage, (steps, probability) in enumerate(zip(args.consistency_steps, (0.5, 0.75), strict=True)):
+        folder, seed = args.work / f"consistency_{stage}", args.seed + stage
+        train_consistency(model, reference, processor, folder, steps, probability, seed, console)
     model.save_pretrained(args.work / "after_consistency", save_code=False)
     train_router(model, reference, processor, args.work, args.router_steps, args.percentile, args.seed, console)
-    model.requires_grad_(True).to(torch.bfloat16).save_pretrained(args.output, save_code=False)
+    model.requires_grad_(True).to(torch.bfloat16)
+    model.config.flash_absolute_threshold = calibrate(model.float(), processor, args.saving)
+    model.to(torch.bfloat16).save_pretrained(args.output, save_code=False)
     processor.save_pretrained(args.output, save_code=False)
     console.print(f"wrote {args.output}")
     # what is shipped is what is measured: the rounded weights
