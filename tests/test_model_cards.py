@@ -1,0 +1,42 @@
+"""The shipped checkpoints: small, plain safetensors, and as good as their cards say on a small held-out sample."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+import hf_vtc
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("folder", CARDS, ids=lambda path: path.name)
+def test_folders_hold_weights_config_and_card_only(folder):
+    weights = list(folder.glob("*.safetensors"))
+    assert [path.name for path in weights] == ["model.safetensors"] and weights[0].stat().st_size <= 4_000_000
+    assert (folder / "README.md").read_text(encoding="utf-8").startswith("---\n")
+    assert not [*folder.glob("*.py"), *folder.glob("*.bin")]
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.window
+def test_vico_tiny_answers_held_out_questions():
+    from digit_forms import evaluation_set, score
+    from digit_forms.measure import answer
+
+    folder = ROOT / "model_cards" / "vico-tiny"
+    model = hf_vtc.AutoModelForVision2Seq.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
+    # a seed that neither training nor the card uses
+    items = evaluation_set(90, seed=4321)
+    full, reserved = answer(model, processor, items, budget="full")
+    auto, kept = answer(model, processor, items, budget="auto")
+    assert score(items, full)["all"] > 0.9 and score(items, auto)["all"] > 0.9
+    assert sum(kept) < 0.5 * sum(reserved)
+    assert min(kept) < max(kept)
