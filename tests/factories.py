@@ -121,55 +121,83 @@ def uncompressed(model):
     raise ValueError(f"No uncompressed counterpart is known for {model.config.model_type!r}.")
 
 
-def random_batch(config, generator, num_rows=None, images_per_row=None, padding_side=None) -> dict[str, torch.Tensor]:
-    """Model inputs: 1-5 rows, 0-3 images a row, random tilings and text, padded on one side."""
+def draw_int(low: int, high: int, generator) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
 
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
 
+class TiledImages:
+    """Random images of a method whose images are stacks of equal tiles."""
+
+    most_tiles = 4
+
+    def draw(self, config, generator) -> tuple[dict[str, torch.Tensor], int]:
+        """Vision inputs of one image, and the placeholders that it reserves."""
+        tiles = draw_int(1, self.most_tiles, generator)
+        side = config.vision_config.image_size
+        side = side if isinstance(side, int) else side[0]
+        inputs = {"pixel_values": torch.randn(tiles, 3, side, side, generator=generator)}
+        return inputs | {"num_tiles": torch.tensor([tiles])}, tiles * config.image_seq_length
+
+    def collate(self, images: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Vision inputs of all images of a batch, from those of each."""
+        return {name: torch.cat([image[name] for image in images]) for name in images[0]}
+
+
+IMAGES = {"vico": TiledImages()}
+
+
+def images_of(config):
+    return IMAGES[config.model_type.removeprefix("vtc_")]
+
+
+# two budgets that every image can meet; the first compresses if the method can
+BUDGETS = {"vico": (0.4, 0.6)}
+
+
+def budgets_of(config) -> tuple:
+    return BUDGETS[config.model_type.removeprefix("vtc_")]
+
+
+class RandomBatch(dict):
+    """Model inputs; `rows[i]` is row `i` alone: its token ids and the vision inputs of its images."""
+
+    def __init__(self, config, rows: list[tuple[list[int], list[dict]]], padding_side: str):
+        length = max(len(ids) for ids, _ in rows)
+        ids, mask = [], []
+        for row, _ in rows:
+            pad, real = [0] * (length - len(row)), [1] * len(row)
+            ids.append(pad + row if padding_side == "left" else row + pad)
+            mask.append(pad + real if padding_side == "left" else real + pad)
+        super().__init__(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+        images = [image for _, row_images in rows for image in row_images]
+        if images:
+            self.update(images_of(config).collate(images))
+        self.config, self.rows, self.padding_side = config, rows, padding_side
+
+
+def random_batch(config, generator, num_rows=None, images_per_row=None, padding_side=None) -> RandomBatch:
+    """Model inputs: 1-5 rows, 0-3 images a row, random sizes and text, padded on one side."""
     if images_per_row is None:
-        images_per_row = [draw(0, 3) for _ in range(num_rows or draw(1, 5))]
+        images_per_row = [draw_int(0, 3, generator) for _ in range(num_rows or draw_int(1, 5, generator))]
         if num_rows is not None:
             # whoever fixes the number of rows wants an image among them
             images_per_row[0] = max(images_per_row[0], 1)
-    padding_side = padding_side or ("left", "right")[draw(0, 1)]
-    rows, num_tiles = [], []
+    padding_side = padding_side or ("left", "right")[draw_int(0, 1, generator)]
+    rows = []
     for num_images in images_per_row:
-        row = _text(draw(2, 6), generator)
+        row, images = _text(draw_int(2, 6, generator), generator), []
         for _ in range(num_images):
-            num_tiles.append(draw(1, 4))
-            row += [config.image_token_id] * (config.image_seq_length * num_tiles[-1]) + _text(draw(1, 5), generator)
-        rows.append(row + _text(draw(2, 6), generator))
-    length = max(map(len, rows))
-    pads = [[0] * (length - len(row)) for row in rows]
-    sides = [(pad, row) if padding_side == "left" else (row, pad) for pad, row in zip(pads, rows)]
-    batch = {
-        "input_ids": torch.tensor([first + second for first, second in sides]),
-        "attention_mask": torch.tensor(
-            [[int(part is row) for part in side for _ in part] for side, row in zip(sides, rows)]
-        ),
-    }
-    if num_tiles:
-        side = config.vision_config.image_size[0]
-        batch["pixel_values"] = torch.randn(sum(num_tiles), 3, side, side, generator=generator)
-        batch["num_tiles"] = torch.tensor(num_tiles)
-    return batch
+            image, reserved = images_of(config).draw(config, generator)
+            images.append(image)
+            row += [config.image_token_id] * reserved + _text(draw_int(1, 5, generator), generator)
+        rows.append((row + _text(draw_int(2, 6, generator), generator), images))
+    return RandomBatch(config, rows, padding_side)
 
 
 def _text(length: int, generator) -> list[int]:
     return torch.randint(1, 200, (length,), generator=generator).tolist()
 
 
-def row_of(config, batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """One row of `random_batch`, without padding and with its own images only."""
-    real = batch["attention_mask"][row].bool()
-    alone = {"input_ids": batch["input_ids"][row, real][None]}
-    alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-    tiles_per_row = (batch["input_ids"] == config.image_token_id).sum(1) // config.image_seq_length
-    if tiles_per_row[row]:
-        first = int(tiles_per_row[:row].sum())
-        last = first + int(tiles_per_row[row])
-        ends = batch["num_tiles"].cumsum(0)
-        alone["pixel_values"] = batch["pixel_values"][first:last]
-        alone["num_tiles"] = batch["num_tiles"][(ends > first) & (ends <= last)]
-    return alone
+def row_of(batch: RandomBatch, row: int) -> RandomBatch:
+    """One row of a batch, without padding and with its own images only."""
+    return RandomBatch(batch.config, [batch.rows[row]], batch.padding_side)

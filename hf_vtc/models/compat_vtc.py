@@ -4,7 +4,8 @@ import bisect
 import inspect
 from typing import Any
 
-from transformers import BatchFeature, ProcessorMixin
+from torch import nn
+from transformers import AutoModel, BatchFeature, PretrainedConfig, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 try:
@@ -14,7 +15,16 @@ except ImportError:
     # 4.57, where an image processor without torchvision derives from the base class itself
     from transformers.image_processing_utils import BaseImageProcessor as ImageProcessorBase
 
-__all__ = ["ImageProcessorBase", "ProcessorBase"]
+__all__ = ["ImageProcessorBase", "ProcessorBase", "build_tower"]
+
+
+def build_tower(config: PretrainedConfig) -> nn.Module:
+    """A vision tower whose parameters have the names of the newest transformers.
+
+    Before 5.x CLIP and SigLIP held the tower in another module, which has no use here.
+    """
+    tower = AutoModel.from_config(config)
+    return getattr(tower, "vision_model", tower)
 
 
 class _CallBackport(ProcessorMixin):

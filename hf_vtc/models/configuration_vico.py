@@ -14,11 +14,8 @@ class VicoConfig(VtcConfig):
     the two thresholds are not published; those below are ours.
 
     Args:
-        image_seq_length (`int`, *optional*): reserved visual tokens per tile, derived from the tower if not given:
-            `(image_size / patch_size)^2 * downsample_ratio^2` (256 for 448 px, patch 14, ratio 0.5).
         downsample_ratio (`float`): side ratio of the pixel shuffle of the full connector; the compressed one uses its
-            square. `1 / downsample_ratio` must be a whole number.
-        ps_version (`str`): channel order of the pixel shuffle, `"v2"` (InternVL3.5) or `"v1"`.
+            square. `1 / downsample_ratio` must be a whole number above 1.
         flash_mode (`bool`): whether `vtc_budget="auto"` routes at all; `False` is the base InternVL path.
         flash_relative_threshold (`float` in [0, 1]): quantile over the tiles of one sample that a tile's P(compress)
             must exceed.
@@ -37,9 +34,7 @@ class VicoConfig(VtcConfig):
         self,
         vision_config: dict | PretrainedConfig | None = None,
         text_config: dict | PretrainedConfig | None = None,
-        image_seq_length: int | None = None,
         downsample_ratio: float = 0.5,
-        ps_version: str = "v2",
         flash_mode: bool = True,
         flash_relative_threshold: float = 0.0,
         flash_absolute_threshold: float = 0.5,
@@ -48,37 +43,13 @@ class VicoConfig(VtcConfig):
         connector_dropout: float = 0.1,
         **kwargs: Any,
     ):
-        self.downsample_ratio = downsample_ratio
-        self.ps_version = ps_version
         self.flash_mode = flash_mode
         self.flash_relative_threshold = flash_relative_threshold
         self.flash_absolute_threshold = flash_absolute_threshold
         self.routing_rule = routing_rule
         self.router_num_heads = router_num_heads
         self.connector_dropout = connector_dropout
-        # 1 stands in until the tower is known
-        super().__init__(vision_config, text_config, image_seq_length=image_seq_length or 1, **kwargs)
-
-        grid = _side(self.vision_config.image_size) // _side(self.vision_config.patch_size)
-        factor = self.shuffle_factor
-        if factor < 2 or abs(factor * downsample_ratio - 1) > 1e-6:
-            raise ValueError(
-                f"`downsample_ratio` must be 1/2, 1/3, ... so that 1/ratio is whole, got {downsample_ratio}."
-            )
-        if grid % factor**2:
-            raise ValueError(
-                f"A side of the tower's grid ({grid} patches) must be a multiple of {factor**2} for pixel shuffle by "
-                f"{factor} and {factor**2}. Change `image_size`, `patch_size` or `downsample_ratio`."
-            )
-        derived = (grid // factor) ** 2
-        if image_seq_length not in (None, derived):
-            raise ValueError(
-                f"`image_seq_length` must be (image_size // patch_size)^2 * downsample_ratio^2 = {derived}, got "
-                f"{image_seq_length}. Leave it out."
-            )
-        self.image_seq_length = derived
-        if ps_version not in ("v1", "v2"):
-            raise ValueError(f"`ps_version` must be 'v1' or 'v2' (InternVL3.5 uses 'v2'), got {ps_version!r}.")
+        super().__init__(vision_config, text_config, downsample_ratio=downsample_ratio, **kwargs)
         if routing_rule not in ("relative+absolute", "absolute"):
             raise ValueError(f"`routing_rule` must be 'relative+absolute' or 'absolute', got {routing_rule!r}.")
         if not 0 <= flash_relative_threshold <= 1:
@@ -89,16 +60,20 @@ class VicoConfig(VtcConfig):
                 f"`router_num_heads` ({router_num_heads})."
             )
 
-    @property
-    def shuffle_factor(self) -> int:
-        """Side factor of the full connector's pixel shuffle; the compressed connector uses its square."""
-        return round(1 / self.downsample_ratio)
+    def _tokens_per_tile(self) -> int:
+        grid, factor = self.patches_per_side, self.shuffle_factor
+        if factor < 2:
+            raise ValueError(
+                f"`downsample_ratio` must be 1/2, 1/3, ...: ViCO has two connectors. Got {self.downsample_ratio}."
+            )
+        if grid % factor**2:
+            raise ValueError(
+                f"A side of the tower's grid ({grid} patches) must be a multiple of {factor**2} for pixel shuffle by "
+                f"{factor} and {factor**2}. Change `image_size`, `patch_size` or `downsample_ratio`."
+            )
+        return super()._tokens_per_tile()
 
     @property
     def compressed_seq_length(self) -> int:
         """Visual tokens of a compressed tile (64 where `image_seq_length` is 256)."""
         return self.image_seq_length // self.shuffle_factor**2
-
-
-def _side(size: int | list[int] | tuple[int, ...]) -> int:
-    return size if isinstance(size, int) else size[0]

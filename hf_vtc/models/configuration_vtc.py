@@ -14,10 +14,14 @@ class VtcConfig(PretrainedConfig):
         vision_config (`dict` or `PretrainedConfig`): the tower; a dict needs `model_type`. Default: InternViT-300M.
         text_config (`dict` or `PretrainedConfig`): the decoder; a dict needs `model_type`. Default: Qwen3.
         image_token_id (`int`): id of the placeholder token in `input_ids`.
-        image_seq_length (`int`): reserved placeholders per tile.
+        image_seq_length (`int`, *optional*): reserved placeholders per tile, derived from the tower if not given:
+            `(image_size / patch_size)^2 * downsample_ratio^2` (256 for 448 px, patch 14, ratio 0.5).
         vision_feature_layer (`int`): hidden state of the tower that is read, -1 for its output.
         vision_feature_select_strategy (`str`): `"default"` drops the class token, `"full"` keeps every token.
         projector_hidden_act (`str`): activation of the connectors.
+        downsample_ratio (`float`): side ratio of the connector's pixel shuffle, 1 for none (LLaVA).
+            `1 / downsample_ratio` must be a whole number.
+        ps_version (`str`): channel order of the pixel shuffle, `"v2"` (InternVL3.5) or `"v1"`.
         tie_word_embeddings (`bool`): whether `lm_head` shares the weight of the input embeddings.
 
     Raises:
@@ -40,30 +44,64 @@ class VtcConfig(PretrainedConfig):
         vision_config: dict | PretrainedConfig | None = None,
         text_config: dict | PretrainedConfig | None = None,
         image_token_id: int = 151667,
-        image_seq_length: int = 256,
+        image_seq_length: int | None = None,
         vision_feature_layer: int = -1,
         vision_feature_select_strategy: str = "default",
         projector_hidden_act: str = "gelu",
+        downsample_ratio: float = 1.0,
+        ps_version: str = "v2",
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ):
         self.vision_config = _sub_config(vision_config, "internvl_vision")
         self.text_config = _sub_config(text_config, "qwen3")
         self.image_token_id = image_token_id
-        self.image_seq_length = image_seq_length
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.projector_hidden_act = projector_hidden_act
+        self.downsample_ratio = downsample_ratio
+        self.ps_version = ps_version
         if vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(
                 "`vision_feature_select_strategy` must be 'default' (drop the class token) or 'full', got "
                 f"{vision_feature_select_strategy!r}."
             )
-        if image_seq_length < 1:
+        if ps_version not in ("v1", "v2"):
+            raise ValueError(f"`ps_version` must be 'v1' or 'v2' (InternVL3.5 uses 'v2'), got {ps_version!r}.")
+        self._check_downsample_ratio()
+        derived = self._tokens_per_tile()
+        if image_seq_length not in (None, derived):
             raise ValueError(
-                f"`image_seq_length` counts placeholders per tile and must be positive: {image_seq_length}."
+                f"`image_seq_length` must be {derived}, which tower and connector give for a tile, got "
+                f"{image_seq_length}. Leave it out."
             )
+        self.image_seq_length = derived
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def shuffle_factor(self) -> int:
+        """Side factor of the connector's pixel shuffle, 1 for none."""
+        return round(1 / self.downsample_ratio)
+
+    @property
+    def patches_per_side(self) -> int:
+        """Side of the tower's grid of patches."""
+        return _side(self.vision_config.image_size) // _side(self.vision_config.patch_size)
+
+    def _check_downsample_ratio(self) -> None:
+        ratio = self.downsample_ratio
+        if not 0 < ratio <= 1 or abs(self.shuffle_factor * ratio - 1) > 1e-6:
+            raise ValueError(f"`downsample_ratio` must be 1, 1/2, 1/3, ... so that 1/ratio is whole, got {ratio}.")
+
+    def _tokens_per_tile(self) -> int:
+        """Reserved placeholders of a tile. A method whose towers have another geometry overrides it."""
+        grid, factor = self.patches_per_side, self.shuffle_factor
+        if grid % factor:
+            raise ValueError(
+                f"A side of the tower's grid ({grid} patches) must be a multiple of {factor} for a pixel shuffle by "
+                f"{factor}. Change `image_size`, `patch_size` or `downsample_ratio`."
+            )
+        return (grid // factor) ** 2
 
     def remote_code_map(self) -> dict[str, str]:
         """`auto_map` of a checkpoint folder that carries its own code: auto class -> `file.Class`."""
@@ -89,6 +127,10 @@ def _sub_config(config: dict | PretrainedConfig | None, default_type: str) -> Pr
             "use a tower or decoder that it has."
         )
     return CONFIG_MAPPING[model_type](**with_both_ropes(fields))
+
+
+def _side(size: int | list[int] | tuple[int, ...]) -> int:
+    return size if isinstance(size, int) else size[0]
 
 
 def with_both_ropes(fields: dict[str, Any]) -> dict[str, Any]:

@@ -13,14 +13,13 @@ three of the four pooling steps; `attn3`, `attn4`, `norm3`, `norm4` exist in che
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from .budget_vtc import budgets_per_image, largest_admissible
 from .configuration_vico import VicoConfig
+from .connector_vtc import Connector
 from .modeling_vtc import VtcForConditionalGeneration, VtcModel
-from .ops_vtc import unshuffle_layernorm
-from .packing_vtc import placeholder_runs, rows_of_images
-from .prompt_vtc import Prompt, VisualTokens
+from .packing_vtc import rows_of_images
+from .prompt_vtc import Prompt, VisualTokens, tiles_of_images
 
 
 def route_tiles(
@@ -71,33 +70,6 @@ def most_compressible(p_compress: torch.Tensor, num_compressed: int) -> torch.Te
     compress = torch.zeros(len(p_compress), dtype=torch.bool)
     compress[order[:num_compressed]] = True
     return compress
-
-
-class VicoProjector(nn.Module):
-    """Pixel shuffle by `factor`, LayerNorm and a stack of linear layers: `(T, N, C)` to `(T, N / factor^2, D)`.
-
-    Source: `mlp1` (two layers) and `mlp2` (three layers, twice as wide inside, dropout) of the official checkpoints.
-    """
-
-    def __init__(self, config: VicoConfig, factor: int, widths: list[int], dropout: float = 0.0):
-        super().__init__()
-        self.factor = factor
-        self.version = config.ps_version
-        folded = config.vision_config.hidden_size * factor**2
-        self.layer_norm = nn.LayerNorm(folded, eps=1e-5)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.dropout = nn.Dropout(dropout)
-        self.num_layers = len(widths)
-        for idx, (fan_in, fan_out) in enumerate(zip([folded, *widths], widths, strict=False), start=1):
-            self.add_module(f"linear_{idx}", nn.Linear(fan_in, fan_out))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        norm = self.layer_norm
-        states = unshuffle_layernorm(features, self.factor, norm.weight, norm.bias, norm.eps, self.version)
-        states = self.linear_1(states)
-        for idx in range(2, self.num_layers + 1):
-            states = self.get_submodule(f"linear_{idx}")(self.dropout(self.act(states)))
-        return states
 
 
 class SingleQueryAttention(nn.Module):
@@ -192,14 +164,14 @@ class VicoModel(VicoInit, VtcModel):
     """InternVL3.5-Flash without a head: each tile runs through one of two connectors."""
 
     config_class = VicoConfig
-    _no_split_modules = ["InternVLVisionLayer", "VisionResolutionRouter", "VicoProjector"]
+    _no_split_modules = ["InternVLVisionLayer", "VisionResolutionRouter", "Connector"]
 
     def __init__(self, config: VicoConfig):
         super().__init__(config)
-        factor, width = config.shuffle_factor, config.text_config.hidden_size
-        self.multi_modal_projector = VicoProjector(config, factor, [width, width])
-        self.compressed_projector = VicoProjector(
-            config, factor**2, [2 * width, 2 * width, width], config.connector_dropout
+        width = config.text_config.hidden_size
+        self.multi_modal_projector = Connector(config, [width, width], config.shuffle_factor)
+        self.compressed_projector = Connector(
+            config, [2 * width, 2 * width, width], config.shuffle_factor**2, config.connector_dropout
         )
         self.router = VisionResolutionRouter(config)
         self.post_init()
@@ -244,17 +216,7 @@ class VicoModel(VicoInit, VtcModel):
     def _tile_layout(self, prompt: Prompt, num_tiles: int) -> tuple[list[int], list[int]]:
         """Tiles per image and per sample, checked against the placeholders and against `num_tiles` features."""
         per_tile, host = self.config.image_seq_length, prompt.host
-        if host.num_tiles is None:
-            # without word from the processor, a run of placeholders is an image
-            tiles_per_image = [-(-length // per_tile) for _, length in placeholder_runs(host.placeholder_mask)]
-        else:
-            tiles_per_image = host.num_tiles.tolist()
-        if sum(tiles_per_image) != num_tiles:
-            raise ValueError(
-                f"Image features and image tokens do not match: the prompts need {sum(tiles_per_image)} tiles of "
-                f"{per_tile} placeholders, but {num_tiles} tiles were given. Pass `pixel_values` and `num_tiles` of "
-                "the same images, in prompt order, and `input_ids` from the same call of the processor."
-            )
+        tiles_per_image = tiles_of_images(host, num_tiles, per_tile)
         rows = rows_of_images(host.placeholder_mask, [per_tile * tiles for tiles in tiles_per_image])
         tiles_per_sample = [0] * host.placeholder_mask.shape[0]
         for row, tiles in zip(rows, tiles_per_image, strict=True):

@@ -18,11 +18,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
-from .budget_vtc import Budget
+from .budget_vtc import Budget, budgets_per_image, largest_admissible
+from .compat_vtc import build_tower
 from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
-from .packing_vtc import PackedPrompt, keep_first, pack_visual_tokens
-from .prompt_vtc import Prompt, VisionInputs, VisualTokens
+from .packing_vtc import PackedPrompt, keep_first, pack_visual_tokens, rows_of_images
+from .prompt_vtc import Prompt, VisionInputs, VisualTokens, tiles_of_images
 
 
 @dataclass
@@ -108,7 +109,7 @@ class VtcModel(VtcPreTrainedModel):
 
     def __init__(self, config: VtcConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = build_tower(config.vision_config)
         self.language_model = AutoModel.from_config(config.text_config)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -123,9 +124,12 @@ class VtcModel(VtcPreTrainedModel):
     def set_decoder(self, decoder: nn.Module) -> None:
         self.language_model = decoder
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Hook: features of each tile, `(total_tiles, 3, S, S)` to `(total_tiles, N, C)`, row-major."""
-        pixel_values, layer = pixel_values.to(self.vision_tower.dtype), self.config.vision_feature_layer
+    def encode(self, pixel_values: torch.Tensor, prompt: Prompt | None = None) -> torch.Tensor:
+        """Hook: features of each tile, `(total_tiles, 3, S, S)` to `(total_tiles, N, C)`, row-major.
+
+        `prompt` is there for towers that need the sizes of the images; it is None where all are of one size.
+        """
+        pixel_values, layer = pixel_values.to(self.dtype), self.config.vision_feature_layer
         if layer == -1:
             features = self.vision_tower(pixel_values).last_hidden_state
         else:
@@ -133,10 +137,24 @@ class VtcModel(VtcPreTrainedModel):
         return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
     def compress(self, features: torch.Tensor, prompt: Prompt) -> VisualTokens:
-        """Hook: from features to the visual tokens that stay."""
-        raise NotImplementedError(f"{type(self).__name__} must implement `compress`.")
+        """Hook: from features to the visual tokens that stay. Here: all of them, through `multi_modal_projector`."""
+        prompt.to_host()
+        per_tile = self.config.image_seq_length
+        tiles_per_image = tiles_of_images(prompt.host, features.shape[0], per_tile)
+        reserved = [per_tile * tiles for tiles in tiles_per_image]
+        rows_of_images(prompt.host.placeholder_mask, reserved)
+        for image_idx, budget in enumerate(budgets_per_image(prompt.vision.vtc_budget, len(reserved))):
+            if budget != "auto":
+                largest_admissible(budget, [reserved[image_idx]], image_idx)
+        num_reserved = torch.full((features.shape[0],), per_tile)
+        return VisualTokens(
+            embeds=self.multi_modal_projector(features).flatten(0, 1),
+            num_reserved=num_reserved,
+            num_kept=num_reserved,
+            blocks_per_image=torch.tensor(tiles_per_image),
+        )
 
-    def decode(self, packed: PackedPrompt, **kwargs: Any) -> BaseModelOutputWithPast:
+    def decode(self, packed: PackedPrompt, visual: VisualTokens, **kwargs: Any) -> BaseModelOutputWithPast:
         """Hook: run the language model on a packed prompt."""
         return self.language_model(
             inputs_embeds=packed.inputs_embeds,
@@ -182,7 +200,7 @@ class VtcModel(VtcPreTrainedModel):
             )
         inputs_embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
         prompt = Prompt(inputs_embeds, placeholder_mask, attention_mask, vision)
-        features = self.encode(vision.pixel_values) if vision.image_features is None else vision.image_features
+        features = self.encode(vision.pixel_values, prompt) if vision.image_features is None else vision.image_features
         visual = self.compress(features, prompt)
         keep = keep_first(prompt.host.placeholder_mask, visual.num_reserved, visual.num_kept)
 
@@ -237,7 +255,7 @@ class VtcModel(VtcPreTrainedModel):
         if packed.expand_index is not None:
             # positions of the full-length prompt, which the packed one does not have
             kwargs.pop("cache_position", None)
-        outputs = self.decode(packed, past_key_values=past_key_values, **kwargs)
+        outputs = self.decode(packed, visual, past_key_values=past_key_values, **kwargs)
         return VtcModelOutputWithPast(
             last_hidden_state=packed.expand(outputs.last_hidden_state),
             past_key_values=outputs.past_key_values,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .budget_vtc import Budget
-from .packing_vtc import to_host
+from .packing_vtc import placeholder_runs, to_host
 
 
 @dataclass
@@ -86,3 +86,22 @@ class VisualTokens:
         """Kept visual tokens of each image, `(num_images,)`."""
         image = torch.repeat_interleave(torch.arange(len(self.blocks_per_image)), self.blocks_per_image)
         return torch.zeros_like(self.blocks_per_image).index_add(0, image, self.num_kept)
+
+
+def tiles_of_images(host: HostPrompt, num_tiles: int, tokens_per_tile: int) -> list[int]:
+    """Tiles of each image, in prompt order; without `num_tiles` from the processor a run of placeholders is an image.
+
+    Raises:
+        ValueError: they do not add up to the `num_tiles` tiles that were given.
+    """
+    if host.num_tiles is None:
+        tiles_per_image = [-(-length // tokens_per_tile) for _, length in placeholder_runs(host.placeholder_mask)]
+    else:
+        tiles_per_image = host.num_tiles.tolist()
+    if sum(tiles_per_image) != num_tiles:
+        raise ValueError(
+            f"Image features and image tokens do not match: the prompts need {sum(tiles_per_image)} tiles of "
+            f"{tokens_per_tile} placeholders, but {num_tiles} tiles were given. Pass `pixel_values` and `num_tiles` "
+            "of the same images, in prompt order, and `input_ids` from the same call of the processor."
+        )
+    return tiles_per_image
