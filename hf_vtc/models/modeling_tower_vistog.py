@@ -1,0 +1,236 @@
+"""Semantic tokens beside a vision tower, which runs as it stands, layer by layer, and gives them its keys and values.
+
+The image rows of an attention do not see the semantic tokens (VisToG's isolated attention), so that the image states
+are bit for bit those of the plain tower, and the semantic tokens cost their own rows and nothing else.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .compat_vtc import embed_patches, run_tower_layer
+
+
+def isolated_attention(
+    queries: torch.Tensor,
+    image_keys: torch.Tensor,
+    image_values: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    num_heads: int,
+    mutual: bool = True,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """The rows of the semantic tokens in an attention whose image rows do not see them.
+
+    Args:
+        queries, keys, values (`torch.Tensor` of shape `(T, G, C)`): of the semantic tokens.
+        image_keys, image_values (`torch.Tensor` of shape `(T, M, C)`): of class token and patches.
+        num_heads (`int`): divides C.
+        mutual (`bool`): whether a semantic token sees the others, or the image and itself alone.
+        dropout (`float`): of the attention weights.
+
+    Returns:
+        `(T, G, C)`, before the output projection.
+    """
+    num_image, num_groups = image_keys.shape[1], keys.shape[1]
+    keys, values = torch.cat([image_keys, keys], dim=1), torch.cat([image_values, values], dim=1)
+    queries, keys, values = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (queries, keys, values))
+    mask = None
+    if not mutual:
+        own = torch.eye(num_groups, dtype=torch.bool, device=keys.device)
+        mask = torch.cat([own.new_ones(num_groups, num_image), own], dim=1)
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+    return attended.transpose(1, 2).flatten(2)
+
+
+class LayerParts(NamedTuple):
+    """The steps of one encoder layer of a tower, as semantic tokens take them; a tuple is run in order.
+
+    `scale_1` and `scale_2` multiply the two residual branches, `num_heads` and `dropout` belong to the attention.
+    """
+
+    norm_1: nn.Module
+    to_query: tuple[nn.Module, ...]
+    to_key: tuple[nn.Module, ...]
+    to_value: tuple[nn.Module, ...]
+    to_output: tuple[nn.Module, ...]
+    scale_1: float | torch.Tensor
+    norm_2: nn.Module
+    feed_forward: tuple[nn.Module, ...]
+    scale_2: float | torch.Tensor
+    num_heads: int
+    dropout: float
+
+
+def _clip_parts(layer: nn.Module) -> LayerParts:
+    attention = layer.self_attn
+    return LayerParts(
+        norm_1=layer.layer_norm1,
+        to_query=(attention.q_proj,),
+        to_key=(attention.k_proj,),
+        to_value=(attention.v_proj,),
+        to_output=(attention.out_proj,),
+        scale_1=1.0,
+        norm_2=layer.layer_norm2,
+        feed_forward=(layer.mlp,),
+        scale_2=1.0,
+        num_heads=attention.num_heads,
+        dropout=attention.dropout,
+    )
+
+
+def _internvl_parts(layer: nn.Module) -> LayerParts:
+    attention = layer.attention
+    return LayerParts(
+        norm_1=layer.layernorm_before,
+        to_query=(attention.q_proj, attention.q_norm),
+        to_key=(attention.k_proj, attention.k_norm),
+        to_value=(attention.v_proj,),
+        to_output=(attention.projection_layer, attention.projection_dropout),
+        scale_1=layer.lambda_1,
+        norm_2=layer.layernorm_after,
+        feed_forward=(layer.mlp, layer.dropout),
+        scale_2=layer.lambda_2,
+        num_heads=attention.num_heads,
+        dropout=attention.attention_dropout,
+    )
+
+
+@contextmanager
+def outputs_of(*modules: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect what modules return while the body runs: position in `modules` -> output."""
+    outputs, thread = {}, threading.get_ident()
+
+    def keep(idx: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            # another thread may run the same model at this moment
+            if threading.get_ident() == thread:
+                outputs[idx] = output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(idx)) for idx, module in enumerate(modules)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(modules: tuple[nn.Module, ...], states: torch.Tensor) -> torch.Tensor:
+    for module in modules:
+        states = module(states)
+    return states
+
+
+def semantic_layer(
+    parts: LayerParts, semantic: torch.Tensor, image_keys: torch.Tensor, image_values: torch.Tensor, mutual: bool
+) -> torch.Tensor:
+    """One layer of the tower on semantic tokens `(T, G, C)` alone, given the keys and values of its image rows."""
+    # a tower may be spread over devices
+    semantic = semantic.to(image_keys.device)
+    normed = parts.norm_1(semantic)
+    attended = isolated_attention(
+        _run(parts.to_query, normed),
+        image_keys,
+        image_values,
+        _run(parts.to_key, normed),
+        _run(parts.to_value, normed),
+        parts.num_heads,
+        mutual,
+        parts.dropout if parts.norm_1.training else 0.0,
+    )
+    semantic = semantic + parts.scale_1 * _run(parts.to_output, attended)
+    return semantic + parts.scale_2 * _run(parts.feed_forward, parts.norm_2(semantic))
+
+
+class TowerParts(NamedTuple):
+    """What lies between pixels and the hidden state that is read; `pre_norm` and `final_norm` may be the identity.
+
+    `describe` takes a layer apart, `class_token` `(C,)` is None for a tower without one.
+    """
+
+    embeddings: nn.Module
+    pre_norm: nn.Module
+    layers: list[nn.Module]
+    final_norm: nn.Module
+    describe: Callable[[nn.Module], LayerParts]
+    class_token: torch.Tensor | None
+
+
+def tower_parts(tower: nn.Module, tower_type: str, feature_layer: int) -> TowerParts:
+    """Take a tower of one of `TOWER_TYPES` apart.
+
+    Args:
+        tower (`nn.Module`): as `build_tower` gives it.
+        tower_type (`str`): `model_type` of its config.
+        feature_layer (`int`): the hidden state that is read; -1 is the tower's output, with the norm behind it.
+    """
+    embeddings, encoder = tower.embeddings, tower.encoder
+    pre_norm = final_norm = nn.Identity()
+    if tower_type == "clip_vision_model":
+        # the norm behind the last layer is for the class token alone
+        layers, describe, pre_norm = encoder.layers, _clip_parts, tower.pre_layrnorm
+        class_token = embeddings.class_embedding
+    elif tower_type == "siglip_vision_model":
+        layers, describe, class_token = encoder.layers, _clip_parts, None
+        final_norm = tower.post_layernorm if feature_layer == -1 else final_norm
+    else:
+        layers, describe, class_token = encoder.layer, _internvl_parts, embeddings.cls_token.flatten()
+        final_norm = tower.layernorm if feature_layer == -1 else final_norm
+    depth = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
+    return TowerParts(embeddings, pre_norm, list(layers)[:depth], final_norm, describe, class_token)
+
+
+def run_tower(
+    tower: nn.Module, parts: TowerParts, pixel_values: torch.Tensor, tokens: torch.Tensor | None, mutual: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states of a tower's image tokens, and of the semantic tokens beside them.
+
+    Args:
+        tower (`nn.Module`): only its embeddings are called from here, not its `forward`.
+        parts (`TowerParts`): of this tower.
+        pixel_values (`torch.Tensor` of shape `(T, 3, S, S)`): in the dtype of the tower.
+        tokens (`torch.Tensor` of shape `(G, C)`, *optional*): semantic tokens, the same for every tile.
+        mutual (`bool`): whether semantic tokens attend to each other.
+
+    Returns:
+        Image states `(T, M, C)`, class token first where there is one, and semantic states `(T, G, C)` or None.
+    """
+    # a frozen tower builds no graph, whatever asks its input for gradients; the semantic tokens always do
+    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
+    with torch.set_grad_enabled(trains):
+        states = parts.pre_norm(embed_patches(tower, pixel_values))
+    semantic = None if tokens is None else parts.pre_norm(tokens).expand(states.shape[0], -1, -1)
+    for layer in parts.layers:
+        if semantic is None:
+            with torch.set_grad_enabled(trains):
+                states = run_tower_layer(layer, states)
+            continue
+        described = parts.describe(layer)
+        with torch.set_grad_enabled(trains):
+            states, keys, values = _image_layer(layer, described, states, trains)
+        semantic = semantic_layer(described, semantic, keys, values, mutual)
+    with torch.set_grad_enabled(trains):
+        states = parts.final_norm(states)
+    return states, None if semantic is None else parts.final_norm(semantic)
+
+
+def _image_layer(
+    layer: nn.Module, described: LayerParts, states: torch.Tensor, trains: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer's output, keys and values for image states `(T, M, C)`."""
+    if trains:
+        # not those of the layer itself, which may be checkpointed: its graph would be hidden from us
+        normed = described.norm_1(states)
+        keys, values = _run(described.to_key, normed), _run(described.to_value, normed)
+        return run_tower_layer(layer, states), keys, values
+    with outputs_of(described.to_key[-1], described.to_value[-1]) as outputs:
+        states = run_tower_layer(layer, states)
+    return states, outputs[0], outputs[1]

@@ -1,0 +1,340 @@
+"""VisToG: semantic tokens that run beside the vision tower, and patches that are merged into them.
+
+Paper: "Efficient Multi-modal Large Language Models via Visual Token Grouping" (arXiv 2411.17773). No code and no
+checkpoint of it is public, and its text is known here in parts only: this is a re-implementation with choices of ours,
+VisToG-style, not the paper's model.
+
+From the paper: semantic tokens join after the patch projection and before the encoder, do not disturb the image
+tokens, and a grouping layer between encoder and projector merges the patches into them; the language model sees these
+alone. Ours: number and start of the tokens, mutual attention, similarity, merge (GroupViT's assignment block, after
+the formulas of transformers 4.37.2 `modeling_groupvit.py`, Apache-2.0, without its mixer and cross attention), several
+tiles per image, budgets. All of it is config.
+
+`modeling_tower_vistog.py` has the encoder's side, this file what follows: grouping layer, projector, budgets.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .budget_vtc import budgets_per_image, largest_admissible
+from .configuration_vistog import VistogConfig
+from .connector_vtc import Connector
+from .modeling_tower_vistog import TowerParts, run_tower, tower_parts
+from .modeling_vtc import VtcForConditionalGeneration, VtcModel
+from .ops_vtc import assign_segment_mean, segment_mean_of
+from .packing_vtc import rows_of_images
+from .prompt_vtc import Prompt, VisionInputs, VisualTokens
+
+# what `router_decisions` hold for the patches of a tile that stays whole
+NOT_GROUPED = -1
+
+
+def assignment_logits(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float | torch.Tensor, normalize: bool = False
+) -> torch.Tensor:
+    """Similarity of groups `(T, G, C)` and patches `(T, N, C)`, times `scale`: float32 `(T, G, N)`."""
+    with torch.autocast(keys.device.type, enabled=False):
+        queries, keys = queries.float(), keys.float()
+        if normalize:
+            queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+        return queries @ keys.transpose(1, 2) * scale
+
+
+def gumbel_noise(logits: torch.Tensor) -> torch.Tensor:
+    """Independent Gumbel(0, 1) noise of the shape of `logits`, float32, from the default generator."""
+    return -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
+
+
+class SemanticTokens(nn.Module):
+    """G learned vectors of the tower's width, without position embeddings."""
+
+    def __init__(self, config: VistogConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_semantic_tokens, config.vision_config.hidden_size))
+
+    def forward(self, origin: torch.Tensor | None = None) -> torch.Tensor:
+        """`(G, C)`; with an `origin` `(C,)` the learned vectors are offsets from it."""
+        return self.weight if origin is None else origin + self.weight
+
+
+class Grouped(NamedTuple):
+    """Grouped tokens `(T, G, C)`, assignment logits without noise `(T, G, N)` and the group of each patch `(T, N)`."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    group_idx: torch.Tensor
+
+
+class GroupAssignment(nn.Module):
+    """Assign patches to groups and average the members of each: GroupViT's assign attention, with our options.
+
+    With `similarity="dot"`, `merge="projected"` and both `eps` 1.0 it computes what `GroupViTAssignAttention` does.
+    """
+
+    def __init__(self, config: VistogConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.hard, self.tau = config.hard, config.tau
+        self.eps, self.empty_eps = config.assign_eps, config.empty_assign_eps
+        self.noisy, self.cosine = config.gumbel_noise, config.similarity == "cosine"
+        self.projected = config.merge == "projected"
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        if self.cosine:
+            self.logit_scale = nn.Parameter(torch.empty(()))
+        if self.projected:
+            self.v_proj = nn.Linear(width, width)
+            self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        group_idx: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> Grouped:
+        """Merge patches into groups; nothing is added to the groups here.
+
+        Args:
+            queries (`torch.Tensor` of shape `(T, G, C)`): what groups are compared by.
+            keys (`torch.Tensor` of shape `(T, N, C)`): what patches are compared by.
+            values (`torch.Tensor` of shape `(T, N, C)`): what is averaged.
+            group_idx (`torch.LongTensor` of shape `(T, N)`, *optional*): the group of each patch, in place of the
+                best one.
+            noise (`torch.Tensor` of shape `(T, G, N)`, *optional*): added to the logits. Default: Gumbel noise in
+                training, none in evaluation.
+        """
+        scale = self.logit_scale.float().exp() if self.cosine else queries.shape[-1] ** -0.5
+        logits = assignment_logits(self.q_proj(queries), self.k_proj(keys), scale, self.cosine)
+        values = self.v_proj(values) if self.projected else values
+        if noise is None and self.training and self.noisy:
+            noise = gumbel_noise(logits)
+        noisy = logits if noise is None else logits + noise
+        if self.hard:
+            means, group_idx = assign_segment_mean(noisy, values, self.eps, self.empty_eps, self.tau, group_idx)
+        else:
+            shares = (noisy / self.tau).softmax(1)
+            if group_idx is None:
+                group_idx = noisy.argmax(1)
+            else:
+                shares = F.one_hot(group_idx, logits.shape[1]).transpose(1, 2).float() + 0 * shares
+            means = segment_mean_of(shares, values, self.eps, self.empty_eps)
+        return Grouped(self.out_proj(means) if self.projected else means, logits, group_idx)
+
+
+class GroupingMlp(nn.Module):
+    """The residual branch after the merge: `(T, G, C)` to `(T, G, C)`."""
+
+    def __init__(self, width: int, ratio: int = 4):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.fc1 = nn.Linear(width, ratio * width)
+        self.fc2 = nn.Linear(ratio * width, width)
+        self.act = nn.GELU()
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(self.norm(states))))
+
+
+class GroupingLayer(nn.Module):
+    """Patches merged into semantic tokens, between tower and projector."""
+
+    def __init__(self, config: VistogConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.norm_semantic = nn.LayerNorm(width, eps=1e-5)
+        self.norm_image = nn.LayerNorm(width, eps=1e-5)
+        self.assign = GroupAssignment(config)
+        self.mlp = GroupingMlp(width) if config.mlp else None
+
+    def forward(self, patches: torch.Tensor, semantic: torch.Tensor, group_idx: torch.Tensor | None = None) -> Grouped:
+        """Patch states `(T, N, C)` and semantic states `(T, G, C)` to grouped tokens.
+
+        Args:
+            group_idx (`torch.LongTensor` of shape `(T, N)`, *optional*): the group of each patch, given.
+        """
+        keys = self.norm_image(patches)
+        projected = self.assign.projected
+        merged, logits, group_idx = self.assign(
+            self.norm_semantic(semantic), keys, keys if projected else patches, group_idx
+        )
+        if projected:
+            tokens = semantic + merged
+        else:
+            members = F.one_hot(group_idx, semantic.shape[1]).any(1)[..., None]  # (T, G, 1)
+            # with shares there is something in every group
+            tokens = torch.where(members, merged, semantic) if self.assign.hard else merged
+        if self.mlp is not None:
+            tokens = tokens + self.mlp(tokens)
+        return Grouped(tokens, logits, group_idx)
+
+
+class VistogInit:
+    """Initial values of the parameters that are not part of a standard layer."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SemanticTokens):
+            # the encoder treats equal tokens alike: constants would stay one token for ever
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, GroupAssignment) and module.cosine:
+            # CLIP's temperature of 0.07
+            nn.init.constant_(module.logit_scale, 2.6593)
+
+
+class VistogModel(VistogInit, VtcModel):
+    """Tower with semantic tokens beside it, grouping layer, projector and language model, without a head."""
+
+    config_class = VistogConfig
+    _no_split_modules = [
+        "CLIPEncoderLayer",
+        "SiglipEncoderLayer",
+        "InternVLVisionLayer",
+        "GroupingLayer",
+        "Connector",
+    ]
+
+    def __init__(self, config: VistogConfig):
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.semantic_tokens = SemanticTokens(config)
+        self.grouping = GroupingLayer(config)
+        self.multi_modal_projector = Connector(config, [width, width])
+        self.post_init()
+
+    def tower_parts(self) -> TowerParts:
+        """The parts of the tower that the features come from."""
+        config = self.config
+        return tower_parts(self.vision_tower, config.vision_config.model_type, config.vision_feature_layer)
+
+    def encode(self, pixel_values: torch.Tensor, prompt: Prompt | None = None) -> torch.Tensor:
+        """Patch states, then semantic states, of each tile: `(total_tiles, 3, S, S)` to `(total_tiles, N + G, C)`.
+
+        A prompt that wants no compression at all gets the patch states alone, `(total_tiles, N, C)`, outside of
+        training.
+        """
+        config, parts, tokens = self.config, self.tower_parts(), None
+        if self.training or prompt is None or not _wants_all(prompt.vision):
+            tokens = self.semantic_tokens(parts.class_token if config.semantic_init == "cls" else None)
+        states, semantic = run_tower(
+            self.vision_tower, parts, pixel_values.to(self.dtype), tokens, config.semantic_self_attention
+        )
+        patches = states[:, 1:] if config.vision_feature_select_strategy == "default" else states
+        return patches if semantic is None else torch.cat([patches, semantic], dim=1)
+
+    def compress(self, features: torch.Tensor, prompt: Prompt) -> VisualTokens:
+        """Group the tiles that shrink, and project what is left of each.
+
+        `router_logits` are the similarities `(T, G, N)`, 0 for a tile that stays whole, or None if all do;
+        `router_decisions` `(T, N)` the group of each patch, -1 in a tile that stays whole.
+        """
+        config, vision = self.config, prompt.vision
+        if vision.router_decisions is not None and vision.vtc_budget is not None:
+            raise ValueError("Give `router_decisions` or `vtc_budget`, not both: each decides which tiles shrink.")
+        prompt.to_host()
+        num_tiles, reserved = features.shape[0], config.image_seq_length
+        num_reserved, tiles_per_image = self.reserved_blocks(prompt.host, num_tiles)
+        tiles_per_image = tiles_per_image.tolist()
+        rows_of_images(prompt.host.placeholder_mask, [reserved * tiles for tiles in tiles_per_image])
+        given = prompt.host.router_decisions
+        if given is None:
+            grouped = self._tiles_within_budget(tiles_per_image, vision)
+        else:
+            grouped = self._tiles_of_decisions(given, num_tiles)
+        if bool(grouped.any()) and features.shape[1] == reserved:
+            raise ValueError(
+                f"`image_features` hold {reserved} patch states per tile and no semantic states, as `encode` gives "
+                "them for `vtc_budget='full'`. Encode without that budget, or ask for it here too."
+            )
+
+        num_kept = torch.where(grouped, config.num_semantic_tokens, reserved)
+        embeds, logits, decisions = self._merge(features, grouped, num_kept, given)
+        return VisualTokens(
+            embeds=embeds,
+            num_reserved=num_reserved,
+            num_kept=num_kept,
+            blocks_per_image=torch.tensor(tiles_per_image),
+            router_logits=logits,
+            router_decisions=decisions,
+        )
+
+    def _tiles_within_budget(self, tiles_per_image: list[int], vision: VisionInputs) -> torch.Tensor:
+        """Which tiles are grouped, `(T,)` on the CPU: all of an image, or none."""
+        grouped, config = [], self.config
+        budgets = budgets_per_image(vision.vtc_budget, len(tiles_per_image))
+        for image_idx, (tiles, budget) in enumerate(zip(tiles_per_image, budgets, strict=True)):
+            counts = [tiles * config.image_seq_length, tiles * config.num_semantic_tokens]
+            kept = counts[1] if budget == "auto" else largest_admissible(budget, counts, image_idx)
+            grouped += [kept == counts[1]] * tiles
+        return torch.tensor(grouped, dtype=torch.bool)
+
+    def _tiles_of_decisions(self, decisions: torch.Tensor, num_tiles: int) -> torch.Tensor:
+        """Which tiles are grouped, `(T,)` on the CPU, by `decisions` `(T, N)` of the caller, which are checked."""
+        expected, groups = (num_tiles, self.config.image_seq_length), self.config.num_semantic_tokens
+        if tuple(decisions.shape) != expected or decisions.is_floating_point() or decisions.dtype == torch.bool:
+            raise ValueError(
+                f"`router_decisions` needs the group of each patch, whole numbers of shape {expected}, got "
+                f"{decisions.dtype} of shape {tuple(decisions.shape)}."
+            )
+        whole = decisions == NOT_GROUPED
+        if bool((whole.any(1) & ~whole.all(1)).any()) or bool(((decisions < 0) | (decisions >= groups))[~whole].any()):
+            raise ValueError(
+                f"`router_decisions` must be groups from 0 to {groups - 1}, or {NOT_GROUPED} for every patch of a "
+                f"tile that stays whole, got values from {int(decisions.min())} to {int(decisions.max())}."
+            )
+        return ~whole.all(1)
+
+    def _merge(
+        self, features: torch.Tensor, grouped: torch.Tensor, num_kept: torch.Tensor, given: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Visual tokens `(num_kept.sum(), D)` in tile order, similarities and groups as `compress` gives them."""
+        reserved, device = self.config.image_seq_length, features.device
+        patches, semantic = features[:, :reserved], features[:, reserved:]
+        decisions = torch.full(patches.shape[:2], NOT_GROUPED, dtype=torch.long, device=device)
+        if not bool(grouped.any()):
+            embeds = self.multi_modal_projector(patches).flatten(0, 1)
+            if self.training and semantic.shape[1] > 0:
+                # with weight zero, so that every rank runs the same modules and every gradient exists
+                embeds = embeds + 0 * self.grouping(patches[:1], semantic[:1]).tokens.sum().to(embeds.dtype)
+            return embeds, None, decisions
+
+        tiles = grouped.nonzero().flatten()
+        index = tiles.to(device, non_blocking=True)
+        if given is not None:
+            given = given[tiles].long().to(device, non_blocking=True)
+        if bool(grouped.all()):
+            tokens, logits, group_idx = self.grouping(patches, semantic, given)
+            return self.multi_modal_projector(tokens).flatten(0, 1), logits, group_idx
+
+        tokens, own_logits, group_idx = self.grouping(patches[index], semantic[index], given)
+        logits = own_logits.new_zeros(len(grouped), *own_logits.shape[1:]).index_copy(0, index, own_logits)
+        decisions = decisions.index_copy(0, index, group_idx)
+        others = (~grouped).nonzero().flatten()
+        states = torch.cat([tokens.flatten(0, 1), patches[others.to(device, non_blocking=True)].flatten(0, 1)])
+        starts = num_kept.cumsum(0) - num_kept
+        places = [starts[each][:, None] + torch.arange(int(num_kept[each[0]])) for each in (tiles, others)]
+        order = torch.argsort(torch.cat([place.flatten() for place in places]))
+        states = states.index_select(0, order.to(device, non_blocking=True))
+        return self.multi_modal_projector(states), logits, decisions
+
+
+def _wants_all(vision: VisionInputs) -> bool:
+    """Whether a call asks for no compression of any image."""
+    budget = vision.vtc_budget
+    return all(each == "full" for each in budget) if isinstance(budget, (list, tuple)) else budget == "full"
+
+
+class VistogForConditionalGeneration(VistogInit, VtcForConditionalGeneration):
+    """VisToG with a language modelling head."""
+
+    config_class = VistogConfig
+    _no_split_modules = VistogModel._no_split_modules
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: VistogConfig):
+        super().__init__(config, VistogModel(config))
+        self.post_init()
