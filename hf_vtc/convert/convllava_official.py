@@ -1,0 +1,127 @@
+"""The official layouts of ConvLLaVA: language model with projector and ConvNeXt in two folders, or all in one file.
+
+Upstream: alibaba/conv-llava@3e7ae57 (`llava/model/multimodal_encoder/convnext_encoder.py`). `mm_vision_tower` names
+the tower's folder or repository, whose `config.json` and `preprocessor_config.json` are needed in any case: nothing
+else says the stages or the resolution. Its weights have the names of `ConvNextModel` there, and stand under
+`model.vision_tower.vision_tower.` where the checkpoint is one file. Key names and shapes are facts of the published
+files.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..models.processing_vtc import chat_template_for
+from . import llava_official
+from .llava_official import CLIP_MEAN, CLIP_STD, IMAGE_TOKEN, growing_vocab_size, stored_image_token_id
+from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, is_tied, with_rows_for
+from .targets import TARGETS, Target
+
+__all__ = [
+    "IMAGE_TOKEN",
+    "TITLE",
+    "growing_vocab_size",
+    "matches",
+    "methods",
+    "plan",
+    "rename",
+    "stored_image_token_id",
+    "tower_name",
+]
+
+TITLE = "official ConvLLaVA (`mm_vision_tower` names a ConvNeXt in config.json)"
+
+_TOWER = "model.vision_tower.vision_tower."
+# of the pooled vector, which ConvLLaVA does not read; upstream does not save it
+_POOLED_NORM = f"{_TOWER}layernorm."
+
+
+def matches(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of this layout."""
+    if not llava_official.matches(config):
+        return False
+    # a local folder may have any name, but no other code writes this field of its trainer
+    return "convnext" in str(config["mm_vision_tower"]).lower() or "tune_entire_model" in config
+
+
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+    """What a checkpoint of this layout can become."""
+    return {"convllava": TARGETS["convllava"]}
+
+
+def tower_name(config: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
+    """Folder or repository of the tower; its small files are needed even where its weights are not."""
+    return config["mm_vision_tower"]
+
+
+def rename(name: str) -> Renamed | None:
+    """Map one official name to ours, None for a name that this layout does not have."""
+    if name.startswith(_TOWER):
+        return Renamed((f"model.vision_tower.{name.removeprefix(_TOWER)}",))
+    return llava_official.rename(name)
+
+
+def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+    """Plan the conversion of an official checkpoint.
+
+    Args:
+        source (`Source`): the checkpoint.
+        target (`Target`): what it becomes, ConvLLaVA.
+        overrides (`Mapping`): fields of the new config that replace those of the file.
+
+    Raises:
+        ValueError: a tower, projector, decoder or setting that has no counterpart here.
+    """
+    config, stored = source.config, source.stored
+    if source.tower.get("model_type") != "convnext":
+        raise ValueError(
+            f"The vision tower {config['mm_vision_tower']!r} must be a ConvNeXt, got `model_type` "
+            f"{source.tower.get('model_type')!r}. Give the folder of the ConvNeXt as `vision_tower`."
+        )
+    head = "lm_head.weight" if "lm_head.weight" in stored else None
+    tied = is_tied(source, config, head, "model.embed_tokens.weight")
+    text = llava_official.text_config(config, tied)
+    images = image_settings(source)
+    vision = target.config({**architecture_fields(source.tower), "image_size": images["size"]}).vision_config
+    fields = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_id": source.image_token_id,
+        "tie_word_embeddings": tied,
+        **llava_official.feature_fields(config, vision),
+    }
+    # before the configuration is built: the vocabulary may grow by the placeholder
+    renamed = with_rows_for(rename, text, source.image_token_id)
+    new_config = target.config(**fields | overrides)
+    pooled_norm = {name: "ConvLLaVA reads no pooled vector" for name in stored if name.startswith(_POOLED_NORM)}
+    return Plan(
+        layout="official ConvLLaVA",
+        config=new_config,
+        model_class=target.model,
+        rename=renamed,
+        processor=ProcessorSettings(
+            images={**images, "token_stride": new_config.token_stride},
+            fields={
+                "image_token": IMAGE_TOKEN,
+                "image_start_token": None,
+                "image_end_token": None,
+                "chat_template": source.chat_template or chat_template_for(text.model_type, IMAGE_TOKEN),
+                "count_rule": "stride",
+            },
+        ),
+        ignored=pooled_norm | ({head: "equal to the input embeddings"} if tied and head else {}),
+        notes=["Images are padded to squares as in training; `tiling='keep_aspect'` is the paper's other way."],
+    )
+
+
+def image_settings(source: Source) -> dict[str, Any]:
+    """How the original code prepares images; the resolution is that of the tower's image processor."""
+    settings, ratio = source.image_processor, source.config.get("image_aspect_ratio")
+    if ratio == "anyres":
+        raise ValueError("`image_aspect_ratio` 'anyres' does not work with ConvLLaVA's tower. Set it to 'pad'.")
+    size = settings.get("size", source.tower.get("image_size"))
+    images = {"tiling": "pad" if ratio == "pad" else "crop", "size": size}
+    if isinstance(size, Mapping):
+        images["size"] = size["shortest_edge"] if "shortest_edge" in size else size["height"]
+    images["image_mean"] = settings.get("image_mean", CLIP_MEAN)
+    images["image_std"] = settings.get("image_std", CLIP_STD)
+    return images

@@ -1,0 +1,314 @@
+"""ConvLLaVA: a hierarchical encoder in place of the ViT, a ConvNeXt whose fifth stage compresses the image.
+
+Paper: "ConvLLaVA: Hierarchical Backbones as Visual Encoder for Large Multimodal Models" (arXiv 2405.15738). Upstream:
+alibaba/conv-llava@3e7ae57 (Apache-2.0), whose tower is the `ConvNextModel` of transformers with one more stage.
+Weights (`ConvLLaVA/ConvLLaVA-*`): Llama-2 community licence of their language model, Vicuna-7B v1.5.
+
+As upstream: the raw map of the last stage goes row by row through LLaVA's projector, without a final norm, a newline
+token or a thumbnail; every LayerNorm has eps 1e-6, whatever the configuration says. Parameters have the names of
+`ConvNextModel`, whose pooled `layernorm` is not used and not here.
+
+Ours: images of different sizes in one batch, each encoded at its own size (upstream stops at a list of images);
+gradient checkpointing by stage; a layer scale that can be folded into weights for inference. Where we differ: a
+text-only row takes no image of the batch.
+"""
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_convllava import ConvllavaConfig
+from .connector_vtc import Connector
+from .modeling_vtc import VtcForConditionalGeneration, VtcModel
+from .prompt_vtc import HostPrompt, Prompt
+
+# hard-coded upstream; `layer_norm_eps` of published configurations (1e-12) concerns a norm that is not used
+LAYER_NORM_EPS = 1e-6
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of maps `(B, C, h, w)`, pixel by pixel; the result is in channels-last memory."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=LAYER_NORM_EPS)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNextStem(nn.Module):
+    """Patches of `patch_size` pixels to maps of the first stage's width."""
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        patch, width = config.patch_size, config.hidden_sizes[0]
+        self.patch_embeddings = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch)
+        self.layernorm = ChannelLayerNorm(width)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.layernorm(self.patch_embeddings(pixel_values))
+
+
+class DropPath(nn.Module):
+    """Leaves the branch of a whole sample out, with some probability, in training."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if self.probability == 0.0 or not self.training:
+            return branch
+        kept = 1.0 - self.probability
+        draw = torch.empty(branch.shape[0], 1, 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(kept)
+        return branch * (draw / kept)
+
+
+class ConvNextLayer(nn.Module):
+    """One residual block: 7 x 7 depthwise convolution, LayerNorm, two pointwise layers, scale per channel."""
+
+    def __init__(self, config: PretrainedConfig, width: int, drop_path: float):
+        super().__init__()
+        self.dwconv = nn.Conv2d(width, width, kernel_size=7, padding=3, groups=width)
+        self.layernorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.pwconv1 = nn.Linear(width, 4 * width)
+        self.act = ACT2FN[config.hidden_act]
+        self.pwconv2 = nn.Linear(4 * width, width)
+        scale = config.layer_scale_init_value
+        self.layer_scale_parameter = nn.Parameter(torch.full((width,), float(scale))) if scale > 0 else None
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """`(B, C, h, w)` to the same shape."""
+        branch = self.dwconv(maps).permute(0, 2, 3, 1)  # (B, h, w, C)
+        branch = self.pwconv2(self.act(self.pwconv1(self.layernorm(branch))))
+        if self.layer_scale_parameter is not None:
+            branch = self.layer_scale_parameter * branch
+        return maps + self.drop_path(branch).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def fold_layer_scale(self) -> None:
+        """Multiply the scale into the last pointwise layer, and drop it."""
+        if self.layer_scale_parameter is not None:
+            self.pwconv2.weight.mul_(self.layer_scale_parameter[:, None])
+            self.pwconv2.bias.mul_(self.layer_scale_parameter)
+            self.layer_scale_parameter = None
+
+
+class ConvNextStage(nn.Module):
+    """Halve both sides, unless it is the first stage, then residual blocks.
+
+    Takes the maps of all sizes of a batch at once, so that every process of sharded training calls each stage once,
+    however many sizes its batch has.
+    """
+
+    def __init__(self, config: PretrainedConfig, fan_in: int, width: int, drop_paths: list[float], stride: int = 2):
+        super().__init__()
+        downsampling = [ChannelLayerNorm(fan_in), nn.Conv2d(fan_in, width, kernel_size=2, stride=2)]
+        self.downsampling_layer = nn.ModuleList(downsampling if stride > 1 else [])
+        self.layers = nn.ModuleList([ConvNextLayer(config, width, drop_path) for drop_path in drop_paths])
+
+    def forward(self, *batches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One `(B, C, h, w)` batch of maps per size, to `(B, C', h // 2, w // 2)` each."""
+        return tuple(self._run(maps) for maps in batches)
+
+    def _run(self, maps: torch.Tensor) -> torch.Tensor:
+        for module in (*self.downsampling_layer, *self.layers):
+            maps = module(maps)
+        return maps
+
+
+class ConvNextEncoder(nn.Module):
+    """All stages; with gradient checkpointing only the maps between them are kept for the backward pass."""
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        self.gradient_checkpointing = False
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(list(config.depths))
+        widths = list(config.hidden_sizes)
+        self.stages = nn.ModuleList(
+            [
+                ConvNextStage(config, fan_in, width, drop_paths.tolist(), stride=1 if stage_idx == 0 else 2)
+                for stage_idx, (fan_in, width, drop_paths) in enumerate(zip([widths[0], *widths], widths, rates))
+            ]
+        )
+
+    def forward(self, *batches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for stage in self.stages:
+            batches = self._checkpointed(stage, batches) if self.gradient_checkpointing else stage(*batches)
+        return batches
+
+    def _checkpointed(self, stage: nn.Module, batches: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        trained = any(parameter.requires_grad for parameter in stage.parameters())
+        tracked = any(maps.requires_grad for maps in batches)
+        if not (self.training and torch.is_grad_enabled() and (trained or tracked)):
+            return stage(*batches)
+        if not tracked:
+            # after frozen stages; reentrant checkpoints give no gradients at all if no input asks for one
+            batches = tuple(maps.detach().requires_grad_() for maps in batches)
+        return self._gradient_checkpointing_func(stage, *batches)
+
+
+class ConvNextTower(nn.Module):
+    """Stem and stages of a ConvNeXt; state dict keys are those of `ConvNextModel`.
+
+    For channels-last memory, `.to(memory_format=torch.channels_last)`: maps are kept so between stages in any case.
+    """
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = ConvNextStem(config)
+        self.encoder = ConvNextEncoder(config)
+
+    def forward(self, *batches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One `(B, 3, H, W)` batch of pixels per size, to the last stage's `(B, C, H // 64, W // 64)` each."""
+        return self.encoder(*[self.embeddings(pixel_values) for pixel_values in batches])
+
+    def fold_layer_scale(self) -> "ConvNextTower":
+        """Fold every layer scale into weights, in place: the same outputs, a pass over memory less in each block.
+
+        The configuration says so afterwards (`layer_scale_init_value` 0), so that the model saves and loads as it is.
+        Meant for inference: training a folded tower is another parametrisation. Fold in float32, before a cast to half
+        precision.
+        """
+        for module in self.modules():
+            if isinstance(module, ConvNextLayer):
+                module.fold_layer_scale()
+        self.config.layer_scale_init_value = 0.0
+        return self
+
+
+def tokens_of_sizes(image_sizes: list[list[int]], token_stride: int) -> list[int]:
+    """Visual tokens of images of (height, width) pixels: `floor(H / stride) * floor(W / stride)` each.
+
+    Raises:
+        ValueError: an image has less than one token.
+    """
+    for image_idx, (height, width) in enumerate(image_sizes):
+        if min(height, width) < token_stride:
+            raise ValueError(
+                f"Image {image_idx} has {height} x {width} pixels (height x width), but ConvLLaVA needs at least "
+                f"{token_stride} per side, the size of one visual token. Enlarge it, as the processor does."
+            )
+    return [(height // token_stride) * (width // token_stride) for height, width in image_sizes]
+
+
+def encode_sizes(tower: nn.Module, pixel_values: torch.Tensor, image_sizes: list[list[int]]) -> list[torch.Tensor]:
+    """Run a tower on images of different sizes, each at its own size, those of one size together.
+
+    Args:
+        tower (`nn.Module`): takes one batch of pixels per size, gives one batch of maps per size.
+        pixel_values (`torch.Tensor` of shape `(num_images, 3, H_max, W_max)`): padded on the right and at the bottom.
+        image_sizes (`list[list[int]]`): (height, width) in pixels of each image, without padding.
+
+    Returns:
+        Features of each image, `(N_i, C)`, row-major.
+    """
+    images_of_size: dict[tuple[int, int], list[int]] = {}
+    for image_idx, (height, width) in enumerate(image_sizes):
+        images_of_size.setdefault((height, width), []).append(image_idx)
+    whole = tuple(pixel_values.shape[-2:])
+    if list(images_of_size) == [whole]:
+        batches = [pixel_values]
+    else:
+        batches = [
+            torch.stack([pixel_values[image_idx, :, :height, :width] for image_idx in images])
+            for (height, width), images in images_of_size.items()
+        ]
+    features = {}
+    for images, maps in zip(images_of_size.values(), tower(*batches), strict=True):
+        features.update(zip(images, maps.flatten(2).transpose(1, 2), strict=True))
+    return [features[image_idx] for image_idx in range(len(image_sizes))]
+
+
+class ConvllavaInit:
+    """Initial values of the parameters that are not part of a standard layer."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ConvNextLayer) and module.layer_scale_parameter is not None:
+            nn.init.constant_(module.layer_scale_parameter, self.config.vision_config.layer_scale_init_value)
+
+
+class ConvllavaModel(ConvllavaInit, VtcModel):
+    """ConvLLaVA without a head."""
+
+    config_class = ConvllavaConfig
+    _no_split_modules = ["ConvNextStem", "ConvNextStage", "Connector"]
+
+    def __init__(self, config: ConvllavaConfig):
+        super().__init__(config, ConvNextTower(config.vision_config))
+        width = config.text_config.hidden_size
+        self.multi_modal_projector = Connector(config, [width, width])
+        self.post_init()
+
+    def encode(self, pixel_values: torch.Tensor, prompt: Prompt | None = None) -> torch.Tensor:
+        """Features of all images after each other, `(num_images, 3, H_max, W_max)` to `(1, total_tokens, C)`.
+
+        Without `image_sizes` in the prompt, every image fills `pixel_values`.
+        """
+        num_images, _, *largest = pixel_values.shape
+        sizes = self._sizes(prompt, num_images, largest)
+        tokens_of_sizes(sizes, self.config.token_stride)
+        return torch.cat(encode_sizes(self.vision_tower, pixel_values.to(self.dtype), sizes))[None]
+
+    def _sizes(self, prompt: Prompt | None, num_images: int, largest: list[int]) -> list[list[int]]:
+        """Processed sizes of the images, from the prompt's one transfer."""
+        if prompt is None:
+            return [largest] * num_images
+        if prompt.vision.image_sizes is None:
+            prompt.vision.image_sizes = torch.tensor([largest] * num_images)
+        if prompt.host is None:
+            prompt.to_host()
+        sizes = prompt.host.image_sizes
+        if sizes.shape != (num_images, 2):
+            raise ValueError(
+                f"`image_sizes` must be (height, width) of each image, shape ({num_images}, 2), got "
+                f"{tuple(sizes.shape)}. Pass what the processor returned with `pixel_values`."
+            )
+        sizes = sizes.tolist()
+        for image_idx, (height, width) in enumerate(sizes):
+            if height > largest[0] or width > largest[1]:
+                raise ValueError(
+                    f"`image_sizes` of image {image_idx} is {height} x {width}, but `pixel_values` has room for "
+                    f"{largest[0]} x {largest[1]}. Give processed sizes in pixels, not those of the originals."
+                )
+        return sizes
+
+    def reserved_blocks(self, host: HostPrompt, num_tiles: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """One block per image, from its processed size."""
+        if host.image_sizes is None:
+            raise ValueError(
+                "`image_sizes` must be given with `image_features`, which do not tell the sizes of their images. Pass "
+                "what the processor returned."
+            )
+        tokens = tokens_of_sizes(host.image_sizes.tolist(), self.config.token_stride)
+        return torch.tensor(tokens), torch.ones(len(tokens), dtype=torch.long)
+
+    @property
+    def smallest_image(self) -> tuple[int, int]:
+        """An image of one visual token."""
+        return self.config.token_stride, self.config.token_stride
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.LongTensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Visual tokens of some images; `last_hidden_state` is `(1, total_tokens, C)`, all images after each other."""
+        if image_sizes is None:
+            image_sizes = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
+        return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)
+
+
+class ConvllavaForConditionalGeneration(ConvllavaInit, VtcForConditionalGeneration):
+    """ConvLLaVA with a language modelling head."""
+
+    config_class = ConvllavaConfig
+    _no_split_modules = ConvllavaModel._no_split_modules
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: ConvllavaConfig):
+        super().__init__(config, ConvllavaModel(config))
+        self.post_init()
