@@ -1,0 +1,132 @@
+"""The layout of the official AVG-LLaVA checkpoints, with a router (`zhibinlan/AVG-LLaVA`) or without (its stage 3).
+
+Upstream: DeepLearnXMU/AVG-LLaVA@3685bc8 (`llava/model/llava_arch.py`, `multimodal_router/builder.py`). It is
+LLaVA-NeXT with a router. The weights were trained with attention across tiles, padding measured on the grid of tokens,
+and no text for the later images of a sample: the new config says so.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .llava_official import (
+    IMAGE_TOKEN,
+    KNOWN_TOWERS,
+    anyres_fields,
+    feature_fields,
+    growing_vocab_size,
+    processor_settings,
+    stored_image_token_id,
+    text_config,
+    tower_config,
+    tower_name,
+)
+from .llava_official import matches as is_llava
+from .llava_official import rename as rename_llava
+from .plan import Plan, ProcessorSettings, Renamed, Source, in_thirds, is_tied, with_rows_for
+from .targets import TARGETS, Target
+
+__all__ = [
+    "IMAGE_TOKEN",
+    "TITLE",
+    "growing_vocab_size",
+    "matches",
+    "methods",
+    "plan",
+    "rename",
+    "stored_image_token_id",
+    "tower_name",
+]
+
+TITLE = "official AVG-LLaVA (`vis_token_granularity` in config.json)"
+
+# the published config.json does not have it
+_FILTERED_TEXT_NUM = 32
+_ROUTER = "model.router."
+_ROUTER_NAMES = (
+    (re.compile(r"^merger\.self_attn\.out_proj\."), "merger.out_proj."),
+    (re.compile(r"^merger\.(linear|norm)([12])\."), r"merger.\1_\2."),
+    (re.compile(r"^router\.0\."), "linear_1."),
+    (re.compile(r"^router\.2\."), "linear_2."),
+    (re.compile(r"^(?=voter$|norm\.)"), ""),
+)
+_FUSED_ATTENTION = re.compile(r"^merger\.self_attn\.in_proj_(weight|bias)$")
+
+
+def matches(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of this layout."""
+    return is_llava(config) and "vis_token_granularity" in config
+
+
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+    """What a checkpoint of this layout can become."""
+    return {"avg_llava": TARGETS["avg_llava"]}
+
+
+def rename(name: str) -> Renamed | None:
+    """Map one official name to ours, None for a name that this layout does not have."""
+    if not name.startswith(_ROUTER):
+        return rename_llava(name)
+    part = name.removeprefix(_ROUTER)
+    fused = _FUSED_ATTENTION.match(part)
+    if fused:
+        return Renamed(tuple(f"{_ROUTER}merger.{each}_proj.{fused[1]}" for each in "qkv"), in_thirds)
+    for old, new in _ROUTER_NAMES:
+        if old.match(part):
+            return Renamed((_ROUTER + old.sub(new, part, count=1),))
+    return None
+
+
+def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+    """Plan the conversion of an official checkpoint.
+
+    Args:
+        source (`Source`): the checkpoint.
+        target (`Target`): AVG-LLaVA.
+        overrides (`Mapping`): fields of the new config that replace those of the file.
+
+    Raises:
+        ValueError: a tower, projector, decoder or setting that has no counterpart here.
+    """
+    config, stored = source.config, source.stored
+    head = "lm_head.weight" if "lm_head.weight" in stored else None
+    tied = is_tied(source, config, head, "model.embed_tokens.weight")
+    tower = tower_config(source.tower or KNOWN_TOWERS[config["mm_vision_tower"]])
+    text = text_config(config, tied)
+    has_router = any(name.startswith(_ROUTER) for name in stored)
+    fields = {
+        "vision_config": tower,
+        "text_config": text,
+        "image_token_id": source.image_token_id,
+        "tie_word_embeddings": tied,
+        **feature_fields(config, tower),
+        **anyres_fields(config),
+        "vis_token_granularity": list(config["vis_token_granularity"]),
+        "router_select": has_router and bool(config.get("router_select", True)),
+        "filtered_text_num": config.get("filtered_text_num") or _FILTERED_TEXT_NUM,
+        "mm_patch_merge_type": "spatial_unpad",
+        "unpad_rule": "token_grid",
+        "router_attention": "tiles",
+        "router_text": "first_image",
+    }
+    renamed = with_rows_for(rename, text, source.image_token_id)
+    new_config = target.config(**{**fields, **overrides})
+    processor = processor_settings(source, tower, text)
+    notes = ["The chat template is the one of the authors' evaluation on Vicuna; official files name none."]
+    if not has_router:
+        notes.append(
+            "The checkpoint has no router (stage 3): it is freshly initialised and does not choose "
+            "(`router_select=False`). Train it before switching it on."
+        )
+    return Plan(
+        layout="official AVG-LLaVA",
+        config=new_config,
+        model_class=target.model,
+        rename=renamed,
+        processor=ProcessorSettings(
+            processor.images, {**processor.fields, "count_rule": f"unpad_{new_config.unpad_rule}"}
+        ),
+        ignored={head: "equal to the input embeddings"} if tied and head else {},
+        fresh_modules=() if has_router else target.new_modules,
+        notes=notes,
+    )

@@ -1,0 +1,147 @@
+"""Configuration of AVG-LLaVA."""
+
+import math
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from .configuration_vtc import VtcConfig
+from .tiling_vtc import UNPAD_RULES, pooled_grid
+
+MERGE_TYPES = ("spatial_unpad", "flat")
+ROUTER_ATTENTIONS = ("tiles", "tokens")
+ROUTER_TEXTS = ("first_image", "row")
+
+
+class AvgLlavaConfig(VtcConfig):
+    """A pyramid of pooled granularities per image, and a router that chooses one from image and instruction.
+
+    Names of fields follow the official `config.json` where it has one. Official weights were trained with
+    `unpad_rule="token_grid"`, `router_attention="tiles"` and `router_text="first_image"`, which the converter sets;
+    the defaults below are the corrected variants, for models that are trained anew.
+
+    Args:
+        vis_token_granularity (`list[int]`, *optional*): tokens per tile of each granularity, coarse to fine. The last
+            one is what connector and tower give for a tile; each other one is that divided by a power of two, and its
+            grid comes from halving columns and rows in turns. Default: up to four halvings.
+        router_select (`bool`): whether `vtc_budget="auto"` routes; `False` keeps the finest granularity.
+        filtered_text_num (`int`): text rows that the router reads, those most similar to the image.
+        router_num_heads (`int`): heads of the router's attention.
+        router_dropout (`float`): in the router's Transformer layer, in training.
+        router_attention (`str`): `"tiles"`: a token attends to the tokens at its place in the other tiles; `"tokens"`:
+            it attends to all granularities of its tile and to the text.
+        router_text (`str`): `"row"`: every image is routed with the text of its own row; `"first_image"`: the first
+            image of a row is, the others without any text (what the released code does at batch size 1).
+        image_grid_pinpoints (`list[list[int]]`, *optional*): the canvases of the image processor, (height, width) in
+            pixels; needed for `"spatial_unpad"`. Official files have (width, height).
+        mm_patch_merge_type (`str`, *optional*): `"spatial_unpad"`: LLaVA-NeXT, the base tile, then the tiles as one
+            map without its padding, `image_newline` at the end of each row. `"flat"`: InternVL, LLaVA-1.5, the tiles
+            one after the other. Default: the former if there are `image_grid_pinpoints`.
+        unpad_rule (`str`): for `"spatial_unpad"`, what the aspect ratio of the image is compared with to find the
+            padding: `"token_grid"`, the rows and columns of tokens, which distorts where a token is not square, or
+            `"true_aspect"`, the canvas.
+        base_tile (`str`, *optional*): where the view of the whole image is, which the text is compared with: `"first"`
+            (LLaVA-NeXT) or `"last"` (InternVL) of the image's tiles. Default: as the merge type's model.
+
+    The other fields are those of `VtcConfig`.
+
+    Raises:
+        ValueError: a field is outside of its range.
+    """
+
+    model_type = "vtc_avg_llava"
+
+    def __init__(
+        self,
+        vision_config: dict | PretrainedConfig | None = None,
+        text_config: dict | PretrainedConfig | None = None,
+        vis_token_granularity: list[int] | None = None,
+        router_select: bool = True,
+        filtered_text_num: int = 32,
+        router_num_heads: int = 8,
+        router_dropout: float = 0.1,
+        router_attention: str = "tokens",
+        router_text: str = "row",
+        image_grid_pinpoints: list[list[int]] | None = None,
+        mm_patch_merge_type: str | None = None,
+        unpad_rule: str = "true_aspect",
+        base_tile: str | None = None,
+        **kwargs: Any,
+    ):
+        self.router_select = router_select
+        self.filtered_text_num = filtered_text_num
+        self.router_num_heads = router_num_heads
+        self.router_dropout = router_dropout
+        self.router_attention = router_attention
+        self.router_text = router_text
+        joined = image_grid_pinpoints is not None and mm_patch_merge_type != "flat"
+        self.mm_patch_merge_type = mm_patch_merge_type or ("spatial_unpad" if joined else "flat")
+        self.unpad_rule = unpad_rule
+        self.base_tile = base_tile or ("first" if joined else "last")
+        super().__init__(vision_config, text_config, **kwargs)
+        for name, values in (
+            ("router_attention", ROUTER_ATTENTIONS),
+            ("router_text", ROUTER_TEXTS),
+            ("mm_patch_merge_type", MERGE_TYPES),
+            ("unpad_rule", UNPAD_RULES),
+            ("base_tile", ("first", "last")),
+        ):
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+        self.vis_token_granularity = self._checked_granularities(vis_token_granularity)
+        self.image_grid_pinpoints = self._checked_pinpoints(image_grid_pinpoints)
+        if filtered_text_num < 1:
+            raise ValueError(f"`filtered_text_num` must be at least 1 text row, got {filtered_text_num}.")
+        if not 0 <= router_dropout < 1:
+            raise ValueError(f"`router_dropout` must lie in [0, 1), got {router_dropout}.")
+        if self.text_config.hidden_size % router_num_heads:
+            raise ValueError(
+                f"The decoder's `hidden_size` ({self.text_config.hidden_size}) must be a multiple of "
+                f"`router_num_heads` ({router_num_heads})."
+            )
+        if self.mm_patch_merge_type == "spatial_unpad" and self.base_tile != "first":
+            raise ValueError("`mm_patch_merge_type='spatial_unpad'` needs the base tile first: `base_tile='first'`.")
+
+    @property
+    def grid_side(self) -> int:
+        """Side of the grid of the finest granularity in a tile."""
+        return math.isqrt(self.image_seq_length)
+
+    @property
+    def granularity_grids(self) -> list[tuple[int, int]]:
+        """(rows, columns) of tokens per tile of each granularity, coarse to fine."""
+        return [pooled_grid(self.grid_side, granularity) for granularity in self.vis_token_granularity]
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile in pixels."""
+        size = self.vision_config.image_size
+        return size if isinstance(size, int) else size[0]
+
+    def _checked_granularities(self, granularities: list[int] | None) -> list[int]:
+        finest = self.image_seq_length
+        if granularities is None:
+            # how often a side can be halved
+            evenness = (self.grid_side & -self.grid_side).bit_length() - 1
+            return [finest >> exponent for exponent in reversed(range(min(2 * evenness, 4) + 1))]
+        granularities = [int(scale) for scale in granularities]
+        if granularities != sorted(set(granularities)) or not granularities or granularities[-1] != finest:
+            raise ValueError(
+                f"`vis_token_granularity` must rise from coarse to fine and end with the {finest} tokens that tower "
+                f"and connector give for a tile, got {granularities}."
+            )
+        for scale in granularities:
+            pooled_grid(self.grid_side, scale)
+        return granularities
+
+    def _checked_pinpoints(self, pinpoints: list[list[int]] | None) -> list[list[int]] | None:
+        if self.mm_patch_merge_type == "flat":
+            return pinpoints
+        size = self.tile_size
+        sides = [side for pair in pinpoints or [] for side in pair]
+        if not sides or any(side < size or side % size for side in sides):
+            raise ValueError(
+                f"`image_grid_pinpoints` must be (height, width) pairs in multiples of the tower's tile ({size} "
+                f"pixels), got {pinpoints}."
+            )
+        return [list(pair) for pair in pinpoints]
