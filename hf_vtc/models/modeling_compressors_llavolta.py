@@ -1,0 +1,179 @@
+"""How LLaVolta makes V visual tokens fewer: pure functions on the states of spans.
+
+Means of consecutive tokens are the paper's (arXiv 2406.20092; Beckschen/LLaVolta@31ec151 `visual_operating`). The
+released code has nothing else; the definitions of the other compressors are ours: all keep order, and floor(V /
+stride) tokens (`"avgpool2d"`: whole windows of each grid).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+_KMEANS_STEPS = 10
+
+
+class Span(NamedTuple):
+    """An image that gets shorter: `length` visual tokens from `(row, start)` on, `stride` of which become one."""
+
+    row: int
+    start: int
+    length: int
+    stride: int
+
+
+@dataclass
+class Shortened:
+    """What becomes of some spans, in prompt order.
+
+    `values` `(M, D)`: the tokens that stay, None for members as they are; `slots` `(M,)`: indices of the flattened
+    states where they stand, `host_slots` the same on the CPU unless they were chosen on the device; `shifts` `(M,)`:
+    how far behind the position of that slot.
+    """
+
+    values: torch.Tensor | None
+    slots: torch.LongTensor
+    shifts: torch.LongTensor
+    host_slots: torch.LongTensor
+
+    def fill(self, states: torch.Tensor) -> torch.Tensor:
+        """`states` `(N, D)` with the values in their slots."""
+        return states if self.values is None else states.index_copy(0, self.slots, self.values.to(states.dtype))
+
+
+def consecutive_windows(length: int, stride: int) -> torch.LongTensor:
+    """Members `(length // stride, stride)` of windows of neighbours; a rest that fills no window is in none."""
+    num_kept = length // stride
+    return torch.arange(num_kept * stride).reshape(num_kept, stride)
+
+
+def strided_picks(length: int, stride: int) -> torch.LongTensor:
+    """The first token of every window, `(length // stride, 1)`."""
+    return consecutive_windows(length, stride)[:, :1]
+
+
+def random_picks(length: int, stride: int, generator: torch.Generator | None = None) -> torch.LongTensor:
+    """A uniform subset of `length // stride` tokens in order, `(length // stride, 1)`."""
+    picked = torch.randperm(length, generator=generator)[: length // stride]
+    return picked.sort().values[:, None]
+
+
+def square_windows(length: int, stride: int, side: int) -> torch.LongTensor:
+    """Members `(num_kept, stride)` of square windows, on grids of `side` x `side` tokens that follow each other.
+
+    Rows and columns of a grid that fill no window are in none.
+
+    Args:
+        length (`int`): tokens, a multiple of `side * side`.
+        stride (`int`): members of a window, a square.
+        side (`int`): of a grid.
+    """
+    edge, per_side = math.isqrt(stride), side // math.isqrt(stride)
+    grids = torch.arange(length).reshape(-1, side, side)[:, : per_side * edge, : per_side * edge]
+    windows = grids.reshape(-1, per_side, edge, per_side, edge).transpose(2, 3)
+    return windows.reshape(-1, stride)
+
+
+def most_attended(scores: torch.Tensor, num_kept: int) -> torch.LongTensor:
+    """Indices `(num_kept,)` of the highest `scores` `(V,)` in order of place; ties go to the earlier one."""
+    return torch.argsort(scores, descending=True, stable=True)[:num_kept].sort().values
+
+
+def kmeans_centroids(states: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.LongTensor]:
+    """Means of `num_kept` clusters of neighbours in value, in the order of the mean places of their members.
+
+    Lloyd's algorithm from the means of consecutive windows, so that the result depends on nothing else. A cluster that
+    loses all members keeps centre and place. Gradients flow through the means, not through the assignment.
+
+    Args:
+        states (`torch.Tensor` of shape `(V, D)`).
+
+    Returns:
+        Centroids `(num_kept, D)` and mean places `(num_kept,)`, rounded down.
+    """
+    places = torch.arange(len(states), device=states.device, dtype=torch.float32)
+    values = torch.cat([states.float(), places[:, None]], dim=1)
+    stride = len(states) // num_kept
+    centres = values[: num_kept * stride].unflatten(0, (num_kept, stride)).mean(1)
+    for _ in range(_KMEANS_STEPS):
+        distances = torch.cdist(values[:, :-1].detach(), centres[:, :-1].detach())
+        members = F.one_hot(distances.argmin(1), num_kept).to(values.dtype).T  # (num_kept, V)
+        sizes = members.sum(1, keepdim=True)
+        centres = torch.where(sizes > 0, members @ values / sizes.clamp(min=1), centres)
+    centres = centres[torch.argsort(centres[:, -1], stable=True)]
+    return centres[:, :-1].to(states.dtype), centres[:, -1].detach().floor().long()
+
+
+def shorten(
+    states: torch.Tensor,
+    spans: list[Span],
+    compressor: str,
+    side: int,
+    training: bool = False,
+    scores: torch.Tensor | None = None,
+) -> Shortened:
+    """Shorten some spans of flattened states.
+
+    Args:
+        states (`torch.Tensor` of shape `(N, D)`): spans lie in it by their `start`; `row` is not looked at.
+        spans (`list[Span]`): at least one, in order.
+        compressor (`str`): see `LlavoltaConfig`.
+        side (`int`): of a tile's grid, for `"avgpool2d"`.
+        training (`bool`): whether `"random"` draws anew; otherwise the layout alone decides, so that answers repeat.
+        scores (`torch.Tensor` of N numbers, *optional*): for `"attention"`.
+    """
+    device = states.device
+    windows = [_windows(span, compressor, side, training, scores) for span in spans]
+    slots = torch.cat([own[:, 0] + span.start for own, span in zip(windows, spans, strict=True)])
+    on_device = slots.to(device, non_blocking=True)
+    if compressor == "kmeans":
+        values, places = zip(*[_clusters(states, span) for span in spans], strict=True)
+        first_places = torch.cat([own[:, 0] for own in windows]).to(device, non_blocking=True)
+        return Shortened(torch.cat(values), on_device, torch.cat(places) - first_places, slots)
+    shifts = torch.cat([own.sum(1) // own.shape[1] - own[:, 0] for own in windows]).to(device, non_blocking=True)
+    if all(own.shape[1] == 1 for own in windows):
+        return Shortened(None, on_device, shifts, slots)
+    members = [own + span.start for own, span in zip(windows, spans, strict=True)]
+    return Shortened(_means(states, members), on_device, shifts, slots)
+
+
+def _windows(span: Span, compressor: str, side: int, training: bool, scores: torch.Tensor | None) -> torch.LongTensor:
+    """Members `(num_kept, width)` of what stays of a span, counted from its start."""
+    length, stride = span.length, span.stride
+    if compressor == "attention":
+        if stride == 1:
+            return torch.arange(length, device=scores.device)[:, None]
+        own = scores.flatten()[span.start : span.start + length]
+        return most_attended(own, length // stride)[:, None]
+    if stride == 1:
+        return torch.arange(length)[:, None]
+    if compressor == "random":
+        generator = None if training else torch.Generator().manual_seed(length * stride)
+        return random_picks(length, stride, generator)
+    if compressor == "avgpool2d":
+        return square_windows(length, stride, side)
+    return strided_picks(length, stride) if compressor == "uniform" else consecutive_windows(length, stride)
+
+
+def _clusters(states: torch.Tensor, span: Span) -> tuple[torch.Tensor, torch.LongTensor]:
+    own = states[span.start : span.start + span.length]
+    if span.stride == 1:
+        return own, torch.arange(span.length, device=states.device)
+    return kmeans_centroids(own, span.length // span.stride)
+
+
+def _means(states: torch.Tensor, members: list[torch.Tensor]) -> torch.Tensor:
+    """Means `(M, D)` of the rows of `states` that each window names; windows of one span are equally wide."""
+    widths = [own.shape[1] for own in members]
+    means, order = [], []
+    starts = torch.tensor([0, *map(len, members)]).cumsum(0).tolist()
+    for width in sorted(set(widths)):
+        same = [idx for idx, own in enumerate(widths) if own == width]
+        index = torch.cat([members[idx] for idx in same]).to(states.device, non_blocking=True)
+        means.append(states.index_select(0, index.flatten()).unflatten(0, index.shape).mean(1))
+        order += [torch.arange(starts[idx], starts[idx + 1]) for idx in same]
+    if len(means) == 1:
+        return means[0]
+    return torch.cat(means).index_select(0, torch.argsort(torch.cat(order)).to(states.device, non_blocking=True))
