@@ -1,41 +1,33 @@
-"""`hf-vtc`: see what compression does, convert and export checkpoints, estimate and measure what is saved."""
+"""`hf-vtc`: see what compression does, convert and export checkpoints, estimate and measure what is saved.
+
+Commands check their arguments before they import what they run, since that loads torch; `hf_vtc_cli.py` starts this
+file.
+"""
 
 import functools
 import io
 import json
+import os
 import re
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-    from transformers import PreTrainedModel, ProcessorMixin
 
 # what users can cause ends in one line and this status, anything else in a traceback
 _BAD_INPUT = 2
 _INPUT_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 _ROOT = Path(__file__).resolve().parents[1]
-_SHIPPED_MODEL = _ROOT / "model_cards" / "vico-tiny"
+_SHIPPED_MODELS = _ROOT / "model_cards"
+_DEFAULT_MODEL = "vico-tiny"
 _SHIPPED_PAGES = _ROOT / "examples" / "images" / "pages.json"
 _QUESTION = "Describe the image."
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-# parameters below which a first token costs about the same however many tokens there are
-_SMALL_MODEL = 50e6
-# pixels of the longer side of an image in the picture of what was kept
-_PICTURE_SIDE = 448
-# first tokens are timed this often, unless one alone takes longer than a second
-_FIRST_TOKEN_RUNS = 3
+_CLONE = "install hf_vtc from a clone of its repository: pip install -e ."
 
 app = typer.Typer(
     name="hf-vtc",
@@ -54,7 +46,8 @@ _Images = Annotated[
 ]
 _Question = Annotated[str | None, typer.Option("--question", help="Asked about every image.")]
 _BudgetText = Annotated[
-    str, typer.Option("--budget", help="Share of visual tokens (0.5), tokens per image (256), auto, or full.")
+    str | None,
+    typer.Option("--budget", help="Share of visual tokens (0.5), tokens per image (256), auto, or full."),
 ]
 _Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda:0. Default: the fastest here.")]
 _Dtype = Annotated[
@@ -93,9 +86,13 @@ def _reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 def _silence_transformers() -> None:
     """Keep warnings about loading and generation out of the way of a table; errors are raised, not logged."""
-    from transformers.utils import logging
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
 
-    logging.set_verbosity_error()
+        logging.set_verbosity_error()
+    else:
+        # read when it is imported, which takes seconds and may not be needed
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @app.command()
@@ -104,7 +101,8 @@ def run(
     image: _Images = None,
     question: _Question = None,
     model: _Model = None,
-    budget: _BudgetText = "0.5",
+    compare: Annotated[bool, typer.Option("--all", help="Every shipped model side by side.")] = False,
+    budget: _BudgetText = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     save: Annotated[Path, typer.Option(metavar="PNG", help="Picture of what was kept.")] = Path("vtc_run.png"),
     json_output: _Json = False,
@@ -114,52 +112,52 @@ def run(
 ) -> None:
     """Answer questions about images, uncompressed and compressed, and draw what was kept.
 
-    Without options: questions about pages of real handwriting, answered by the checkpoint that comes with hf_vtc.
+    Without options: questions about pages of real handwriting, answered by the checkpoint that comes with hf_vtc, with
+    budget auto and, where the method can, 0.5.
     """
-    budgets = list(dict.fromkeys(["full", "auto", _parse_budget(budget)]))
+    chosen = _parse_budget(budget)
+    _check_dtype(dtype)
     _require_writable_picture(save)
+    if compare and model is not None:
+        raise ValueError("Give `--all` or `--model`, not both: `--all` runs the models that come with hf_vtc.")
+    paths = _shipped_models() if compare else [_checkpoint_path(model)]
     pages = _pages(image, question)
-    with _status("Loading the model ..."):
-        loaded, processor = _load(model, device, dtype)
-    results, pictures = [], []
-    for page_idx, page in enumerate(pages):
-        with _status(f"Page {page_idx + 1} of {len(pages)} ..."):
-            picture = processor.image_processor.fetch_images(page.image)
-            prompts = [_Prompt(loaded, processor, picture, asked["question"]) for asked in page.questions]
-            if page_idx == 0:
-                for entry in budgets:
-                    # the first run of each shape pays for what is set up once
-                    prompts[0].first_token_seconds(entry)
-            answers = [
-                {"image": page.image, **asked, "runs": [prompt.answer(entry, max_new_tokens) for entry in budgets]}
-                for asked, prompt in zip(page.questions, prompts)
-            ]
-            name = Path(page.image).name
-            pictures.append([prompts[0].overlay(entry, name) for entry in budgets if entry != "full"])
-        for answer in answers:
-            _mark(answer)
-        results += answers
-        if not json_output:
-            Console().print(_page_table(name, answers))
 
+    from . import tables
+    from .answers import can_meet, interview, load
     from .plot import stack
 
+    console, contents, pictures = Console(), [], [[] for _ in pages]
+    for path in paths:
+        with _status(f"Loading {path} ..."):
+            loaded = load(path, device, dtype)
+        if compare:
+            budgets = ["full", "auto" if chosen in (None, "full") else chosen]
+        elif chosen is None:
+            budgets = ["full", "auto", *([0.5] if can_meet(*loaded, pages[0], 0.5) else [])]
+        else:
+            budgets = list(dict.fromkeys(["full", "auto", chosen]))
+        with _status(f"Page 1 of {len(pages)} ...") as status:
+
+            def on_page(num_done: int, name: str, answers: list[dict[str, Any]], status: Any = status) -> None:
+                status.update(f"Page {num_done + 1} of {len(pages)} ...")
+                if not json_output and not compare:
+                    console.print(tables.page_table(name, answers))
+
+            content, drawn = interview(*loaded, pages, budgets, max_new_tokens, on_page)
+        contents.append({**content, "picture": str(save)})
+        for row, page_pictures in zip(pictures, drawn):
+            row += page_pictures
+
     stack(pictures).save(save)
-    content = {
-        "model": loaded.config.name_or_path,
-        "num_parameters": loaded.num_parameters(),
-        "device": str(loaded.device),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "max_new_tokens": max_new_tokens,
-        "picture": str(save),
-        "results": results,
-        "summary": [_summary(results, run_idx) for run_idx in range(len(budgets))],
-    }
     if json_output:
-        _print_json(content)
+        _print_json({"picture": str(save), "models": contents} if compare else contents[0])
         return
-    console = Console()
-    console.print(_summary_table(content))
+    if compare:
+        console.print(tables.comparison_table(contents))
+        console.print(tables.ranking_table(contents))
+    else:
+        console.print(tables.summary_table(contents[0]))
     console.print(Text(f"What was kept: {save}"))
 
 
@@ -203,11 +201,13 @@ def export(
     debug: _Debug = False,
 ) -> None:
     """Write a self-contained folder: weights, processor, card, and the code that they need."""
+    path = _checkpoint_path(src)
+
+    from .answers import config_of
     from .hub import export as export_folder
 
-    path = _checkpoint_path(src)
     # before anything is loaded or written
-    _config_of(path)
+    config_of(path)
     with _status(f"Exporting {src} ..."):
         folder = export_folder(path, dst, check=check, overwrite=overwrite)
     proof = "proven in a process without hf_vtc" if check else "not checked"
@@ -223,26 +223,36 @@ def estimate(
     image_size: Annotated[str, typer.Option(metavar="HxW", help="Height and width in pixels.")] = "896x1344",
     num_tiles: Annotated[int | None, typer.Option(min=1, help="Tiles, instead of --image-size.")] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that are not visual.")] = 64,
-    budget: _BudgetText = "0.5",
+    budget: _BudgetText = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 32,
     json_output: _Json = False,
     debug: _Debug = False,
 ) -> None:
-    """Say what compression can save at best: tokens, memory, arithmetic, time."""
-    parsed = _parse_budget(budget)
+    """Say what compression can save at best: tokens, memory, arithmetic, time.
+
+    Default budget: auto, or 0.5 where auto depends on the pixels.
+    """
+    chosen = _parse_budget(budget)
     size = re.fullmatch(r"(\d+)\s*[xX,]\s*(\d+)", image_size.strip())
     if size is None:
         raise ValueError(f"`--image-size` must be height x width in pixels, such as 896x1344, got {image_size!r}.")
 
+    path = _checkpoint_path(source)
+
+    from transformers import AutoProcessor
+
+    from .answers import config_of, is_compressing
+    from .report import default_budget
     from .report import estimate as estimate_costs
 
-    config, image_processor = _config_and_tiling(source)
+    config = config_of(path)
+    image_processor = AutoProcessor.from_pretrained(path).image_processor if is_compressing(config) else None
     result = estimate_costs(
         config,
         (int(size[1]), int(size[2])),
         text_tokens,
-        parsed,
+        chosen or default_budget(config),
         batch_size,
         max_new_tokens,
         num_tiles=num_tiles,
@@ -260,7 +270,7 @@ def bench(
     image: _Images = None,
     question: _Question = None,
     model: _Model = None,
-    budget: _BudgetText = "0.5",
+    budget: _BudgetText = None,
     batch_size: Annotated[int, typer.Option(min=1, help="The same prompt this many times.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds that are not counted.")] = 2,
@@ -269,62 +279,68 @@ def bench(
     dtype: _Dtype = None,
     debug: _Debug = False,
 ) -> None:
-    """Measure the time to the first token, beside what was possible. Several images form one prompt."""
-    parsed = _parse_budget(budget)
+    """Measure the time to the first token, beside what was possible. Several images form one prompt.
+
+    Default budget: auto, or 0.5 where auto depends on the pixels.
+    """
+    chosen = _parse_budget(budget)
+    _check_dtype(dtype)
+    path = _checkpoint_path(model)
     pages = _pages(image, question)
     pages = pages if image else pages[:1]
-    with _status("Loading the model ..."):
-        loaded, processor = _load(model, device, dtype)
 
+    from .answers import load, model_inputs
     from .report import bench as measure
+    from .report import default_budget
 
-    pictures = [processor.image_processor.fetch_images(page.image) for page in pages]
-    inputs = _inputs(processor, pictures, pages[0].questions[0]["question"], batch_size)
+    with _status("Loading the model ..."):
+        loaded, processor = load(path, device, dtype)
+    pictures = [processor.image_processor.fetch_images(page["image"]) for page in pages]
+    inputs = model_inputs(processor, pictures, pages[0]["questions"][0]["question"], batch_size)
     with _status(f"Measuring {warmup + repeats} rounds ..."):
-        result = measure(loaded, inputs, parsed, repeats, warmup)
+        result = measure(loaded, inputs, chosen or default_budget(loaded.config), repeats, warmup)
     if json_output:
         _print_json(result.to_dict())
     else:
         Console().print(result)
 
 
-@dataclass
-class _Page:
-    """An image and what is asked about it; each question has "question" and may have "answer" and "kind"."""
-
-    image: str
-    questions: list[dict[str, str]]
-
-
-def _pages(images: Sequence[str] | None, question: str | None) -> list[_Page]:
+def _pages(images: Sequence[str] | None, question: str | None) -> list[dict[str, Any]]:
     """The images of the command line with its question, or the shipped pages with theirs."""
     if images:
-        return [_Page(image, [{"question": question or _QUESTION}]) for image in images]
+        return [{"image": image, "questions": [{"question": question or _QUESTION}]} for image in images]
     if not _SHIPPED_PAGES.is_file():
         raise FileNotFoundError(
             f"The pages that come with hf_vtc are not here ({_SHIPPED_PAGES}). Name a picture with --image, or "
-            "install hf_vtc from a clone of its repository: pip install -e ."
+            f"{_CLONE}"
         )
-    entries = json.loads(_SHIPPED_PAGES.read_text(encoding="utf-8"))
-    folder = _SHIPPED_PAGES.parent
-    return [
-        _Page(str(folder / entry["image"]), [{"question": question}] if question else entry["questions"])
-        for entry in entries
-    ]
+    pages = json.loads(_SHIPPED_PAGES.read_text(encoding="utf-8"))
+    for page in pages:
+        page["image"] = str(_SHIPPED_PAGES.parent / page["image"])
+        if question:
+            page["questions"] = [{"question": question}]
+    return pages
 
 
-def _parse_budget(text: str) -> str | int | float:
-    from .models.budget_vtc import budgets_per_image
-
+def _parse_budget(text: str | None) -> str | int | float | None:
+    """A `vtc_budget` from its text; the rule of `budget_vtc.py`, which cannot be imported without torch."""
+    if text in ("auto", "full", None):
+        return text
     try:
-        value = text if text in ("auto", "full") else int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+        value = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
     except ValueError:
-        # left as text, which the check below refuses in full words
-        value = text
-    if isinstance(value, int) and value < 1:
-        raise ValueError(f"`--budget` in tokens per image must be at least 1, got {value}.")
-    (checked,) = budgets_per_image(value, 1)
-    return checked
+        value = None
+    if value is None or not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+        raise ValueError(
+            "`--budget` must be auto, full, a share of the visual tokens above 0 and at most 1 with a point (0.5), or "
+            f"a number of tokens per image of at least 1 without (256), got {text!r}."
+        )
+    return value
+
+
+def _check_dtype(name: str | None) -> None:
+    if name not in (None, *_DTYPES):
+        raise ValueError(f"`--dtype` must be one of {', '.join(_DTYPES)}, got {name!r}.")
 
 
 def _require_writable_picture(path: Path) -> None:
@@ -336,223 +352,32 @@ def _require_writable_picture(path: Path) -> None:
         raise FileNotFoundError(f"`--save`: the folder {path.absolute().parent} does not exist. Make it first.")
 
 
-def _load(name: str | None, device: str | None, dtype: str | None) -> tuple["PreTrainedModel", "ProcessorMixin"]:
-    """Model in eval mode on its device, and processor."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    place = _torch_device(device)
-    if dtype is None:
-        # 16-bit arithmetic is slow or inexact on most CPUs
-        dtype = "float32" if place.type == "cpu" else "auto"
-    if dtype not in _DTYPES:
-        raise ValueError(f"`--dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    path = _checkpoint_path(name)
-    config = _config_of(path)
-    if isinstance(config, dict) or not config.model_type.startswith("vtc_"):
-        raise ValueError(
-            f"{path} is no model of hf_vtc. Convert it first: hf-vtc convert {path} FOLDER, then use --model FOLDER."
-        )
-    if Path(path).is_dir():
-        # a download is worth a progress bar, reading a file is not
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-    processor = AutoProcessor.from_pretrained(path)
-    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
-    loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch_dtype)
-    return loaded.to(place).eval(), processor
-
-
-def _torch_device(name: str | None) -> "torch.device":
-    import torch
-
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if name is None:
-        return found or torch.device("cpu")
-    device = torch.device(name)
-    if device.type not in ("cpu", found.type if found else "cpu"):
-        available = "cpu" if found is None else f"cpu, {found.type}"
-        raise ValueError(f"`--device {name}` is not available here. Available: {available}.")
-    return device
-
-
 def _checkpoint_path(name: str | None) -> str:
-    """The folder or repository of a model; the shipped checkpoint by default."""
+    """The folder or repository of a model; a shipped checkpoint by default."""
     if name is None:
-        if not (_SHIPPED_MODEL / "config.json").is_file():
+        folder = _SHIPPED_MODELS / _DEFAULT_MODEL
+        if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"The checkpoint that comes with hf_vtc is not here ({_SHIPPED_MODEL}). Name a model with --model, or "
-                "install hf_vtc from a clone of its repository: pip install -e ."
+                f"The checkpoint that comes with hf_vtc is not here ({folder}). Name a model with --model, or {_CLONE}"
             )
-        return str(_SHIPPED_MODEL)
+        return str(folder)
     folder = Path(name).expanduser()
     if folder.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return str(folder) if folder.is_dir() else name
     raise FileNotFoundError(f"{name!r} is neither a folder nor owner/name of a repository on the Hub. Check the path.")
 
 
-def _config_of(path: str) -> Any:
-    """The config of a checkpoint; a dictionary where transformers does not know its type."""
-    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-
-    reason = "the folder has none"
-    try:
-        content, _ = PretrainedConfig.get_config_dict(path)
-    except OSError as error:
-        content, reason = {}, str(error)
-    if "model_type" not in content:
-        raise FileNotFoundError(f"No config.json of a model can be read from {path} ({reason}). Check the path or id.")
-    return AutoConfig.from_pretrained(path) if content.get("model_type") in CONFIG_MAPPING else content
-
-
-def _config_and_tiling(source: str | None) -> tuple[Any, Any]:
-    """Config of a checkpoint, and its image processor if it is a model of hf_vtc."""
-    path = _checkpoint_path(source)
-    config = _config_of(path)
-    if isinstance(config, dict) or not config.model_type.startswith("vtc_"):
-        return config, None
-    from transformers import AutoProcessor
-
-    return config, AutoProcessor.from_pretrained(path).image_processor
-
-
-def _inputs(processor: Any, pictures: Sequence["Image.Image"], question: str, batch_size: int = 1) -> Any:
-    """Model inputs of one question about some images."""
-    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return processor(images=[list(pictures)] * batch_size, text=[text] * batch_size, return_tensors="pt")
-
-
-class _Prompt:
-    """One question about one image, ready to be asked with several budgets."""
-
-    def __init__(self, model: "PreTrainedModel", processor: Any, picture: "Image.Image", question: str):
-        self.model, self.processor, self.picture = model, processor, picture
-        self.inputs = _inputs(processor, [picture], question).to(model.device)
-        self.num_reserved = int((self.inputs["input_ids"] == model.config.image_token_id).sum())
-
-    def _generate(self, budget: Any, max_new_tokens: int) -> tuple["torch.Tensor", float]:
-        """New tokens, and seconds from the call to the first of them."""
-        clock = _FirstTokenClock()
-        start = time.perf_counter()
-        out = self.model.generate(
-            **self.inputs, vtc_budget=budget, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock
+def _shipped_models() -> list[str]:
+    """Folders of the checkpoints that come with hf_vtc; their uncompressed base is none of them."""
+    configs = sorted(_SHIPPED_MODELS.glob("*-tiny/config.json"))
+    types = [json.loads(path.read_text(encoding="utf-8")).get("model_type", "") for path in configs]
+    folders = [str(path.parent) for path, model_type in zip(configs, types) if model_type.startswith("vtc_")]
+    if not folders:
+        raise FileNotFoundError(
+            f"The checkpoints that come with hf_vtc are not here ({_SHIPPED_MODELS}). Name a model with --model, or "
+            f"{_CLONE}"
         )
-        return out[0, self.inputs["input_ids"].shape[1] :], clock.first_token - start
-
-    def first_token_seconds(self, budget: Any) -> float:
-        return self._generate(budget, 1)[1]
-
-    def answer(self, budget: Any, max_new_tokens: int) -> dict[str, Any]:
-        """Answer, visual tokens, and median time to the first token without loading and tiling the image."""
-        tokens, first = self._generate(budget, max_new_tokens)
-        seconds = [first]
-        while len(seconds) < _FIRST_TOKEN_RUNS and first < 1:
-            seconds.append(self.first_token_seconds(budget))
-        kept = int(self.model.count_visual_tokens(**self.inputs, vtc_budget=budget).sum())
-        return {
-            "budget": budget,
-            "answer": self.processor.decode(tokens, skip_special_tokens=True).strip(),
-            "num_reserved": self.num_reserved,
-            "num_kept": kept,
-            "compression_ratio": self.num_reserved / kept,
-            "ttft_ms": 1e3 * statistics.median(seconds),
-        }
-
-    def overlay(self, budget: Any, name: str) -> "Image.Image":
-        import torch
-
-        from .plot import overlay
-
-        with torch.no_grad():
-            output = self.model(**self.inputs, vtc_budget=budget, logits_to_keep=1)
-        title = f"{name}, budget {budget}"
-        return overlay(self.picture, output, self.processor, title=title, max_side=_PICTURE_SIDE)
-
-
-class _FirstTokenClock:
-    """A streamer that notes when the first new token reached the host; `generate` streams the prompt before it."""
-
-    def __init__(self) -> None:
-        self.num_calls, self.first_token = 0, 0.0
-
-    def put(self, value: Any) -> None:
-        self.num_calls += 1
-        if self.num_calls == 2:
-            self.first_token = time.perf_counter()
-
-    def end(self) -> None:
-        return None
-
-
-def _mark(answer: dict[str, Any]) -> None:
-    """Say for each run whether its answer is the expected one, where there is one."""
-    for attempt in answer["runs"]:
-        expected = answer.get("answer")
-        attempt["correct"] = None if expected is None else attempt["answer"].casefold() == expected.casefold()
-
-
-def _summary(results: Sequence[dict[str, Any]], run_idx: int) -> dict[str, Any]:
-    attempts = [result["runs"][run_idx] for result in results]
-    marks = [attempt["correct"] for attempt in attempts if attempt["correct"] is not None]
-    reserved, kept = (sum(attempt[name] for attempt in attempts) for name in ("num_reserved", "num_kept"))
-    return {
-        "budget": attempts[0]["budget"],
-        "num_correct": sum(marks) if marks else None,
-        "num_marked": len(marks),
-        "num_reserved": reserved,
-        "num_kept": kept,
-        "compression_ratio": reserved / kept,
-        "ttft_ms": statistics.median(attempt["ttft_ms"] for attempt in attempts),
-    }
-
-
-def _page_table(name: str, answers: Sequence[dict[str, Any]]) -> Group:
-    table = Table()
-    table.add_column("question", max_width=32)
-    for heading in ("budget", "answer"):
-        table.add_column(heading)
-    for heading in ("tokens kept", "ratio", "first token"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for answer in answers:
-        expected = f"\n({answer['answer']})" if "answer" in answer else ""
-        question = Text(answer["question"]).append(expected, style="dim")
-        for run_idx, attempt in enumerate(answer["runs"]):
-            style = {True: "green", False: "red", None: ""}[attempt["correct"]]
-            mark = {True: " ✓", False: " ✗", None: ""}[attempt["correct"]]
-            table.add_row(
-                question if run_idx == 0 else "",
-                str(attempt["budget"]),
-                Text(attempt["answer"] + mark, style=style),
-                *_token_cells(attempt),
-                end_section=run_idx == len(answer["runs"]) - 1,
-            )
-    return Group(Text(name, style="bold"), table)
-
-
-def _summary_table(content: dict[str, Any]) -> Group:
-    title = f"All questions, {Path(content['model']).name} on {content['device']} in {content['dtype']}"
-    note = "First token: median, from pixels to token, without loading and tiling of images."
-    if content["num_parameters"] < _SMALL_MODEL:
-        note += (
-            f" A model of {content['num_parameters'] / 1e6:.1f} M parameters spends it on fixed costs, not on tokens: "
-            "`hf-vtc estimate` says what larger ones gain."
-        )
-    table = Table()
-    table.add_column("budget")
-    for heading in ("right answers", "tokens kept", "ratio", "first token"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for line in content["summary"]:
-        right = "" if line["num_correct"] is None else f"{line['num_correct']} of {line['num_marked']}"
-        table.add_row(str(line["budget"]), right, *_token_cells(line))
-    return Group(Text(title, style="bold"), table, Text(note))
-
-
-def _token_cells(line: dict[str, Any]) -> tuple[str, str, str]:
-    tokens = f"{line['num_kept']} of {line['num_reserved']}"
-    return tokens, f"{line['compression_ratio']:.2f}", f"{line['ttft_ms']:.1f} ms"
+    return folders
 
 
 def _status(message: str) -> Any:

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, and how it refuses."""
 
+import configparser
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 import hf_vtc.convert
 import hf_vtc.hub
-from hf_vtc import cli
+from hf_vtc import answers, cli
 
 QUESTIONS = [
     {"question": "What colour is the page?", "answer": "Red", "kind": "coarse"},
@@ -21,22 +22,29 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model with its processor."""
-    path = tmp_path_factory.mktemp("model") / "vico-test"
-    factories.tiny_model("vico").save_pretrained(path)
-    factories.tiny_processor("vico").save_pretrained(path)
+def model_cards(tmp_path_factory):
+    """A tiny model of every method with its processor, and a base that is no model of hf_vtc."""
+    path = tmp_path_factory.mktemp("model_cards")
+    for method in factories.METHODS:
+        factories.tiny_model(method).save_pretrained(path / f"{method}-tiny", save_code=False)
+        factories.tiny_processor(method).save_pretrained(path / f"{method}-tiny")
+    factories.uncompressed(factories.tiny_model("vico")).config.save_pretrained(path / "base-tiny")
     return path
 
 
 @pytest.fixture
-def shipped(folder, tmp_path, monkeypatch):
-    """A model and pages in the places of those that come with hf_vtc; the current folder is `tmp_path`."""
+def folder(model_cards):
+    return model_cards / "vico-tiny"
+
+
+@pytest.fixture
+def shipped(model_cards, tmp_path, monkeypatch):
+    """Models and pages in the places of those that come with hf_vtc; the current folder is `tmp_path`."""
     Image.new("RGB", (64, 32), "red").save(tmp_path / "a.png")
     Image.new("RGB", (32, 32), "blue").save(tmp_path / "b.png")
     pages = [{"image": "a.png", "questions": QUESTIONS}, {"image": "b.png", "questions": QUESTIONS[:1]}]
     (tmp_path / "pages.json").write_text(json.dumps(pages), encoding="utf-8")
-    monkeypatch.setattr(cli, "_SHIPPED_MODEL", folder)
+    monkeypatch.setattr(cli, "_SHIPPED_MODELS", model_cards)
     monkeypatch.setattr(cli, "_SHIPPED_PAGES", tmp_path / "pages.json")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -44,6 +52,11 @@ def shipped(folder, tmp_path, monkeypatch):
 
 def invoke(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
 
 
 def output_of(*arguments):
@@ -57,10 +70,51 @@ def test_help_names_every_command():
     assert all(f" {name} " in text for name in ("run", "convert", "export", "estimate", "bench"))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        *([name, "--help"] for name in ("run", "convert", "export", "estimate", "bench")),
+        ["run", "--nope"],
+        ["run", "--budget", "half"],
+        ["run", "--dtype", "int8"],
+        ["run", "--model", "./nope"],
+        ["bench", "--budget", "half"],
+        ["estimate", "--image-size", "448"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_bad_arguments_load_no_torch(run_python, arguments):
+    # what loads it takes seconds; the command starts by `hf_vtc_cli`, as in setup.cfg
+    script = """
+import sys
+from hf_vtc_cli import main
+sys.argv[0] = "hf-vtc"
+try:
+    main()
+except SystemExit as end:
+    print("status", end.code, sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    text = run_python(script, *arguments, installed=True)
+    assert f"status {0 if '--help' in arguments else 2} []" in text
+
+
+def test_the_command_is_the_command_line(shipped, folder, run_python):
+    script = "import sys; from hf_vtc_cli import main; sys.argv[0] = 'hf-vtc'; main()"
+    assert json.loads(run_python(script, "estimate", folder, "--json", installed=True))["model_type"] == "vtc_vico"
+
+
+def test_console_script_is_the_launcher():
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).resolve().parents[1] / "setup.cfg")
+    assert settings["options.entry_points"]["console_scripts"].split() == ["hf-vtc", "=", "hf_vtc_cli:main"]
+    assert settings["options"]["py_modules"] == "hf_vtc_cli"
+
+
 @pytest.mark.window
 def test_run_without_arguments(shipped):
     text = output_of("run", "--max-new-tokens", 3)
-    assert "a.png" in text and "b.png" in text and "All questions, vico-test" in text
+    assert "a.png" in text and "b.png" in text and "All questions, vico-tiny" in text
     assert "48 of 48" in text and "16 of 16" in text
     assert text.rstrip().endswith("What was kept: vtc_run.png")
     with Image.open(shipped / "vtc_run.png") as picture:
@@ -107,6 +161,57 @@ def test_run_works_where_output_is_ascii(shipped, folder, run_python, monkeypatc
     assert "O?" in run_python(script, *arguments, installed=True)
 
 
+def test_run_all_compares_the_shipped_models(shipped, model_cards):
+    content = json.loads(output_of("run", "--all", "--json", "--max-new-tokens", 2))
+    names = sorted(f"{method}-tiny" for method in factories.METHODS)
+    with Image.open(shipped / "vtc_run.png") as picture:
+        # a column per model
+        assert picture.width > 448 * len(names)
+    assert [Path(model["model"]).name for model in content["models"]] == names
+    for model in content["models"]:
+        assert [result["question"] for result in model["results"]] == [asked["question"] for asked in QUESTIONS] + [
+            QUESTIONS[0]["question"]
+        ]
+        assert all([run["budget"] for run in result["runs"]] == ["full", "auto"] for result in model["results"])
+        # what it says of a model is what that model says alone
+        alone = json.loads(output_of("run", "--json", "--model", model["model"], "--max-new-tokens", 2))
+        for one, other in zip(alone["results"], model["results"], strict=True):
+            for run, same in zip(one["runs"], other["runs"]):
+                assert all(run[name] == same[name] for name in ("budget", "answer", "num_kept", "num_reserved"))
+
+
+def test_run_all_prints_every_model(shipped):
+    text = output_of("run", "--all", "--max-new-tokens", 1)
+    for method in factories.METHODS:
+        # a column of answers, and a line in the ranking
+        assert text.count(f" {method} ") == text.count(f" {method}-tiny ") == 1
+    assert "base-tiny" not in text
+    assert text.count("ratio ") >= 3 * len(factories.METHODS)
+
+
+def test_run_all_takes_a_budget(shipped):
+    content = json.loads(output_of("run", "--all", "--json", "--budget", "full", "--max-new-tokens", 1))
+    assert {run["budget"] for model in content["models"] for run in model["summary"]} == {"full", "auto"}
+
+
+def test_run_all_without_models(shipped, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_SHIPPED_MODELS", tmp_path / "absent")
+    result = invoke("run", "--all")
+    assert result.exit_code == 2 and "The checkpoints that come with hf_vtc are not here" in result.stderr
+
+
+@pytest.mark.parametrize("method", factories.METHODS)
+def test_run_any_method(shipped, model_cards, method):
+    arguments = ("--model", model_cards / f"{method}-tiny", "--image", "a.png", "--max-new-tokens", 1)
+    content = json.loads(output_of("run", "--json", *arguments))
+    budgets = [line["budget"] for line in content["summary"]]
+    # half of the tokens only where the method has such a count
+    assert budgets[:2] == ["full", "auto"] and budgets[2:] in ([], [0.5])
+    kept = [line["num_kept"] for line in content["summary"]]
+    assert all(count <= kept[0] for count in kept)
+    assert "What was kept" in output_of("run", *arguments)
+
+
 def test_run_own_image_and_question(shipped):
     arguments = ("--image", "a.png", "--image", "b.png", "--question", "Why?", "--budget", 16, "--max-new-tokens", 2)
     content = json.loads(output_of("run", "--json", *arguments))
@@ -140,10 +245,10 @@ def test_right_answers_are_counted():
     runs = [[{"answer": "RED"}, {"answer": "blue"}], [{"answer": "3"}, {"answer": "2"}]]
     results = [{**asked, "runs": attempts} for asked, attempts in zip(QUESTIONS, runs, strict=True)]
     for result in results:
-        cli._mark(result)
+        answers.marked(result)
         for attempt in result["runs"]:
             attempt |= {"budget": "full", "num_reserved": 8, "num_kept": 2, "ttft_ms": 1.0}
-    lines = [cli._summary(results, run_idx) for run_idx in range(2)]
+    lines = [answers.summary(results, run_idx) for run_idx in range(2)]
     assert [(line["num_correct"], line["num_marked"]) for line in lines] == [(1, 2), (1, 2)]
     assert lines[0]["compression_ratio"] == 4
 
@@ -157,8 +262,10 @@ def test_right_answers_are_counted():
         (["run", "--model", "."], "No config.json of a model can be read from ."),
         (["run", "--model", "owner/name"], "No config.json of a model can be read from owner/name"),
         (["run", "--budget", "half"], "got 'half'"),
-        (["run", "--budget", "1.5"], "got 1.5"),
-        (["run", "--budget", "0"], "at least 1, got 0"),
+        (["run", "--budget", "1.5"], "got '1.5'"),
+        (["run", "--budget", "0"], "at least 1 without (256), got '0'"),
+        (["run", "--budget", "nan"], "got 'nan'"),
+        (["run", "--all", "--model", "."], "`--all` or `--model`"),
         (["run", "--budget", "3"], "smallest admissible count is"),
         (["run", "--save", "kept.txt"], "`--save` needs the name of a picture"),
         (["run", "--save", "nowhere/kept.png"], "does not exist"),
@@ -198,7 +305,7 @@ def test_other_models_are_refused(shipped):
     assert result.exit_code == 2 and "is no model of hf_vtc" in result.stderr and "hf-vtc convert" in result.stderr
 
 
-@pytest.mark.parametrize("name, remedy", [("_SHIPPED_MODEL", "--model"), ("_SHIPPED_PAGES", "--image")])
+@pytest.mark.parametrize("name, remedy", [("_SHIPPED_MODELS", "--model"), ("_SHIPPED_PAGES", "--image")])
 def test_missing_shipped_files_are_explained(shipped, monkeypatch, name, remedy):
     monkeypatch.setattr(cli, name, shipped / "absent")
     result = invoke("run")
@@ -248,7 +355,7 @@ def test_convert_writes_a_model(shipped):
     assert config["model_type"] == "vtc_vico" and not list((shipped / "out").glob("*.py"))
     again = invoke("convert", "base", "out")
     assert again.exit_code == 2 and "overwrite" in again.stderr
-    output_of("convert", "base", "out", "--overwrite")
+    output_of("convert", "base", "out", "--method", "vico", "--overwrite")
     assert (shipped / "out" / "modeling_vico.py").is_file()
 
 

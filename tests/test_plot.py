@@ -1,13 +1,16 @@
 """Pictures of what was kept."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from factories import tiny_model, tiny_processor
+from factories import METHODS, tiny_config, tiny_model, tiny_processor
 from PIL import Image
 
+from hf_vtc.models.configuration_llavolta import COMPRESSORS
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
-from hf_vtc.plot import COMPRESSED_COLOUR, FULL_COLOUR, overlay, stack
+from hf_vtc.plot import COMPRESSED_COLOUR, FULL_COLOUR, canvas, methods, overlay, stack
 
 BLACK = (0, 0, 0)
 
@@ -71,6 +74,166 @@ def test_overlay_of_an_output():
     assert count(second, COMPRESSED_COLOUR) < 1000
 
 
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+
+
+def drawing_of(method, processor, size, decisions=None, num_tokens=None, **fields):
+    """Drawing of an image of `size` (height, width) pixels, and the config."""
+    config = tiny_config(method, **fields)
+    counts = None if num_tokens is None else torch.tensor([num_tokens])
+    output = SimpleNamespace(router_decisions=decisions, num_visual_tokens=counts)
+    kept = methods.Kept(processor.get_tile_layout(*size), output, config, 0, None, None)
+    return methods.DRAWINGS[config.model_type](kept), config
+
+
+def tokens_of(drawing):
+    """How many cells each visual token has in all tiles together."""
+    cells = np.concatenate([tile.cells.flatten() for tile in drawing.tiles])
+    tokens, counts = np.unique(cells[cells >= 0], return_counts=True)
+    return dict(zip(tokens.tolist(), counts.tolist()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", ("auto", "full"))
+def test_overlay_of_every_method(method, budget):
+    model, processor = tiny_model(method), tiny_processor(method)
+    images = [Image.new("RGB", (96, 64), "red"), Image.new("RGB", (48, 64), "blue")]
+    token = processor.image_token
+    inputs = processor(images=images, text=f"{token} and {token}?", return_tensors="pt")
+    with torch.no_grad():
+        output = model(**inputs, vtc_budget=budget)
+    for image_idx, image in enumerate(images):
+        arguments = {"config": model.config, "num_tiles": inputs.get("num_tiles"), "image_idx": image_idx}
+        picture = overlay(image, output, processor, **arguments, max_side=160)
+        assert picture.mode == "RGB" and max(picture.size) >= 160
+        assert count(picture, FULL_COLOUR) + count(picture, COMPRESSED_COLOUR) > 0
+        if budget == "full":
+            # what is not compressed has the colour of what is not, but for ViCO's legend of both
+            assert method == "vico" or count(picture, COMPRESSED_COLOUR) == 0
+            assert count(picture, FULL_COLOUR) > 0
+    with pytest.raises(ValueError, match="image_idx|Image 2"):
+        overlay(images[0], output, processor, **{**arguments, "image_idx": 2})
+
+
+@pytest.mark.parametrize("granularity_idx", range(5))
+@pytest.mark.parametrize("size", [(64, 64), (40, 90), (90, 40), (33, 64)])
+def test_avg_llava_draws_the_tokens_that_stay(size, granularity_idx):
+    processor = VtcImageProcessor("anyres", 32, image_grid_pinpoints=PINPOINTS)
+    decisions = torch.tensor([granularity_idx])
+    drawing, config = drawing_of("avg_llava", processor, size, decisions, image_grid_pinpoints=PINPOINTS)
+    grid = config.granularity_grids[granularity_idx]
+    assert {tile.cells.shape for tile in drawing.tiles} == {grid}
+    assert set(tokens_of(drawing).values()) == {1}
+    model = tiny_model("avg_llava", image_grid_pinpoints=PINPOINTS)
+    full = tiny_processor("avg_llava", image_grid_pinpoints=PINPOINTS)
+    inputs = full(images=Image.new("RGB", size[::-1]), text=full.image_token, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**inputs, router_decisions=decisions)
+    # the rest are newlines, one per row of the map
+    newlines = int(output.num_visual_tokens) - len(tokens_of(drawing))
+    rows = [np.unique(np.nonzero(tile.cells >= 0)[0]) for tile in drawing.tiles[1:]]
+    columns = processor.get_tile_layout(*size).grid[1]
+    assert newlines == sum(len(own) for own in rows[::columns])
+    assert f"kept {int(output.num_visual_tokens)} of" in drawing.legend[1][1]
+
+
+def test_avg_llava_shows_what_is_cut():
+    processor = VtcImageProcessor("anyres", 32, image_grid_pinpoints=PINPOINTS)
+    cut, whole = (
+        drawing_of(
+            "avg_llava",
+            processor,
+            (64, 64),
+            torch.tensor([3]),
+            image_grid_pinpoints=PINPOINTS,
+            unpad_rule=rule,
+            vis_token_granularity=[1, 2, 4, 8, 16],
+        )[0]
+        for rule in ("token_grid", "true_aspect")
+    )
+    # twice as many rows as columns of tokens, so that half of the rows go
+    assert sum((tile.cells < 0).sum() for tile in whole.tiles) == 0
+    assert sum((tile.cells < 0).sum() for tile in cut.tiles) == 4 * 8 / 2
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("stride", (1, 4))
+def test_llavolta_draws_what_becomes_one_token(compressor, stride):
+    processor = VtcImageProcessor("pad", 32)
+    config = tiny_config("llavolta", compressor=compressor, compress_stride=stride, compress_layer_idx=1)
+    reserved = config.image_seq_length
+    kept = config.kept_tokens(reserved, stride)
+    fields = {"compressor": compressor, "compress_stride": stride, "compress_layer_idx": 1}
+    drawing, _ = drawing_of("llavolta", processor, (32, 32), num_tokens=kept, **fields)
+    members = tokens_of(drawing)
+    if stride == 1 or compressor in ("random", "kmeans", "attention"):
+        # where the members are not known, the grid of all tokens
+        assert list(members.values()) == [1] * reserved and not drawing.tiles[0].filled
+    else:
+        assert list(members.values()) == [1 if compressor == "uniform" else stride] * kept
+        assert drawing.tiles[0].filled
+    assert f"kept {kept} of {reserved}" in drawing.legend[1][1]
+
+
+def test_llavolta_leaves_the_rest_out():
+    # 16 tokens by 5: three windows of neighbours, and one token that fills none
+    drawing, _ = drawing_of("llavolta", VtcImageProcessor("pad", 32), (32, 32), num_tokens=3, compress_stride=5)
+    assert drawing.tiles[0].cells.flatten().tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [-1]
+
+
+def test_llavolta_spans_run_on_from_tile_to_tile():
+    processor = VtcImageProcessor("dynamic", 32)
+    drawing, _ = drawing_of("llavolta", processor, (32, 64), num_tokens=48 // 5, compress_stride=5)
+    cells = np.concatenate([tile.cells.flatten() for tile in drawing.tiles])
+    assert cells.tolist() == [place // 5 if place < 45 else -1 for place in range(48)]
+
+
+def test_vistog_draws_its_groups():
+    processor = VtcImageProcessor("dynamic", 32)
+    groups = torch.stack([torch.arange(16) % 4, torch.full((16,), -1), torch.full((16,), 2)])
+    drawing, _ = drawing_of("vistog", processor, (32, 64), groups)
+    assert np.array_equal(drawing.tiles[0].cells, groups[0].reshape(4, 4).numpy())
+    assert [tile.filled for tile in drawing.tiles] == [True, False, True]
+    assert len(np.unique(drawing.tiles[1].cells)) == 16
+    assert "2 of 3 tiles in 4 semantic groups, at least 1 of them" in drawing.legend[0][1]
+    assert "kept 24 of 48" in drawing.legend[1][1]
+
+
+def test_convllava_draws_a_grid_over_what_fills_tokens():
+    config = tiny_config("convllava")
+    stride = config.token_stride
+    processor = VtcImageProcessor("keep_aspect", 3 * stride, token_stride=stride)
+    size = (2 * stride, 3 * stride)
+    drawing, _ = drawing_of("convllava", processor, size, num_tokens=3 * 4)
+    # the long side is 4.5 tokens
+    assert drawing.tiles[0].cells.shape == (3, 4)
+    assert drawing.tiles[0].covered == pytest.approx((1.0, 4 / 4.5))
+    with pytest.raises(ValueError, match="3 x 4 visual tokens by its processor, but 5 by the output"):
+        drawing_of("convllava", processor, size, num_tokens=5)
+    # of a long image the middle is seen
+    crop = VtcImageProcessor("crop", 3 * stride, token_stride=stride)
+    drawing, _ = drawing_of("convllava", crop, size, num_tokens=9)
+    assert drawing.tiles[0].covered == pytest.approx((1.0, 1.0))
+
+
+def test_cells_are_filled_divided_and_veiled():
+    layout = VtcImageProcessor("single", 32).get_tile_layout(40, 40)
+    cells = np.array([[0, 1], [0, -1]])
+
+    def pixels_of(**fields):
+        tile = canvas.Tile(FULL_COLOUR, cells, **fields)
+        drawing = canvas.Drawing([tile], [(None, "text")])
+        return np.asarray(canvas.compose(Image.new("RGB", (40, 40)), layout, drawing, None, 40))[14:54, 14:54]
+
+    plain, filled, half = pixels_of(), pixels_of(filled=True), pixels_of(covered=(1.0, 0.5))
+    # cells of 20 pixels: black, black, black, veiled
+    assert [plain[y, x].max() for y, x in ((10, 10), (10, 30), (30, 10))] == [0, 0, 0] and plain[30, 30].min() > 120
+    # no line within a token, one between two
+    assert plain[20, 10].max() == 0 and plain[10, 20].max() > 0
+    assert tuple(filled[10, 10]) == tuple(filled[30, 10]) != tuple(filled[10, 30])
+    assert half[10, 5].max() == 0 and half[10, 15].max() == 0 and half[10, 25].min() > 120
+
+
 def test_overlay_writes_the_number_of_tokens():
     # numbers of another size change the picture, and nothing else does
     image, processor = Image.new("RGB", (32, 32)), processor_of()
@@ -97,6 +260,9 @@ def test_overlay_title_gets_a_line():
         ([True] * 3, {"num_tiles": [3], "image_idx": 1}, "Image 1"),
         (torch.tensor([0, 1, 2]), {}, "one truth value per tile"),
         (torch.zeros(3, 2, dtype=torch.bool), {}, "one truth value per tile"),
+        ([True] * 3, {"config": SimpleNamespace(model_type="llava")}, "must be that of a method of"),
+        (torch.zeros(1), {"config": SimpleNamespace(model_type="vtc_avg_llava")}, "one granularity per image"),
+        (torch.zeros(3, 4), {"config": SimpleNamespace(model_type="vtc_vistog")}, "the group of each patch"),
     ],
 )
 def test_overlay_refuses(output, fields, message):

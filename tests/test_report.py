@@ -1,14 +1,20 @@
 """What `estimate` counts and what `bench` measures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from factories import METHODS, random_batch, tiny_config, tiny_model
+from factories import METHODS, budgets_of, random_batch, tiny_config, tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from hf_vtc import bench, estimate, report
+from hf_vtc import bench, estimate
+from hf_vtc.models.configuration_llavolta import LlavoltaConfig
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
-from hf_vtc.report import DecoderShape, TowerShape, printed_flops
+from hf_vtc.models.prompt_vtc import VisionInputs
+from hf_vtc.report import ConvTowerShape, DecoderShape, TowerShape, measured, printed_flops
+from hf_vtc.report.methods import plain_features
 
 INTERNVIT = {
     "hidden_size": 1024,
@@ -126,6 +132,102 @@ def test_tower_reads_up_to_the_feature_layer():
     assert layers == [24, 23, 20]
 
 
+# tokens of official AVG-LLaVA at 36, 72, 144, 288 and 576 per tile, base view and newlines included
+@pytest.mark.parametrize(
+    "width, height, counts",
+    [
+        (336, 336, (78, 114, 300, 444, 1176)),
+        (672, 672, (192, 228, 744, 888, 2928)),
+        (640, 480, (166, 202, 594, 738, 2340)),
+        (480, 640, (168, 280, 600, 1088, 2352)),
+        (1080, 1920, (120, 358, 504, 1338, 1968)),
+        (2000, 500, (112, 148, 514, 658, 1890)),
+    ],
+)
+def test_estimate_of_avg_llava_gives_known_counts(width, height, counts):
+    fields = {
+        "model_type": "vtc_avg_llava",
+        "vision_config": {**INTERNVIT, "image_size": 336},
+        "image_seq_length": 576,
+        "vis_token_granularity": [36, 72, 144, 288, 576],
+        "filtered_text_num": 32,
+        "mm_patch_merge_type": "spatial_unpad",
+        # (height, width)
+        "image_grid_pinpoints": [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]],
+        "unpad_rule": "token_grid",
+        "router_attention": "tiles",
+        "downsample_ratio": 1.0,
+    }
+    config = {**internvl("8B"), **fields}
+    results = [estimate(config, (height, width), vtc_budget=count) for count in counts]
+    assert tuple(result.num_kept for result in results) == counts
+    assert {result.num_reserved for result in results} == {counts[-1]}
+    with pytest.raises(ValueError, match="Give `image_size`"):
+        estimate(config, num_tiles=5)
+
+
+# visual tokens of LLaVA-1.5, summed over its 32 decoder layers, by layer and stride
+@pytest.mark.parametrize(
+    "layer_idx, stride, total",
+    [
+        (2, 8, 3312),
+        (2, 4, 5472),
+        (2, 2, 9792),
+        (8, 4, 8064),
+        (16, 8, 10368),
+        (16, 2, 13824),
+        (2, 64, 1422),
+        (32, 8, 18432),
+    ]
+    + [(0, 8, 32 * 72), (-1, 8, 32 * 72)],
+)
+def test_estimate_of_llavolta_counts_layers_apart(layer_idx, stride, total):
+    text = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "num_hidden_layers": 32}
+    tower = {**INTERNVIT, "image_size": 336, "hidden_size": 64}
+    config = LlavoltaConfig(tower, {**text, "vocab_size": 128}, compress_layer_idx=layer_idx, compress_stride=stride)
+    result = estimate(config, num_tiles=1, num_text_tokens=10, vtc_budget="auto", max_new_tokens=2)
+    assert result.num_reserved == 576
+    shape = DecoderShape.from_config(config.text_config.to_dict())
+    # a cache grows with the tokens, layer by layer
+    assert result.kv_cache_bytes == (total + 32 * 10) * replace(shape, num_layers=1).kv_cache_bytes(1)
+    assert result.full_kv_cache_bytes == shape.kv_cache_bytes(586)
+    long, short = (replace(shape, num_layers=1).prefill_flops(10 + count) for count in (576, result.num_kept))
+    num_long = min(max(layer_idx, 0), 32)
+    assert result.prefill_flops == pytest.approx(num_long * long + (32 - num_long) * short)
+
+
+CONVNEXT = {"depths": [3, 3, 27, 3, 6], "hidden_sizes": [192, 384, 768, 1536, 3072], "patch_size": 4}
+
+
+# multiply-accumulates of the four-stage ConvNeXt-L and with a fifth stage, and the features that they give
+@pytest.mark.parametrize(
+    "side, four_stages, five_stages, features",
+    [(512, 0.180, 0.210, 64), (768, 0.404, 0.472, 144), (1024, 0.718, 0.839, 256), (1536, 1.616, 1.888, 576)],
+)
+def test_convnext_tower_gives_known_costs(side, four_stages, five_stages, features):
+    towers = [
+        ConvTowerShape(tuple(CONVNEXT["depths"][:count]), tuple(CONVNEXT["hidden_sizes"][:count]), 4, (side, side))
+        for count in (4, 5)
+    ]
+    assert [round(tower.flops() / 2e12, 3) for tower in towers] == [four_stages, five_stages]
+    assert [tower.num_patches for tower in towers] == [4 * features, features]
+
+
+def test_convnext_tower_drops_what_fills_no_window():
+    # 200 x 281 pixels give a map of 3 x 4
+    tower = ConvTowerShape.from_config(CONVNEXT, (200, 281))
+    assert (tower.num_patches, tower.width) == (12, 3072)
+    assert ConvTowerShape.from_config({**CONVNEXT, "image_size": 768}).num_patches == 144
+
+
+def test_convnext_tower_by_hand():
+    tower = ConvTowerShape((1, 2), (2, 3), 4, (8, 16))
+    # 2 x 4 pixels of the stem, 1 x 2 of the second stage
+    stem, first = 8 * 3 * 16 * 2, 8 * (49 * 2 + 8 * 4)
+    down, second = 2 * 4 * 2 * 3, 2 * 2 * (49 * 3 + 8 * 9)
+    assert tower.flops() == 2 * (stem + first + down + second)
+
+
 def test_estimate_says_when_there_is_little_to_gain():
     small = estimate(internvl("1B"), num_tiles=1, vtc_budget=0.75, max_new_tokens=512)
     assert small.ttft_speedup < 1.1 and small.end_to_end_speedup < 1.1
@@ -135,15 +237,28 @@ def test_estimate_says_when_there_is_little_to_gain():
     assert large.ttft_speedup > 1.1 and large.end_to_end_speedup > 1.1 and not large.notes
 
 
+def image_of(config, batch) -> dict:
+    """Arguments of `estimate` for the only image of a batch."""
+    if config.model_type == "vtc_convllava":
+        height, width = batch["image_sizes"][0].tolist()
+        processor = VtcImageProcessor("keep_aspect", min(height, width), token_stride=config.token_stride)
+        return {"image_size": (height, width), "image_processor": processor}
+    if "image_sizes" in batch:
+        return {"image_size": tuple(batch["image_sizes"][0].tolist())}
+    return {"num_tiles": int(batch["num_tiles"][0])}
+
+
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("method", METHODS)
-def test_estimate_keeps_what_the_model_keeps(method):
+def test_estimate_keeps_what_the_model_keeps(method, seed):
     model = tiny_model(method)
-    batch = random_batch(model.config, torch.Generator().manual_seed(5), num_rows=1, images_per_row=[1])
-    num_tiles = int(batch["num_tiles"][0])
-    for budget in ("full", 1.0, 0.6, 0.3):
-        result = estimate(model, num_tiles=num_tiles, vtc_budget=budget)
+    batch = random_batch(model.config, torch.Generator().manual_seed(seed), num_rows=1, images_per_row=[1])
+    image = image_of(model.config, batch)
+    for budget in ("full", 1.0, *budgets_of(model.config)):
+        result = estimate(model, **image, vtc_budget=budget)
         assert result.num_kept == int(model.count_visual_tokens(**batch, vtc_budget=budget)[0])
-        assert result == estimate(model.config, num_tiles=num_tiles, vtc_budget=budget)
+        assert result.num_reserved == int((batch["input_ids"] == model.config.image_token_id).sum())
+        assert result == estimate(model.config, **image, vtc_budget=budget)
         json.dumps(result.to_dict())
 
 
@@ -155,11 +270,35 @@ def test_estimate_uses_the_given_tiling():
 
 
 def test_estimate_counts_the_compressor():
-    official = {**internvl("8B"), "model_type": "vtc_vico", "image_seq_length": 256}
+    official = {**internvl("8B"), "model_type": "vtc_vico", "image_seq_length": 256, "router_num_heads": 16}
     none, every = (estimate(official, num_tiles=1, vtc_budget=count) for count in (256, 64))
-    # 17 and 30 GFLOP for the two connectors, 9 for the router's four projections of every patch
-    assert round((none.compressor_flops + every.compressor_flops) / 1e9) == 17 + 30 + 2 * 9
+    # 17 and 30 GFLOP for the two connectors, 0.4 for the router
+    assert [round(result.compressor_flops / 1e9, 1) for result in (none, every)] == [17.5, 30.4]
     assert estimate(internvl("8B")).compressor_flops == 0
+
+
+def flops_of(run) -> int:
+    """Of matrix products and convolutions, counted as they run."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_estimate_counts_what_the_model_computes(method):
+    model = tiny_model(method).requires_grad_(False)
+    config = model.config
+    batch = random_batch(config, torch.Generator().manual_seed(1), num_rows=1, images_per_row=[1])
+    vision = VisionInputs(
+        **{name: batch.get(name) for name in ("pixel_values", "num_tiles", "image_sizes")}, vtc_budget="auto"
+    )
+    kept = int(model.count_visual_tokens(**batch)[0])
+    result = estimate(model, **image_of(config, batch), vtc_budget=kept)
+    tower = flops_of(plain_features(model.model, batch))
+    everything = flops_of(lambda: model.model.compact(batch["input_ids"], vision, batch["attention_mask"]))
+    assert result.compressor_flops == pytest.approx(everything - tower, rel=2e-3)
+    # the tower's share is at least what is counted: it leaves the patch embedding out, and layers behind the one read
+    assert result.tower_flops <= tower
 
 
 @pytest.mark.parametrize(
@@ -196,52 +335,64 @@ def batch(model):
     return random_batch(model.config, torch.Generator().manual_seed(1), num_rows=3)
 
 
-@pytest.mark.parametrize("budget", ("auto", "full", 0.4))
+@pytest.mark.parametrize("budget", ("auto", "full", None))
 @torch.no_grad()
 def test_oracle_computes_what_the_model_computes(model, batch, budget):
-    oracle = report._Oracle(model, batch, budget)
+    budget = budgets_of(model.config)[0] if budget is None else budget
+    oracle = measured._Oracle(model, batch, budget)
     ours = model.generate(**batch, vtc_budget=budget, max_new_tokens=1, do_sample=False, min_new_tokens=1)[:, -1:]
     assert torch.equal(oracle.forward(), ours)
-    assert torch.equal(oracle.generate(), ours)
+    if oracle.replay is None:
+        assert torch.equal(oracle.generate(), ours)
+    else:
+        assert model.config.model_type == "vtc_llavolta" and budget != "full"
     assert oracle.num_kept == model.count_visual_tokens(**batch, vtc_budget=budget).tolist()
 
 
 @torch.no_grad()
-def test_oracle_skips_router_and_needless_connectors(model, batch):
+def test_oracle_skips_what_chooses_and_needless_connectors(model, batch):
     called = []
-    for name in ("router", "multi_modal_projector", "compressed_projector"):
-        module = model.model.get_submodule(name)
+    parts = {name: module for name, module in model.model.named_children() if name != "language_model"}
+    for name, module in parts.items():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
-    oracle = report._Oracle(model, batch, "full")
-    called.clear()
-    oracle.forward()
-    assert called == ["multi_modal_projector"]
+    oracle = measured._Oracle(model, batch, "full")
+    for runs in range(1, 3):
+        called.clear()
+        (oracle.forward, oracle.generate)[runs - 1]()
+        # the tower of some methods is run layer by layer
+        assert [name for name in called if name != "vision_tower"] == ["multi_modal_projector"]
 
 
-@pytest.mark.parametrize("entry", ("generate", "forward"))
+@pytest.mark.parametrize("entry", ("generate", "forward", None))
 def test_bench_reports(model, batch, entry):
-    result = bench(model, batch, 0.5, repeats=3, warmup=1, entry=entry)
+    budget, inside = budgets_of(model.config)[0], model.config.model_type == "vtc_llavolta"
+    if inside and entry == "generate":
+        with pytest.raises(ValueError, match="`entry='generate'` has no oracle"):
+            bench(model, batch, budget, entry=entry)
+        return
+    result = bench(model, batch, budget, repeats=3, warmup=1, entry=entry)
     assert all(len(timing.seconds) == 3 for timing in (result.full, result.measured, result.oracle))
-    assert result.num_kept == model.count_visual_tokens(**batch, vtc_budget=0.5).tolist()
+    assert result.num_kept == model.count_visual_tokens(**batch, vtc_budget=budget).tolist()
     assert result.num_reserved == model.count_visual_tokens(**batch, vtc_budget="full").tolist()
     real = int(batch["attention_mask"].sum())
     assert result.num_text_tokens == real - sum(result.num_reserved)
-    assert result.ideal_speedup > 1
-    assert json.loads(json.dumps(result.to_dict()))["environment"]["entry"] == entry
+    assert (result.ideal_speedup > 1) == (sum(result.num_kept) < sum(result.num_reserved))
+    used = json.loads(json.dumps(result.to_dict()))["environment"]["entry"]
+    assert used == (entry or ("forward" if inside else "generate"))
     assert "eta = oracle / measured" in str(result)
 
 
 def test_bench_ideal_is_the_estimate(model):
     batch = random_batch(model.config, torch.Generator().manual_seed(2), num_rows=1, images_per_row=[1])
-    result = bench(model, batch, 0.5, repeats=1, warmup=0)
-    expected = estimate(
-        model, num_tiles=result.num_tiles, num_text_tokens=result.num_text_tokens, vtc_budget=0.5
-    ).ttft_speedup
-    assert result.ideal_speedup == pytest.approx(expected)
+    budget = budgets_of(model.config)[0]
+    result = bench(model, batch, budget, repeats=1, warmup=0)
+    image = image_of(model.config, batch)
+    expected = estimate(model, **image, num_text_tokens=result.num_text_tokens, vtc_budget=budget)
+    assert result.ideal_speedup == pytest.approx(expected.ttft_speedup)
 
 
 def test_bench_figures_by_hand(model, batch):
-    result = bench(model, batch, 0.5, repeats=1, warmup=0)
+    result = bench(model, batch, "full", repeats=1, warmup=0)
     result.full.seconds, result.measured.seconds, result.oracle.seconds = [9.0, 10, 30], [5.0, 6, 5], [4.0, 4, 8]
     assert (result.eta, result.speedup, result.oracle_speedup) == (4 / 5, 2, 2.5)
     assert result.paired_eta == 4 / 5
@@ -255,7 +406,7 @@ def test_bench_figures_by_hand(model, batch):
 def test_rounds_rotate():
     order = []
     variants = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    seconds = report._in_turns(variants, torch.device("cpu"), repeats=2, warmup=1)
+    seconds = measured._in_turns(variants, torch.device("cpu"), repeats=2, warmup=1)
     assert "".join(order) == "abcbcacab"
     assert all(len(values) == 2 for values in seconds.values())
 
@@ -265,7 +416,7 @@ def test_rounds_rotate():
     [
         ({"repeats": 0}, "`repeats` must be at least 1"),
         ({"entry": "both"}, "`entry` must be"),
-        ({"vtc_budget": 1}, "smallest admissible count"),
+        ({"vtc_budget": 0.001}, "smallest admissible count"),
     ],
 )
 def test_bench_refuses(model, batch, change, message):

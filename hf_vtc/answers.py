@@ -1,0 +1,247 @@
+"""Questions asked of a checkpoint: load it, answer uncompressed and compressed, time the first token, draw what stays.
+
+A page is a dictionary as in `examples/images/pages.json`: "image" is a path or URL, "questions" a list of dictionaries
+with "question" and, where they are known, "answer" and "kind".
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.utils import logging
+
+from .models.budget_vtc import Budget
+from .plot import overlay
+
+__all__ = ["Prompt", "can_meet", "config_of", "interview", "is_compressing", "load", "model_inputs"]
+
+# pixels of the longer side of an image in the picture of what was kept
+_PICTURE_SIDE = 448
+# first tokens are timed this often, unless one alone takes longer than a second
+_FIRST_TOKEN_RUNS = 3
+
+
+def config_of(path: str) -> PretrainedConfig | dict[str, Any]:
+    """The config of a checkpoint; a dictionary where transformers does not know its type.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    reason = "the folder has none"
+    try:
+        content, _ = PretrainedConfig.get_config_dict(path)
+    except OSError as error:
+        content, reason = {}, str(error)
+    if "model_type" not in content:
+        raise FileNotFoundError(f"No config.json of a model can be read from {path} ({reason}). Check the path or id.")
+    return AutoConfig.from_pretrained(path) if content["model_type"] in CONFIG_MAPPING else content
+
+
+def is_compressing(config: PretrainedConfig | Mapping[str, Any]) -> bool:
+    """Whether a config is that of a model of hf_vtc."""
+    return isinstance(config, PretrainedConfig) and config.model_type.startswith("vtc_")
+
+
+def load(path: str, device: str | None = None, dtype: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model of hf_vtc in eval mode on its device, and processor.
+
+    Args:
+        path (`str`): folder, or id of the Hub.
+        device (`str`, *optional*): such as "cpu". Default: the fastest one here.
+        dtype (`str`, *optional*): "auto" for that of the checkpoint, or the name of one of torch. Default: float32 on
+            CPU, elsewhere "auto".
+
+    Raises:
+        ValueError: this is another model, or the device is not available.
+        OSError: nothing can be read from `path`.
+    """
+    place = _torch_device(device)
+    if dtype is None:
+        # 16-bit arithmetic is slow or inexact on most CPUs
+        dtype = "float32" if place.type == "cpu" else "auto"
+    if not is_compressing(config_of(path)):
+        raise ValueError(
+            f"{path} is no model of hf_vtc. Convert it first: hf-vtc convert {path} FOLDER, then use --model FOLDER."
+        )
+    if Path(path).is_dir():
+        # a download is worth a progress bar, reading a file is not
+        logging.disable_progress_bar()
+    processor = AutoProcessor.from_pretrained(path)
+    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch_dtype)
+    return model.to(place).eval(), processor
+
+
+def _torch_device(name: str | None) -> torch.device:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        return found or torch.device("cpu")
+    device = torch.device(name)
+    if device.type not in ("cpu", found.type if found else "cpu"):
+        available = "cpu" if found is None else f"cpu, {found.type}"
+        raise ValueError(f"`--device {name}` is not available here. Available: {available}.")
+    return device
+
+
+def model_inputs(processor: Any, pictures: Sequence[Image.Image], question: str, batch_size: int = 1) -> Any:
+    """Model inputs of one question about some images, `batch_size` times."""
+    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return processor(images=[list(pictures)] * batch_size, text=[text] * batch_size, return_tensors="pt")
+
+
+class Prompt:
+    """One question about one image, ready to be asked with several budgets."""
+
+    def __init__(self, model: PreTrainedModel, processor: Any, picture: Image.Image, question: str):
+        self.model, self.processor, self.picture = model, processor, picture
+        self.inputs = model_inputs(processor, [picture], question).to(model.device)
+        self.num_reserved = int((self.inputs["input_ids"] == model.config.image_token_id).sum())
+
+    def count(self, budget: Budget) -> int:
+        """Visual tokens that the model keeps."""
+        return int(self.model.count_visual_tokens(**self.inputs, vtc_budget=budget).sum())
+
+    def generate(self, budget: Budget, max_new_tokens: int) -> tuple[torch.Tensor, float]:
+        """New tokens, and seconds from the call to the first of them."""
+        clock = _FirstTokenClock()
+        start = time.perf_counter()
+        out = self.model.generate(
+            **self.inputs, vtc_budget=budget, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock
+        )
+        return out[0, self.inputs["input_ids"].shape[1] :], clock.first_token - start
+
+    def answer(self, budget: Budget, max_new_tokens: int) -> dict[str, Any]:
+        """Answer, visual tokens, and median time to the first token without loading and tiling the image."""
+        tokens, first = self.generate(budget, max_new_tokens)
+        seconds = [first]
+        while len(seconds) < _FIRST_TOKEN_RUNS and first < 1:
+            seconds.append(self.generate(budget, 1)[1])
+        kept = self.count(budget)
+        return {
+            "budget": budget,
+            "answer": self.processor.decode(tokens, skip_special_tokens=True).strip(),
+            "num_reserved": self.num_reserved,
+            "num_kept": kept,
+            "compression_ratio": self.num_reserved / kept,
+            "ttft_ms": 1e3 * statistics.median(seconds),
+        }
+
+    def overlay(self, budget: Budget, title: str) -> Image.Image:
+        """Picture of what is kept."""
+        with torch.no_grad():
+            output = self.model(**self.inputs, vtc_budget=budget, logits_to_keep=1)
+        return overlay(
+            self.picture, output, self.processor, config=self.model.config, title=title, max_side=_PICTURE_SIDE
+        )
+
+
+class _FirstTokenClock:
+    """A streamer that notes when the first new token reached the host; `generate` streams the prompt before it."""
+
+    def __init__(self) -> None:
+        self.num_calls, self.first_token = 0, 0.0
+
+    def put(self, value: Any) -> None:
+        self.num_calls += 1
+        if self.num_calls == 2:
+            self.first_token = time.perf_counter()
+
+    def end(self) -> None:
+        return None
+
+
+def can_meet(model: PreTrainedModel, processor: Any, page: Mapping[str, Any], budget: Budget) -> bool:
+    """Whether a model has a count of visual tokens for this page within a budget; some methods have one count only."""
+    picture = processor.image_processor.fetch_images(page["image"])
+    prompt = Prompt(model, processor, picture, page["questions"][0]["question"])
+    try:
+        prompt.count(budget)
+    except ValueError:
+        return False
+    return True
+
+
+def interview(
+    model: PreTrainedModel,
+    processor: Any,
+    pages: Sequence[Mapping[str, Any]],
+    budgets: Sequence[Budget],
+    max_new_tokens: int,
+    on_page: Callable[[int, str, list[dict[str, Any]]], None] | None = None,
+) -> tuple[dict[str, Any], list[list[Image.Image]]]:
+    """Ask everything about every page with every budget.
+
+    Args:
+        pages: see above.
+        on_page: called with the number of pages that are done, the page's name and its answers.
+
+    Returns:
+        Facts, answers and their summary, ready for JSON; and for every page a picture of its first question per
+        budget other than `"full"`.
+    """
+    results, pictures, model_name = [], [], Path(model.config.name_or_path).name
+    for page in pages:
+        picture, name = processor.image_processor.fetch_images(page["image"]), Path(page["image"]).name
+        prompts = [Prompt(model, processor, picture, asked["question"]) for asked in page["questions"]]
+        if not results:
+            for budget in budgets:
+                # the first run of each shape pays for what is set up once
+                prompts[0].generate(budget, 1)
+        answers = []
+        for asked, prompt in zip(page["questions"], prompts):
+            runs = [prompt.answer(budget, max_new_tokens) for budget in budgets]
+            answers.append(marked({"image": page["image"], **asked, "runs": runs}))
+        results += answers
+        drawn = [budget for budget in budgets if budget != "full"]
+        pictures.append([prompts[0].overlay(each, f"{model_name}, {name}, budget {each}") for each in drawn])
+        if on_page is not None:
+            on_page(len(pictures), name, answers)
+    content = {
+        "model": model.config.name_or_path,
+        "num_parameters": model.num_parameters(),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_new_tokens": max_new_tokens,
+        "results": results,
+        "summary": [summary(results, run_idx) for run_idx in range(len(budgets))],
+    }
+    return content, pictures
+
+
+def marked(result: dict[str, Any]) -> dict[str, Any]:
+    """A question with, for each run, whether its answer is the expected one; None where none is known."""
+    expected = result.get("answer")
+    for run in result["runs"]:
+        run["correct"] = None if expected is None else run["answer"].casefold() == expected.casefold()
+    return result
+
+
+def summary(results: Sequence[Mapping[str, Any]], run_idx: int) -> dict[str, Any]:
+    """One run of all questions: right answers, visual tokens, median time."""
+    runs = [result["runs"][run_idx] for result in results]
+    marks = [run["correct"] for run in runs if run["correct"] is not None]
+    reserved, kept = (sum(run[name] for run in runs) for name in ("num_reserved", "num_kept"))
+    return {
+        "budget": runs[0]["budget"],
+        "num_correct": sum(marks) if marks else None,
+        "num_marked": len(marks),
+        "num_reserved": reserved,
+        "num_kept": kept,
+        "compression_ratio": reserved / kept,
+        "ttft_ms": statistics.median(run["ttft_ms"] for run in runs),
+    }

@@ -1,0 +1,80 @@
+"""What was kept, drawn on the image. Pillow only."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PretrainedConfig, ProcessorMixin
+
+from ..models.image_processing_vtc import VtcImageProcessor
+from .canvas import PAPER, compose
+from .methods import COMPRESSED_COLOUR, DRAWINGS, FULL_COLOUR, Kept
+
+__all__ = ["COMPRESSED_COLOUR", "FULL_COLOUR", "overlay", "stack"]
+
+
+def overlay(
+    image: Any,
+    output: Any,
+    processor: Any = None,
+    *,
+    config: PretrainedConfig | None = None,
+    num_tiles: Sequence[int] | torch.Tensor | None = None,
+    image_idx: int = 0,
+    tokens_per_tile: tuple[int, int] | None = None,
+    title: str | None = None,
+    max_side: int = 640,
+) -> Image.Image:
+    """Draw which visual tokens the language model sees of an image; a grid has a cell per token.
+
+    ViCO: tiles as they are, or veiled under a grid of what they keep. AVG-LLaVA: the grid of the chosen granularity,
+    veiled where the map is cut. LLaVolta: the patches that become one token. VisToG: the semantic groups as a
+    segmentation. ConvLLaVA: the grid of its tokens. The whole view, where there is one, stands to the right.
+
+    Args:
+        image: path, URL, PIL image, array or tensor; whatever the image processor takes.
+        output: what `forward` gave, or for ViCO `router_decisions` alone: one truth value per tile, True = compressed.
+        processor: the `VtcProcessor` or `VtcImageProcessor` that cut the image. Default: InternVL's 448 pixel tiles.
+        config: `model.config`. Default: the output is ViCO's.
+        num_tiles (`(num_images,)`, *optional*): as the processor gave it; needed if the call had several images and
+            the method decides by tile.
+        image_idx (`int`): which image of the call this is.
+        tokens_per_tile (`tuple[int, int]`, *optional*): for ViCO without a `config`, visual tokens of a full and of a
+            compressed tile; without them no numbers are drawn.
+        title (`str`, *optional*): a line above the picture.
+        max_side (`int`): longer side of the drawn image in pixels; small images are enlarged to it.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: the decisions do not fit this image, `output` does not hold what the method decides, or nothing is
+            known about drawing this method.
+    """
+    cutter = processor.image_processor if isinstance(processor, ProcessorMixin) else processor or VtcImageProcessor()
+    picture = cutter.fetch_images(image)
+    layout = cutter.get_tile_layout(picture.height, picture.width)
+    model_type = "vtc_vico" if config is None else config.model_type
+    if model_type not in DRAWINGS:
+        raise ValueError(f"`config` must be that of a method of {sorted(DRAWINGS)}, got {model_type!r}.")
+    counts = None if num_tiles is None else [int(count) for count in num_tiles]
+    kept = Kept(layout, output, config, image_idx, counts, tokens_per_tile)
+    return compose(picture, layout, DRAWINGS[model_type](kept), title, max_side)
+
+
+def stack(pictures: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Arrange pictures in rows, from the top left, on white."""
+    if not pictures or not all(pictures):
+        raise ValueError("`pictures` must hold at least one picture per row.")
+    heights = [max(picture.height for picture in row) for row in pictures]
+    width = max(sum(picture.width for picture in row) for row in pictures)
+    sheet = Image.new("RGB", (width, sum(heights)), PAPER)
+    top = 0
+    for row, height in zip(pictures, heights):
+        left = 0
+        for picture in row:
+            sheet.paste(picture, (left, top))
+            left += picture.width
+        top += height
+    return sheet

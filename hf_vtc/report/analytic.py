@@ -1,0 +1,293 @@
+"""The analytic part of a report: what compression can save at best."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from rich.console import Group
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..models.budget_vtc import Budget, budgets_per_image, largest_admissible
+from ..models.image_processing_vtc import VtcImageProcessor
+from .costs import config_dict, decoder_of, printed_flops, side_of, sub_config, tower_of
+from .methods import Workload, decoder_parts, report_of
+from .render import WORTHWHILE, as_table, as_text, binary_bytes, count, flops
+
+# NVIDIA H100 SXM, dense bfloat16
+PEAK_FLOPS = 989e12
+BANDWIDTH = 3.35e12
+
+
+@dataclass
+class Estimate:
+    """Analytic costs of one call, without and with compression. Token counts are per image, the rest per batch.
+
+    Args:
+        num_tiles (`int`): tiles of one image, the thumbnail included.
+        num_reserved, num_kept (`int`): visual tokens of one image before and after compression.
+        kv_cache_bytes, full_kv_cache_bytes (`int`): after the prefill.
+        prefill_flops, full_prefill_flops (`float`): of the language model.
+        printed_prefill_flops, full_printed_prefill_flops (`float`): the same as papers on pruning print it.
+        tower_flops (`float`): of the vision tower, which sees every tile in any case.
+        compressor_flops (`float`): of connectors and router; not part of any ideal. 0 where unknown.
+        prefill_speedup (`float`): ideal, language model alone, bound by arithmetic.
+        ttft_speedup (`float`): ideal, tower and prefill, bound by arithmetic.
+        end_to_end_speedup (`float`): ideal of the whole call on hardware of `peak_flops` and `bandwidth`.
+        decode_share (`float`): share of the compressed call that goes into decoding, on the same hardware.
+        notes (`list[str]`): what a reader of the numbers should know, in words.
+    """
+
+    model_type: str
+    image_size: tuple[int, int]
+    vtc_budget: Budget
+    batch_size: int
+    num_text_tokens: int
+    max_new_tokens: int
+    peak_flops: float
+    bandwidth: float
+    num_tiles: int
+    num_reserved: int
+    num_kept: int
+    full_kv_cache_bytes: int
+    kv_cache_bytes: int
+    full_prefill_flops: float
+    prefill_flops: float
+    full_printed_prefill_flops: float
+    printed_prefill_flops: float
+    tower_flops: float
+    compressor_flops: float
+    prefill_speedup: float
+    ttft_speedup: float
+    end_to_end_speedup: float
+    decode_share: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Visual tokens before / after."""
+        return self.num_reserved / self.num_kept
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "compression_ratio": self.compression_ratio}
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(what, uncompressed, compressed, ratio) in words."""
+        pairs = [
+            ("visual tokens per image", self.num_reserved, self.num_kept, count),
+            ("KV cache after the prefill", self.full_kv_cache_bytes, self.kv_cache_bytes, binary_bytes),
+            ("prefill FLOPs", self.full_prefill_flops, self.prefill_flops, flops),
+            ("the same as papers print it", self.full_printed_prefill_flops, self.printed_prefill_flops, flops),
+            ("vision tower FLOPs", self.tower_flops, self.tower_flops, flops),
+        ]
+        rows = [(name, show(full), show(kept), f"{full / kept:.2f}") for name, full, kept, show in pairs]
+        if self.compressor_flops:
+            rows.append(("connectors and router FLOPs", "", flops(self.compressor_flops), ""))
+        for name, value in (
+            ("ideal speed-up, prefill", self.prefill_speedup),
+            ("ideal speed-up, first token", self.ttft_speedup),
+            ("ideal speed-up, whole call", self.end_to_end_speedup),
+        ):
+            rows.append((name, "", "", f"{value:.2f}"))
+        return rows
+
+    def title(self) -> str:
+        height, width = self.image_size
+        return (
+            f"{self.model_type}: batch {self.batch_size}, {height} x {width} px in {self.num_tiles} tiles, "
+            f"{self.num_text_tokens} text tokens, {self.max_new_tokens} new, budget {self.vtc_budget}"
+        )
+
+    def __str__(self) -> str:
+        return as_text(self.title(), ("", "full", "compressed", "ratio"), self.rows(), self.notes)
+
+    def __rich__(self) -> Group:
+        return as_table(self.title(), ("", "full", "compressed", "ratio"), self.rows(), self.notes)
+
+
+def estimate(
+    model_or_config: PreTrainedModel | PretrainedConfig | Mapping[str, Any],
+    image_size: tuple[int, int] = (896, 1344),
+    num_text_tokens: int = 64,
+    vtc_budget: Budget = 0.5,
+    batch_size: int = 1,
+    max_new_tokens: int = 32,
+    *,
+    num_tiles: int | None = None,
+    image_processor: VtcImageProcessor | None = None,
+    bytes_per_value: int = 2,
+    peak_flops: float = PEAK_FLOPS,
+    bandwidth: float = BANDWIDTH,
+) -> Estimate:
+    """What compression can save at best, from a config alone: one image per prompt, choosing tokens free of charge.
+
+    Args:
+        model_or_config: a model, its config, or the content of a `config.json`. Besides models of hf_vtc, every
+            configuration with a ViT or ConvNeXt and a decoder works, so that the gain is known before anything is
+            converted.
+        image_size (`tuple[int, int]`): (height, width) in pixels.
+        num_text_tokens (`int`): tokens of a prompt that are not visual.
+        vtc_budget (`Budget`): as in `forward`; `"auto"` only where it does not depend on the pixels.
+        batch_size (`int`): prompts of the call.
+        max_new_tokens (`int`): length of each answer, in tokens.
+        num_tiles (`int`, *optional*): tiles of the image, thumbnail included. Default: as `image_processor` cuts it.
+        image_processor (`VtcImageProcessor`, *optional*): default: as the base of the model cuts images, InternVL with
+            at most 12 tiles and a thumbnail, LLaVA-NeXT with the canvases of its config, LLaVA 1.5 with one tile.
+        bytes_per_value (`int`): of weights and KV cache.
+        peak_flops (`float`), bandwidth (`float`): of the hardware, in FLOP/s and bytes/s, for the whole call. Default:
+            NVIDIA H100 SXM in bfloat16.
+
+    Raises:
+        ValueError: the config has no tower or decoder that is known, or the budget cannot be met.
+    """
+    config = config_dict(model_or_config)
+    workload = _workload(config, image_size, num_tiles, image_processor)
+    reserved, kept = _visual_tokens(workload, vtc_budget)
+    hardware = _Hardware(peak_flops, bandwidth, bytes_per_value)
+    tower_flops = batch_size * workload.num_tiles * workload.tower.flops()
+    full, compressed = (
+        _call(workload, num_text_tokens, reserved, count, batch_size, max_new_tokens, hardware)
+        for count in (reserved, kept)
+    )
+    seconds = [tower_flops / peak_flops + call.prefill_seconds + call.decode_seconds for call in (full, compressed)]
+    result = Estimate(
+        model_type=config.get("model_type", "unknown"),
+        image_size=workload.image_size,
+        vtc_budget=vtc_budget,
+        batch_size=batch_size,
+        num_text_tokens=num_text_tokens,
+        max_new_tokens=max_new_tokens,
+        peak_flops=peak_flops,
+        bandwidth=bandwidth,
+        num_tiles=workload.num_tiles,
+        num_reserved=reserved,
+        num_kept=kept,
+        full_kv_cache_bytes=full.kv_cache_bytes,
+        kv_cache_bytes=compressed.kv_cache_bytes,
+        full_prefill_flops=full.prefill_flops,
+        prefill_flops=compressed.prefill_flops,
+        full_printed_prefill_flops=full.printed_flops,
+        printed_prefill_flops=compressed.printed_flops,
+        tower_flops=tower_flops,
+        compressor_flops=batch_size * report_of(config).compressor_flops(workload, kept),
+        prefill_speedup=full.prefill_flops / compressed.prefill_flops,
+        ttft_speedup=(tower_flops + full.prefill_flops) / (tower_flops + compressed.prefill_flops),
+        end_to_end_speedup=seconds[0] / seconds[1],
+        decode_share=compressed.decode_seconds / seconds[1],
+    )
+    result.notes = _notes(result, compressed.bound_by_weights)
+    return result
+
+
+class _Hardware(NamedTuple):
+    peak_flops: float
+    bandwidth: float
+    bytes_per_value: int
+
+
+class _Call(NamedTuple):
+    """What the language model does in one call, for the whole batch."""
+
+    kv_cache_bytes: int
+    prefill_flops: float
+    printed_flops: float
+    prefill_seconds: float
+    decode_seconds: float
+    bound_by_weights: bool
+
+
+def _call(
+    workload: Workload,
+    num_text_tokens: int,
+    num_reserved: int,
+    num_kept: int,
+    batch_size: int,
+    max_new_tokens: int,
+    hardware: _Hardware,
+) -> _Call:
+    text, width = workload.text, hardware.bytes_per_value
+    parts = decoder_parts(workload.config, text, num_text_tokens, num_reserved, num_kept)
+    flops = batch_size * sum(part.prefill_flops(length) for part, length in parts)
+    weights = text.weight_bytes(batch_size * parts[0][1], width) / hardware.bandwidth
+    # every step reads all weights, and the cache as it has grown by then
+    read = (max_new_tokens - 1) * text.weight_bytes(batch_size, width)
+    for part, length in parts:
+        read += batch_size * part.kv_cache_bytes(sum(range(length, length + max_new_tokens - 1)), width)
+    return _Call(
+        kv_cache_bytes=batch_size * sum(part.kv_cache_bytes(length, width) for part, length in parts),
+        prefill_flops=flops,
+        printed_flops=batch_size * sum(printed_flops(part, length) for part, length in parts),
+        prefill_seconds=max(flops / hardware.peak_flops, weights),
+        decode_seconds=read / hardware.bandwidth,
+        bound_by_weights=weights > flops / hardware.peak_flops,
+    )
+
+
+def _notes(result: Estimate, bound_by_weights: bool) -> list[str]:
+    notes = []
+    if result.ttft_speedup < WORTHWHILE:
+        share = result.tower_flops / (result.tower_flops + result.full_prefill_flops)
+        notes.append(
+            f"The ideal speed-up of the first token is {result.ttft_speedup:.2f}, below {WORTHWHILE}: hardly anything "
+            f"can be gained there. The vision tower takes {share:.0%} of the arithmetic, and it sees every tile."
+        )
+    if result.end_to_end_speedup < WORTHWHILE:
+        notes.append(
+            f"The ideal speed-up of the whole call is {result.end_to_end_speedup:.2f}, below {WORTHWHILE}: no user "
+            f"will notice it. Decoding takes {result.decode_share:.0%} of the time and reads all weights for every "
+            "token, however short the prompt is. Larger batches, more tiles or shorter answers gain more."
+        )
+    if bound_by_weights:
+        notes.append(
+            "On this hardware the compressed prefill is bound by reading the weights, not by arithmetic, so the ideal "
+            "speed-ups of prefill and first token are out of reach at this batch size."
+        )
+    return notes
+
+
+def _workload(
+    config: Mapping[str, Any],
+    image_size: tuple[int, int],
+    num_tiles: int | None,
+    image_processor: VtcImageProcessor | None,
+) -> Workload:
+    text, tower, layout = decoder_of(config), tower_of(config), None
+    if num_tiles is None:
+        processor = image_processor or _default_processor(config)
+        layout = processor.get_tile_layout(*image_size)
+        num_tiles = layout.num_tiles
+        # a tower without a fixed size goes by what it sees
+        square = tuple(processor.size.values())
+        tower = tower_of(config, square if processor.tiling == "crop" else layout.resized_size)
+    return Workload(config, text, tower, (int(image_size[0]), int(image_size[1])), num_tiles, layout)
+
+
+def _default_processor(config: Mapping[str, Any]) -> VtcImageProcessor:
+    """LLaVA-NeXT's tiling where the config has canvases, InternVL's where it has InternVL's tower or pixel shuffle,
+    else LLaVA 1.5's."""
+    vision, canvases = sub_config(config, "vision_config"), config.get("image_grid_pinpoints")
+    size = side_of(config.get("force_image_size") or vision["image_size"])
+    # official files hold them as text, and as (width, height)
+    if isinstance(canvases, (list, tuple)):
+        return VtcImageProcessor("anyres", size, image_grid_pinpoints=canvases)
+    internvl = config.get("downsample_ratio", 1) < 1 or str(vision.get("model_type")).startswith("intern")
+    return VtcImageProcessor("dynamic" if internvl else "pad", size)
+
+
+def _visual_tokens(workload: Workload, vtc_budget: Budget) -> tuple[int, int]:
+    """Reserved and kept visual tokens of one image."""
+    (budget,) = budgets_per_image(vtc_budget, 1)
+    report = report_of(workload.config)
+    counts = report.counts(workload)
+    if budget != "auto":
+        return max(counts), largest_admissible(budget, counts)
+    if report.auto is None:
+        raise ValueError(
+            "`vtc_budget='auto'` cannot be estimated, because the router decides from the pixels. Give a share or a "
+            "count, or call `count_visual_tokens` on real inputs."
+        )
+    return max(counts), report.auto(workload)
+
+
+def default_budget(config: PretrainedConfig | Mapping[str, Any]) -> Budget:
+    """`"auto"`, or half of the tokens where `estimate` cannot tell what `"auto"` keeps."""
+    return 0.5 if report_of(config_dict(config)).auto is None else "auto"

@@ -1,0 +1,207 @@
+"""Arithmetic and memory of a vision tower and of a decoder, from a config alone.
+
+2 FLOP per multiply-accumulate, gated feed-forward (three matrices) in the language model and a plain one in the tower,
+causal attention (half of the square). Left out: embeddings, `lm_head`, norms, launch and host time.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What a decoder's costs depend on.
+
+    `query_width` = heads x head_dim, `kv_width` = key/value heads x head_dim, `ffn_width` of one expert where there
+    are experts.
+    """
+
+    width: int
+    num_layers: int
+    query_width: int
+    kv_width: int
+    ffn_width: int
+    vocab_size: int
+    num_experts: int = 1
+    experts_per_token: int = 1
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "DecoderShape":
+        """Read a `text_config` as a dictionary; Llama, Qwen, Mistral and their mixtures of experts share the names."""
+        heads = _field(config, "num_attention_heads")
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        experts = config.get("num_experts") or config.get("num_local_experts") or 1
+        return cls(
+            width=_field(config, "hidden_size"),
+            num_layers=_field(config, "num_hidden_layers"),
+            query_width=heads * head_dim,
+            kv_width=(config.get("num_key_value_heads") or heads) * head_dim,
+            ffn_width=(experts > 1 and config.get("moe_intermediate_size")) or _field(config, "intermediate_size"),
+            vocab_size=_field(config, "vocab_size"),
+            num_experts=experts,
+            experts_per_token=config.get("num_experts_per_tok") or 1,
+        )
+
+    def layer_params(self, num_experts: float) -> float:
+        """Weights of one layer of which `num_experts` experts are counted."""
+        attention = 2 * self.width * (self.query_width + self.kv_width)
+        return attention + 3 * self.width * self.ffn_width * num_experts
+
+    @property
+    def params(self) -> int:
+        """Weights without embeddings and `lm_head`."""
+        return round(self.num_layers * self.layer_params(self.num_experts))
+
+    def prefill_flops(self, num_tokens: int) -> float:
+        """FLOPs of one prompt."""
+        linear = 2 * self.layer_params(self.experts_per_token) * num_tokens
+        return self.num_layers * (linear + 2 * num_tokens**2 * self.query_width)
+
+    def kv_cache_bytes(self, num_tokens: int, bytes_per_value: int = 2) -> int:
+        """Bytes of keys and values of `num_tokens` positions, all layers."""
+        return 2 * self.kv_width * self.num_layers * num_tokens * bytes_per_value
+
+    def weight_bytes(self, num_tokens: int, bytes_per_value: int = 2) -> float:
+        """Bytes of weights that a step over `num_tokens` tokens reads; with experts, those expected to be hit."""
+        missed = (1 - self.experts_per_token / self.num_experts) ** num_tokens
+        layers = self.num_layers * self.layer_params(self.num_experts * (1 - missed))
+        return bytes_per_value * (layers + self.vocab_size * self.width)
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """What a plain ViT's costs depend on; `num_layers` up to the one whose features are read."""
+
+    width: int
+    num_layers: int
+    ffn_width: int
+    num_patches: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], feature_layer: int = -1) -> "TowerShape":
+        """Read a `vision_config` as a dictionary; `feature_layer` as in `VtcConfig.vision_feature_layer`."""
+        layers = _field(config, "num_hidden_layers")
+        read = layers if feature_layer == -1 else feature_layer % (layers + 1)
+        grid = side_of(_field(config, "image_size")) // side_of(_field(config, "patch_size"))
+        return cls(_field(config, "hidden_size"), read, _field(config, "intermediate_size"), grid * grid)
+
+    def flops(self) -> float:
+        """FLOPs of one tile, its class token included."""
+        num_tokens = self.num_patches + 1
+        params = 4 * self.width**2 + 2 * self.width * self.ffn_width
+        return self.num_layers * (2 * params * num_tokens + 4 * num_tokens**2 * self.width)
+
+
+@dataclass(frozen=True)
+class ConvTowerShape:
+    """What a ConvNeXt's costs depend on; `image_size` is the (height, width) in pixels that it sees."""
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    patch_size: int
+    image_size: tuple[int, int]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> "ConvTowerShape":
+        """Read a `vision_config` as a dictionary; without `image_size` the square that it names."""
+        if image_size is None:
+            image_size = (side_of(_field(config, "image_size")),) * 2
+        stages = zip(_field(config, "depths"), _field(config, "hidden_sizes"), strict=True)
+        depths, widths = zip(*stages)
+        return cls(depths, widths, _field(config, "patch_size"), image_size)
+
+    @property
+    def width(self) -> int:
+        return self.widths[-1]
+
+    def _grid(self, stage: int) -> int:
+        """Pixels of the map of a stage; what does not fill a window is dropped."""
+        height, width = (side // (self.patch_size << stage) for side in self.image_size)
+        return height * width
+
+    @property
+    def num_patches(self) -> int:
+        """Features of an image: pixels of the last map."""
+        return self._grid(len(self.depths) - 1)
+
+    def flops(self) -> float:
+        """FLOPs of one image: stem, downsampling by 2 x 2, and blocks of a 7 x 7 depthwise and two linear layers."""
+        total = self._grid(0) * 3 * self.patch_size**2 * self.widths[0]
+        for stage, (depth, width) in enumerate(zip(self.depths, self.widths)):
+            if stage > 0:
+                total += self._grid(stage) * 4 * self.widths[stage - 1] * width
+            total += self._grid(stage) * depth * (49 * width + 8 * width**2)
+        return 2.0 * total
+
+
+def tower_of(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> TowerShape | ConvTowerShape:
+    """The tower of a model; `image_size` is what a tower without a fixed size sees of an image."""
+    vision = sub_config(config, "vision_config")
+    if "depths" in vision:
+        return ConvTowerShape.from_config(vision, image_size)
+    layer = config.get("vision_feature_layer", config.get("select_layer", -1))
+    return TowerShape.from_config(vision, layer if isinstance(layer, int) else max(layer))
+
+
+def decoder_of(config: Mapping[str, Any]) -> DecoderShape:
+    """The decoder of a model."""
+    return DecoderShape.from_config(sub_config(config, "text_config", "llm_config"))
+
+
+def linear_flops(num_tokens: int, *widths: int) -> float:
+    """FLOPs of a stack of linear layers of these widths, the input's first."""
+    return 2.0 * num_tokens * sum(fan_in * fan_out for fan_in, fan_out in zip(widths, widths[1:]))
+
+
+def printed_flops(shape: DecoderShape, num_tokens: int) -> float:
+    """What papers on token pruning print as FLOPs of a prefill.
+
+    They count multiply-accumulates, and two feed-forward matrices although there are three.
+
+    Source: FastV (arXiv 2403.06764), `4 n d^2 + 2 n^2 d + 2 n d m` per layer; DivPrune, HoliTom and DyCoke follow it.
+    """
+    width = shape.width
+    per_layer = 4 * num_tokens * width**2 + 2 * num_tokens**2 * width + 2 * num_tokens * width * shape.ffn_width
+    return shape.num_layers * per_layer
+
+
+def config_dict(source: PreTrainedModel | PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `config.json` from whatever holds one."""
+    if isinstance(source, PreTrainedModel):
+        source = source.config
+    if isinstance(source, PretrainedConfig):
+        return source.to_dict()
+    if isinstance(source, Mapping):
+        return dict(source)
+    raise ValueError(
+        f"`model_or_config` must be a model, a config or a dictionary, got {type(source).__name__}. Load a path by "
+        "`AutoConfig.from_pretrained`."
+    )
+
+
+def sub_config(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The first of these sub-configs that is there."""
+    for name in names:
+        if config.get(name):
+            return config[name]
+    raise ValueError(
+        f"The config needs {' or '.join(f'`{name}`' for name in names)}, got {sorted(config)[:12]}. Give the config "
+        "of a vision-language model."
+    )
+
+
+def side_of(size: int | Sequence[int]) -> int:
+    """The side of a square in pixels, which configs write as a number or as a pair."""
+    return size if isinstance(size, int) else int(size[0])
+
+
+def _field(config: Mapping[str, Any], name: str) -> Any:
+    if config.get(name) is None:
+        raise ValueError(
+            f"The sub-config of type {config.get('model_type')!r} has no `{name}`, so its costs are unknown. Only "
+            "plain ViTs, ConvNeXts and decoders of the Llama, Qwen and Mistral families can be estimated."
+        )
+    return config[name]

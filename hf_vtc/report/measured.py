@@ -1,0 +1,390 @@
+"""The measured part of a report: the time to the first token, beside what was possible."""
+
+import functools
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Group
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+
+from ..models.budget_vtc import Budget
+from .costs import TowerShape, config_dict, decoder_of, tower_of
+from .methods import METHODS, decoder_parts, plain_features, report_of
+from .render import WORTHWHILE, as_table, as_text
+
+
+@dataclass
+class Timing:
+    """Wall-clock seconds of one variant, one entry per round."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def p90(self) -> float:
+        """90th percentile, nearest rank."""
+        return sorted(self.seconds)[math.ceil(0.9 * len(self.seconds)) - 1]
+
+
+@dataclass
+class BenchReport:
+    """Measured time to the first token of one batch, beside its oracle and its ideal.
+
+    Args:
+        full, measured, oracle (`Timing`): uncompressed, compressed by the model, and as if routing and packing were
+            free.
+        ideal_speedup (`float`): FLOPs of tower and prefill, full / compressed, over the real tokens of each row.
+        num_reserved, num_kept (`list[int]`): visual tokens per image.
+        num_text_tokens (`int`): tokens of the batch that are neither visual nor padding.
+        environment (`dict[str, Any]`): device, dtype, attention, versions, threads, warm-up and rounds.
+    """
+
+    full: Timing
+    measured: Timing
+    oracle: Timing
+    ideal_speedup: float
+    vtc_budget: Any
+    batch_size: int
+    num_tiles: int
+    num_reserved: list[int]
+    num_kept: list[int]
+    num_text_tokens: int
+    num_parameters: int
+    environment: dict[str, Any]
+
+    @property
+    def eta(self) -> float:
+        """Oracle / measured time: 1 where routing and packing cost nothing."""
+        return self.oracle.median / self.measured.median
+
+    @property
+    def paired_eta(self) -> float:
+        """Median over the rounds of oracle / measured: steadier than `eta` on a machine that drifts."""
+        return median(oracle / own for oracle, own in zip(self.oracle.seconds, self.measured.seconds))
+
+    @property
+    def speedup(self) -> float:
+        """Full / measured time."""
+        return self.full.median / self.measured.median
+
+    @property
+    def oracle_speedup(self) -> float:
+        """Full / oracle time: what this machine could gain at best."""
+        return self.full.median / self.oracle.median
+
+    @property
+    def phi(self) -> float | None:
+        """Share of the possible gain that arrives; None where the oracle gains less than a hundredth."""
+        possible = self.full.median - self.oracle.median
+        if possible < 0.01 * self.full.median:
+            return None
+        return (self.full.median - self.measured.median) / possible
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = ("eta", "paired_eta", "speedup", "oracle_speedup", "phi")
+        content = {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        for name in ("full", "measured", "oracle"):
+            timing = getattr(self, name)
+            content[name] |= {"median": timing.median, "p90": timing.p90}
+        return content
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """(variant, median, 90th percentile, speed-up) in words."""
+        rows = []
+        for name, timing, speedup in (
+            ("full", self.full, 1.0),
+            (f"budget {self.vtc_budget}", self.measured, self.speedup),
+            ("oracle", self.oracle, self.oracle_speedup),
+        ):
+            rows.append((name, f"{1e3 * timing.median:.1f} ms", f"{1e3 * timing.p90:.1f} ms", f"{speedup:.2f}"))
+        return [*rows, ("ideal (FLOPs)", "", "", f"{self.ideal_speedup:.2f}")]
+
+    def title(self) -> str:
+        reserved, kept = sum(self.num_reserved), sum(self.num_kept)
+        return (
+            f"Time to first token: batch {self.batch_size}, {self.num_tiles} tiles, {kept} of {reserved} visual "
+            f"tokens kept ({reserved / kept:.2f} x fewer), {self.num_text_tokens} text tokens"
+        )
+
+    def notes(self) -> list[str]:
+        phi = "not defined, since the oracle gains nothing" if self.phi is None else f"{self.phi:.2f}"
+        notes = [
+            f"eta = oracle / measured = {self.eta:.3f} (median of rounds {self.paired_eta:.3f}); phi = {phi}",
+            ", ".join(f"{name} {value}" for name, value in self.environment.items()),
+        ]
+        if self.ideal_speedup < WORTHWHILE:
+            notes.append(f"The ideal speed-up is {self.ideal_speedup:.2f}: hardly anything can be gained here.")
+        return notes
+
+    def __str__(self) -> str:
+        return as_text(self.title(), ("", "median", "p90", "speed-up"), self.rows(), self.notes())
+
+    def __rich__(self) -> Group:
+        return as_table(self.title(), ("", "median", "p90", "speed-up"), self.rows(), self.notes())
+
+
+@torch.no_grad()
+def bench(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    vtc_budget: Budget | Sequence[Budget] = 0.5,
+    repeats: int = 10,
+    warmup: int = 2,
+    entry: str | None = None,
+) -> BenchReport:
+    """Measure the time to the first token: full, compressed and oracle, in turns within one run.
+
+    The oracle knows the decisions and finds embeddings packed already: it runs the tower, the connectors that are
+    needed, and then the stock language model for one token. Loading and tiling of images is not measured.
+
+    Args:
+        model: a model of hf_vtc in eval mode.
+        inputs (`Mapping`): what the processor gives, with at least one image.
+        vtc_budget: as in `forward`.
+        repeats (`int`): rounds; each runs every variant once, in rotating order.
+        warmup (`int`): rounds before, not counted.
+        entry (`str`, *optional*): `"generate"`: everyone runs `generate(max_new_tokens=1)`, the oracle that of
+            transformers, so that our bookkeeping counts and that of transformers cancels out. `"forward"`: everyone
+            runs one forward pass with logits of the last position, the oracle that of the language model. Default:
+            `"generate"`; `"forward"` where images get shorter inside of the decoder (LLaVolta), since no `generate` of
+            transformers knows that: the oracle then runs the decoder's layers alone, on what they were given.
+
+    Raises:
+        ValueError: there is no image, no oracle is known for this model or `entry`, the model is in training mode, or
+            a number is too small.
+    """
+    if report_of(config_dict(model)).connect is None:
+        raise ValueError(
+            f"No oracle is known for models of type {model.config.model_type!r}, only for {sorted(METHODS)}. Load a "
+            "model of hf_vtc."
+        )
+    if model.training:
+        raise ValueError(
+            "The model is in training mode, which runs the router and every connector. Call `model.eval()`."
+        )
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"`repeats` must be at least 1 and `warmup` at least 0, got {repeats} and {warmup}.")
+    if entry not in ("generate", "forward", None):
+        raise ValueError(f"`entry` must be 'generate' or 'forward', got {entry!r}.")
+    if inputs.get("pixel_values") is None:
+        raise ValueError("`inputs` must hold `pixel_values`. Build them from a prompt with an image.")
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    oracle = _Oracle(model, inputs, vtc_budget)
+    if entry == "generate" and oracle.replay is not None:
+        raise ValueError(
+            "`entry='generate'` has no oracle where images get shorter inside of the decoder. Leave it out."
+        )
+    if entry is None:
+        entry = "generate" if oracle.replay is None else "forward"
+    if entry == "generate":
+        ours, ideal = functools.partial(model.generate, **inputs, **_ONE_TOKEN), oracle.generate
+    else:
+        ours, ideal = functools.partial(_next_token, model, inputs), oracle.forward
+    variants = {
+        "full": lambda: ours(vtc_budget="full"),
+        "measured": lambda: ours(vtc_budget=vtc_budget),
+        "oracle": ideal,
+    }
+    seconds = _in_turns(variants, model.device, repeats, warmup)
+    return BenchReport(
+        **{name: Timing(values) for name, values in seconds.items()},
+        ideal_speedup=oracle.ideal_speedup(),
+        vtc_budget=vtc_budget,
+        batch_size=oracle.kept_mask.shape[0],
+        num_tiles=inputs["pixel_values"].shape[0],
+        num_reserved=oracle.num_reserved,
+        num_kept=oracle.num_kept,
+        num_text_tokens=int((oracle.kept_mask & ~oracle.placeholders).sum()),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        environment={"entry": entry, "rounds": repeats, "warm-up": warmup, **_environment(model)},
+    )
+
+
+_ONE_TOKEN = {"max_new_tokens": 1, "do_sample": False}
+
+
+def _next_token(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], vtc_budget: Any) -> torch.Tensor:
+    return model(**inputs, vtc_budget=vtc_budget, logits_to_keep=1, use_cache=True).logits.argmax(-1)
+
+
+class _Oracle:
+    """The first token of a batch as if routing and packing were free: decisions and packed embeddings are prepared."""
+
+    def __init__(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], vtc_budget: Any):
+        self.model, self.config = model, config_dict(model)
+        replay = _Replay(model.model.language_model)
+        with replay.recording():
+            out = model(**inputs, vtc_budget=vtc_budget, logits_to_keep=1)
+        self.replay = replay if replay.is_interrupted else None
+        full = model.count_visual_tokens(**inputs, vtc_budget="full")
+        self.num_reserved, self.num_kept = full.tolist(), out.num_visual_tokens.tolist()
+        mask = inputs.get("attention_mask")
+        self.real = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).bool().cpu()
+        self.kept_mask = out.kept_mask.cpu()
+        self.placeholders = inputs["input_ids"].cpu() == model.config.image_token_id
+        self.tower_flops = _tower_flops(self.config, inputs)
+        self.encode = plain_features(model.model, inputs)
+        self.connect = report_of(self.config).connect(model.model, out)
+        self._pack(inputs["input_ids"], out.image_hidden_states)
+
+    def _pack(self, input_ids: torch.Tensor, visual: torch.Tensor) -> None:
+        # written apart from `pack_visual_tokens`, row by row, so that neither can hide a mistake of the other
+        embeds = self.model.get_input_embeddings()(input_ids)
+        embeds[(self.kept_mask & self.placeholders).to(embeds.device)] = visual.to(embeds.dtype)
+        rows = [row[kept.to(row.device)] for row, kept in zip(embeds, self.kept_mask)]
+        longest = max(len(row) for row in rows)
+        pads = [longest - len(row) for row in rows]
+        self.embeds = torch.stack(
+            [torch.cat([row.new_zeros(pad, row.shape[1]), row]) for pad, row in zip(pads, rows, strict=True)]
+        )
+        positions = torch.arange(longest).expand(len(rows), -1) - torch.tensor(pads)[:, None]
+        self.attention_mask = (positions >= 0).long().to(embeds.device)
+        self.position_ids = positions.clamp(min=0).to(embeds.device)
+        self.padded = any(pads)
+
+    def forward(self) -> torch.Tensor:
+        """Next token of every row, `(B, 1)`, from the language model itself."""
+        self.connect(self.encode())
+        if self.replay is not None:
+            return self.model.lm_head(self.replay.run()[:, -1:]).argmax(-1)
+        outputs = self.model.model.language_model(
+            inputs_embeds=self.embeds,
+            attention_mask=self.attention_mask if self.padded else None,
+            position_ids=self.position_ids if self.padded else None,
+            use_cache=True,
+        )
+        return self.model.lm_head(outputs.last_hidden_state[:, -1:]).argmax(-1)
+
+    def generate(self) -> torch.Tensor:
+        """Next token of every row, `(B, 1)`, from the stock loop of transformers."""
+        self.connect(self.encode())
+        return GenerationMixin.generate(
+            self.model, inputs_embeds=self.embeds, attention_mask=self.attention_mask, **_ONE_TOKEN
+        )
+
+    def ideal_speedup(self) -> float:
+        text = decoder_of(self.config)
+        own, reserved, kept = (
+            mask.sum(1).tolist()
+            for mask in (
+                self.real & ~self.placeholders,
+                self.real & self.placeholders,
+                self.kept_mask & self.placeholders,
+            )
+        )
+        full, compressed = (
+            sum(
+                part.prefill_flops(length)
+                for row in zip(own, reserved, counts, strict=True)
+                for part, length in decoder_parts(self.config, text, *row)
+            )
+            for counts in (reserved, kept)
+        )
+        return (self.tower_flops + full) / (self.tower_flops + compressed)
+
+
+class _Replay:
+    """A decoder's layers on what they were given once: nothing is chosen, shortened or masked anew."""
+
+    def __init__(self, decoder: torch.nn.Module):
+        self.decoder = decoder
+        # layer -> its input and further arguments, where the input is not what the layer before gave
+        self.given: dict[int, tuple[torch.Tensor, dict[str, Any]]] = {}
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether something happened between two layers."""
+        return len(self.given) > 1
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Note what the layers are given while the body runs."""
+        last = None
+
+        def before(layer_idx: int, args: tuple, kwargs: dict[str, Any]) -> None:
+            if args[0] is not last:
+                self.given[layer_idx] = (args[0], kwargs)
+
+        def after(output: torch.Tensor) -> None:
+            nonlocal last
+            last = output
+
+        handles = []
+        for layer_idx, layer in enumerate(self.decoder.layers):
+            note = functools.partial(before, layer_idx)
+            handles.append(
+                layer.register_forward_pre_hook(lambda _, *given, note=note: note(*given), with_kwargs=True)
+            )
+            handles.append(layer.register_forward_hook(lambda module, args, output: after(output)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self) -> torch.Tensor:
+        """Last hidden states, `(B, L, D)` at the length of the last layer."""
+        cache, states, kwargs = DynamicCache(config=self.decoder.config), None, {}
+        for layer_idx, layer in enumerate(self.decoder.layers):
+            if layer_idx in self.given:
+                states, kwargs = self.given[layer_idx]
+                kwargs = {**kwargs, "past_key_values": cache}
+            states = layer(states, **kwargs)
+        return self.decoder.norm(states)
+
+
+def _tower_flops(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) -> float:
+    pixel_values, tower = inputs["pixel_values"], tower_of(config)
+    if isinstance(tower, TowerShape):
+        return pixel_values.shape[0] * tower.flops()
+    sizes = inputs.get("image_sizes")
+    sizes = [pixel_values.shape[-2:]] * pixel_values.shape[0] if sizes is None else sizes.tolist()
+    return sum(tower_of(config, tuple(size)).flops() for size in sizes)
+
+
+def _in_turns(
+    variants: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, warmup: int
+) -> dict[str, list[float]]:
+    """Seconds of each variant per round; the order rotates, so that none always follows the same other."""
+    names, seconds = list(variants), {name: [] for name in variants}
+    for round_idx in range(warmup + repeats):
+        shift = round_idx % len(names)
+        for name in names[shift:] + names[:shift]:
+            _synchronize(device)
+            start = time.perf_counter()
+            variants[name]()
+            _synchronize(device)
+            if round_idx >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _environment(model: PreTrainedModel) -> dict[str, Any]:
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": f"{device.type} ({name})",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config.text_config._attn_implementation,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,121 @@
+"""Answers as tables for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["comparison_table", "page_table", "ranking_table", "summary_table"]
+
+# parameters below which a first token costs about the same however many tokens there are
+_SMALL_MODEL = 50e6
+_TOKEN_HEADINGS = ("tokens kept", "ratio", "first token")
+_TIME_NOTE = "Time to the first token: median, from pixels to token, without loading and tiling of images."
+
+
+def page_table(name: str, answers: Sequence[Mapping[str, Any]]) -> Group:
+    """What one model answered about one page, a line per question and budget."""
+    table = _table(("question", "budget", "answer"), _TOKEN_HEADINGS)
+    for answer in answers:
+        for run_idx, run in enumerate(answer["runs"]):
+            table.add_row(
+                _question(answer) if run_idx == 0 else "",
+                str(run["budget"]),
+                _answer(run),
+                *_token_cells(run),
+                end_section=run_idx == len(answer["runs"]) - 1,
+            )
+    return Group(Text(name, style="bold"), table)
+
+
+def summary_table(content: Mapping[str, Any]) -> Group:
+    """All questions of one model, a line per budget."""
+    title = f"All questions, {_name(content)} on {content['device']} in {content['dtype']}"
+    table = _table(("budget",), ("right answers", *_TOKEN_HEADINGS))
+    for line in content["summary"]:
+        table.add_row(str(line["budget"]), _right(line), *_token_cells(line))
+    return Group(Text(title, style="bold"), table, Text(_note([content])))
+
+
+def comparison_table(contents: Sequence[Mapping[str, Any]]) -> Group:
+    """What several models answered to the same questions: a line per question, a column per model.
+
+    Each has answered uncompressed, then compressed; the second answer is shown with its tokens, their ratio to the
+    uncompressed ones and its time.
+    """
+    # narrow columns, so that five fit
+    table = _table(("question", *(_name(content).removesuffix("-tiny") for content in contents)), ())
+    for answers in zip(*(content["results"] for content in contents), strict=True):
+        cells = []
+        for answer in answers:
+            _, run = answer["runs"]
+            tokens, ratio, first = _token_cells(run)
+            cells.append(Text("\n").join([_answer(run), Text(tokens), Text(f"ratio {ratio}"), Text(first)]))
+        table.add_row(_question(answers[0]), *cells, end_section=True)
+    title = f"The same questions, compressed (budget {contents[0]['summary'][1]['budget']})"
+    return Group(Text(title, style="bold"), table)
+
+
+def ranking_table(contents: Sequence[Mapping[str, Any]]) -> Group:
+    """All questions of several models, a line each: compressed beside its own uncompressed answers."""
+    table = _table(("model",), ("right", "full", "tokens kept", "ratio", "time", "faster"))
+    for content in contents:
+        full, line = content["summary"]
+        table.add_row(
+            _name(content),
+            _right(line),
+            "" if full["num_correct"] is None else str(full["num_correct"]),
+            *_token_cells(line),
+            f"{full['ttft_ms'] / line['ttft_ms']:.2f}",
+        )
+    title = f"All questions, on {contents[0]['device']} in {contents[0]['dtype']}"
+    note = (
+        "Full: right answers of the same model without compression. Ratio, faster: without / with compression. "
+        f"{_note(contents)}"
+    )
+    return Group(Text(title, style="bold"), table, Text(note))
+
+
+def _name(content: Mapping[str, Any]) -> str:
+    return Path(content["model"]).name
+
+
+def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table()
+    for heading in words:
+        table.add_column(heading, max_width=32 if heading == "question" else None)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _question(answer: Mapping[str, Any]) -> Text:
+    expected = f"\n({answer['answer']})" if "answer" in answer else ""
+    return Text(answer["question"]).append(expected, style="dim")
+
+
+def _answer(run: Mapping[str, Any]) -> Text:
+    mark, style = {True: (" ✓", "green"), False: (" ✗", "red"), None: ("", "")}[run["correct"]]
+    return Text(run["answer"] + mark, style=style)
+
+
+def _right(line: Mapping[str, Any]) -> str:
+    return "" if line["num_correct"] is None else f"{line['num_correct']} of {line['num_marked']}"
+
+
+def _token_cells(line: Mapping[str, Any]) -> tuple[str, str, str]:
+    tokens = f"{line['num_kept']} of {line['num_reserved']}"
+    return tokens, f"{line['compression_ratio']:.2f}", f"{line['ttft_ms']:.1f} ms"
+
+
+def _note(contents: Sequence[Mapping[str, Any]]) -> str:
+    largest = max(content["num_parameters"] for content in contents)
+    if largest >= _SMALL_MODEL:
+        return _TIME_NOTE
+    return (
+        f"{_TIME_NOTE} A model of {largest / 1e6:.1f} M parameters spends it on fixed costs, not on tokens: "
+        "`hf-vtc estimate` says what larger ones gain."
+    )
