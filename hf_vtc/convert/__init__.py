@@ -21,9 +21,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from ..models.configuration_vtc import VtcConfig
-from . import internvl_hf, internvl_official
+from . import avg_llava_official, convllava_official, internvl_hf, internvl_official, llava_hf, llava_official
 from .assets import (
     build_processor,
+    chat_template_of,
     find_image_token_id,
     generation_settings,
     image_processor_settings,
@@ -31,13 +32,33 @@ from .assets import (
 )
 from .plan import Match, Plan, Source, fresh_tensors, match
 from .shards import CheckpointReader, ShardWriter, read_json, replacing_folder, write_json
+from .targets import Target
 
 __all__ = ["LAYOUTS", "ConversionReport", "convert", "from_base", "load_official"]
 
 logger = logging.get_logger(__name__)
 
-# every layout offers TITLE, METHODS (name -> config class), matches(config), rename(name), plan(source, overrides)
-LAYOUTS: tuple[ModuleType, ...] = (internvl_official, internvl_hf)
+# The first layout that matches counts, so a special one stands before the one that it specialises. Every layout offers
+# - TITLE, IMAGE_TOKEN: its name for messages, and how the placeholder is spelt;
+# - matches(config): whether a config.json is of this layout;
+# - methods(config, stored): name -> `Target`, what such a checkpoint can become;
+# - stored_image_token_id(config): the id of the placeholder, if the file says it;
+# - growing_vocab_size(config): rows of the embeddings if the placeholder may be added to them, else None;
+# - tower_name(config, stored): folder or repository of a tower of its own, None if it is part of the checkpoint;
+# - rename(name): pure map of names; plan(source, target, overrides).
+LAYOUTS: tuple[ModuleType, ...] = (
+    internvl_official,
+    internvl_hf,
+    avg_llava_official,
+    convllava_official,
+    llava_official,
+    llava_hf,
+)
+# layouts of transformers' own classes, which are bases in memory as well; they offer MODEL_CLASSES too
+_IN_MEMORY: tuple[ModuleType, ...] = (internvl_hf, llava_hf)
+
+# names of a tower that lies in a folder of its own, as if it were part of the checkpoint
+_TOWER_PREFIX = "model.vision_tower.vision_tower."
 
 # what a conversion reads of a repository on the Hub
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -97,6 +118,7 @@ def load_official(
     method: str | None = None,
     image_token_id: int | None = None,
     dtype: torch.dtype | str | None = None,
+    vision_tower: str | os.PathLike | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint in a published layout as a model of hf_vtc, in eval mode, on the CPU.
 
@@ -105,14 +127,17 @@ def load_official(
     Args:
         folder (`str` or `os.PathLike`): checkpoint folder, or the id of a repository on the Hub.
         method (`str`, *optional*): such as `"vico"`; needed only if the layout fits several.
-        image_token_id (`int`, *optional*): id of `<IMG_CONTEXT>`. Default: what the folder's tokenizer says.
+        image_token_id (`int`, *optional*): id of the placeholder. Default: what the folder says; where an official
+            LLaVA vocabulary has none, the next free id, and embeddings and head grow by its row.
         dtype (`torch.dtype` or `str`, *optional*): of the parameters. Default: as stored.
+        vision_tower (`str` or `os.PathLike`, *optional*): folder or repository of a tower that is not part of the
+            checkpoint. Default: what config.json names, inside of the folder, beside it or on the Hub.
 
     Raises:
         ValueError: the layout is unknown, the id of the placeholder is, or tensors are missing or do not fit.
         FileNotFoundError: the folder or a shard is missing.
     """
-    checkpoint = _open(folder, method, image_token_id)
+    checkpoint = _open(folder, method, image_token_id, vision_tower)
     plan = checkpoint.plan({})
     for note in plan.notes:
         logger.warning("%s: %s", checkpoint.folder, note)
@@ -125,6 +150,7 @@ def from_base(
     *,
     image_token_id: int | None = None,
     dtype: torch.dtype | str | None = None,
+    vision_tower: str | os.PathLike | None = None,
     **config_overrides: Any,
 ) -> PreTrainedModel:
     """Turn an uncompressed model into one of `method`; what the base lacks is initialised, the rest is copied.
@@ -132,11 +158,12 @@ def from_base(
     With `vtc_budget="full"` the result computes exactly what the base computes. Nothing is shared with the base.
 
     Args:
-        model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): `InternVLForConditionalGeneration`, a checkpoint
-            folder (official or `-HF`), or the id of a repository on the Hub.
+        model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): an InternVL, LLaVA or LLaVA-NeXT model of
+            transformers, a checkpoint folder (of transformers or official), or the id of a repository on the Hub.
         method (`str`): such as `"vico"`.
         image_token_id (`int`, *optional*): id of the placeholder, where an official folder has no tokenizer.
         dtype (`torch.dtype` or `str`, *optional*): of the parameters. Default: that of the base.
+        vision_tower (`str` or `os.PathLike`, *optional*): of a folder without its tower, as in `load_official`.
         **config_overrides: fields of the new config. For `"vico"`, `flash_mode` is False unless given, since a fresh
             router knows nothing.
 
@@ -150,9 +177,9 @@ def from_base(
         if dtype is None:
             dtype = model_or_path.dtype
         return _from_model(model_or_path, method, image_token_id, _checked_dtype(dtype), config_overrides)
-    checkpoint = _open(model_or_path, method, image_token_id)
+    checkpoint = _open(model_or_path, method, image_token_id, vision_tower)
     plan = checkpoint.plan(config_overrides)
-    if not plan.fresh_modules:
+    if not plan.is_base:
         raise ValueError(
             f"{checkpoint.folder} is compressed already ({plan.layout}). Use `load_official` for it, or give an "
             "uncompressed base."
@@ -170,6 +197,7 @@ def convert(
     max_shard_size: int | str = "2GB",
     overwrite: bool = False,
     save_code: bool = True,
+    vision_tower: str | os.PathLike | None = None,
     **config_overrides: Any,
 ) -> ConversionReport:
     """Convert a published checkpoint folder to a folder that `from_pretrained` loads.
@@ -182,11 +210,12 @@ def convert(
         src (`str` or `os.PathLike`): checkpoint folder, or the id of a repository on the Hub.
         dst (`str` or `os.PathLike`): folder to write.
         method (`str`, *optional*): such as `"vico"`; needed only if the layout fits several.
-        image_token_id (`int`, *optional*): id of `<IMG_CONTEXT>`. Default: what the source's tokenizer says.
+        image_token_id (`int`, *optional*): id of the placeholder, as in `load_official`.
         dtype (`torch.dtype` or `str`, *optional*): of the written floating tensors. Default: as stored.
         max_shard_size (`int` or `str`): bytes of one file, also as `"2GB"` or `"500MB"`.
         overwrite (`bool`): replace an existing model folder.
         save_code (`bool`): copy the model's source files beside the weights, for `trust_remote_code=True`.
+        vision_tower (`str` or `os.PathLike`, *optional*): of a folder without its tower, as in `load_official`.
         **config_overrides: fields of the new config that replace those of the source.
 
     Returns:
@@ -200,7 +229,7 @@ def convert(
     dst = Path(dst).absolute()
     dtype = _checked_dtype(dtype)
     with replacing_folder(dst, overwrite) as partial:
-        checkpoint = _open(src, method, image_token_id)
+        checkpoint = _open(src, method, image_token_id, vision_tower)
         if dst.resolve() == checkpoint.folder.resolve():
             raise ValueError(f"`src` and `dst` are both {dst}. Choose another destination.")
         plan = checkpoint.plan(config_overrides)
@@ -244,16 +273,27 @@ class _Checkpoint:
     folder: Path
     layout: ModuleType
     method: str
+    target: Target
     config: dict[str, Any]
     reader: CheckpointReader
     tokenizer: Any
     image_token_id: int
+    # of a tower in a folder of its own
+    tower: dict[str, Any]
+    image_processor: dict[str, Any]
 
     def plan(self, overrides: Mapping[str, Any]) -> Plan:
-        _check_overrides(overrides, self.layout.METHODS[self.method])
-        reader, settings = self.reader, image_processor_settings(self.folder)
-        source = Source(self.config, reader.tensors, self.image_token_id, reader.equal, settings)
-        return self.layout.plan(source, overrides)
+        _check_overrides(overrides, self.target.config)
+        source = Source(
+            self.config,
+            self.reader.tensors,
+            self.image_token_id,
+            self.reader.equal,
+            self.image_processor,
+            self.tower,
+            chat_template=chat_template_of(self.folder),
+        )
+        return self.layout.plan(source, self.target, overrides)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self.reader.tensors.items()}
@@ -278,17 +318,54 @@ class _Checkpoint:
             build_processor(self.tokenizer, plan).save_pretrained(folder, save_code=save_code)
 
 
-def _open(folder: str | os.PathLike, method: str | None, image_token_id: int | None) -> _Checkpoint:
+def _open(
+    folder: str | os.PathLike, method: str | None, image_token_id: int | None, vision_tower: str | os.PathLike | None
+) -> _Checkpoint:
     """Find out what a folder is. Raises as the public functions say."""
     folder = _local_folder(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint. Give a model's folder.")
     config = read_json(folder / "config.json")
-    layout, method = _layout_of(config, folder, method)
+    layout = _layout_of(config, folder)
     reader = CheckpointReader(folder)
+    method, target = _target_of(layout.methods(config, reader.tensors), folder, method)
+    tower, image_processor = {}, image_processor_settings(folder)
+    name = layout.tower_name(config, reader.tensors)
+    if name is not None:
+        tower_folder = _tower_folder(name, folder, vision_tower)
+        tower = read_json(tower_folder / "config.json")
+        image_processor = image_processor_settings(tower_folder) or image_processor
+        if not any(name.startswith(_TOWER_PREFIX) for name in reader.tensors):
+            reader.add(CheckpointReader(tower_folder), _TOWER_PREFIX)
     tokenizer = load_tokenizer(folder)
-    token_id = find_image_token_id(tokenizer, config, image_token_id, folder)
-    return _Checkpoint(folder, layout, method, config, reader, tokenizer, token_id)
+    token_id = find_image_token_id(
+        tokenizer,
+        layout.IMAGE_TOKEN,
+        layout.stored_image_token_id(config),
+        image_token_id,
+        layout.growing_vocab_size(config),
+        folder,
+    )
+    return _Checkpoint(folder, layout, method, target, config, reader, tokenizer, token_id, tower, image_processor)
+
+
+def _tower_folder(name: str, folder: Path, given: str | os.PathLike | None) -> Path:
+    """The folder of a tower that `config.json` of `folder` calls `name`."""
+    if given is not None:
+        return _local_folder(given)
+    # a file from a stranger must not make us read anywhere: inside of its folder, beside it, or the Hub
+    inside = folder / name
+    if inside.is_dir() and inside.resolve().is_relative_to(folder.resolve()):
+        return inside
+    beside = folder.parent / Path(name).name
+    if Path(name).name not in ("", "..") and beside.is_dir():
+        return beside
+    if Path(name).is_absolute() or len(Path(name).parts) != 2 or ".." in Path(name).parts:
+        raise FileNotFoundError(
+            f"config.json of {folder} names the vision tower {name!r}, which is neither inside of the folder nor "
+            "beside it. Give its folder as `vision_tower`."
+        )
+    return _local_folder(name)
 
 
 def _local_folder(folder: str | os.PathLike) -> Path:
@@ -308,24 +385,27 @@ def _local_folder(folder: str | os.PathLike) -> Path:
         ) from error
 
 
-def _layout_of(config: Mapping[str, Any], folder: Path, method: str | None) -> tuple[ModuleType, str]:
-    """The layout of a config, and the method that it is converted to."""
-    supported = "; ".join(layout.TITLE for layout in LAYOUTS)
-    found = [layout for layout in LAYOUTS if layout.matches(config)]
-    if not found:
+def _layout_of(config: Mapping[str, Any], folder: Path) -> ModuleType:
+    found = next((layout for layout in LAYOUTS if layout.matches(config)), None)
+    if found is None:
         if str(config.get("model_type")).startswith("vtc_"):
             raise ValueError(f"{folder} is a model of hf_vtc already. Load it by `from_pretrained`.")
         raise ValueError(
             f"{folder} has an unknown layout: `model_type` {config.get('model_type')!r}, architectures "
-            f"{config.get('architectures')}. Supported: {supported}."
+            f"{config.get('architectures')}. Supported: {'; '.join(layout.TITLE for layout in LAYOUTS)}."
         )
-    methods = sorted({name for layout in found for name in layout.METHODS})
-    if method is None and len(methods) > 1:
-        raise ValueError(f"{folder} fits several methods. Give `method`, one of {', '.join(methods)}.")
-    if method is not None and method not in methods:
-        raise ValueError(f"`method` must be one of {', '.join(methods)} for {folder}, got {method!r}.")
-    method = method or methods[0]
-    return next(layout for layout in found if method in layout.METHODS), method
+    return found
+
+
+def _target_of(targets: Mapping[str, Target], source: Path | str, method: str | None) -> tuple[str, Target]:
+    """What a checkpoint becomes, where only one thing is possible or the caller has said it."""
+    names = ", ".join(sorted(targets))
+    if method is None and len(targets) > 1:
+        raise ValueError(f"{source} fits several methods. Give `method`, one of {names}.")
+    if method is not None and method not in targets:
+        raise ValueError(f"`method` must be one of {names} for {source}, got {method!r}.")
+    method = method or next(iter(targets))
+    return method, targets[method]
 
 
 def _from_model(
@@ -335,19 +415,27 @@ def _from_model(
     dtype: torch.dtype,
     overrides: Mapping[str, Any],
 ) -> PreTrainedModel:
-    if model.config.model_type != "internvl" or model.get_output_embeddings() is None:
+    config = model.config.to_dict()
+    layout = next((layout for layout in _IN_MEMORY if layout.matches(config)), None)
+    if layout is None or model.get_output_embeddings() is None:
+        classes = [name for each in _IN_MEMORY for name in each.MODEL_CLASSES]
         raise ValueError(
-            f"The base must be an InternVLForConditionalGeneration, got {type(model).__name__}. Load it by "
+            f"The base must be one of {', '.join(classes)}, got {type(model).__name__}. Load it by "
             "`AutoModelForImageTextToText`."
         )
-    config = model.config.to_dict()
-    layout, method = _layout_of(config, Path(model.config.name_or_path or "the model"), method)
-    _check_overrides(overrides, layout.METHODS[method])
     state = model.state_dict()
+    method, target = _target_of(layout.methods(config, state), type(model).__name__, method)
+    _check_overrides(overrides, target.config)
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    token_id = model.config.image_token_id if image_token_id is None else image_token_id
-    source = Source(config, state, token_id, lambda first, second: torch.equal(state[first], state[second]))
-    plan = layout.plan(source, overrides, tied=head is embeddings)
+    token_id = layout.stored_image_token_id(config) if image_token_id is None else image_token_id
+    source = Source(
+        config,
+        state,
+        token_id,
+        lambda first, second: torch.equal(state[first], state[second]),
+        tied=head is embeddings,
+    )
+    plan = layout.plan(source, target, overrides)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     matched = match(plan, shapes, type(model).__name__, on_disk=False)
     # copied, so that training the one does not move the other
@@ -360,7 +448,7 @@ def _from_model(
     result = _build(plan, copied | dict(fresh_tensors(matched, dtype)), dtype, attn_implementation=attention)
     # not in the state dict, and `model.to(dtype)` rounds them: rotary frequencies, for one
     for name, buffer in model.named_buffers():
-        owner, _, leaf = name.rpartition(".")
+        owner, _, leaf = plan.rename(name).names[0].rpartition(".")
         setattr(result.get_submodule(owner), leaf, buffer.detach().to("cpu", copy=True))
     result.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
     return result.to(model.device)

@@ -1,17 +1,15 @@
 """What a model folder holds beside the weights: tokenizer, processor and generation settings."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..models.image_processing_vtc import VtcImageProcessor
 from ..models.processing_vtc import VtcProcessor
 from .plan import Plan
 from .shards import read_json
 
-IMAGE_TOKEN = "<IMG_CONTEXT>"
 # ends a turn in the chat format of every InternVL3 model
 TURN_END = "<|im_end|>"
 
@@ -48,19 +46,37 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def find_image_token_id(
-    tokenizer: PreTrainedTokenizerBase | None, config: Mapping[str, Any], given: int | None, folder: Path
+    tokenizer: PreTrainedTokenizerBase | None,
+    token: str,
+    stored: int | None,
+    given: int | None,
+    vocab_size: int | None,
+    folder: Path,
 ) -> int:
     """Id of the placeholder: what the caller, the tokenizer and `config.json` say, which must agree.
 
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the checkpoint; gets the token if it may be added.
+        token (`str`): the placeholder of the layout.
+        stored (`int`, *optional*): what `config.json` says.
+        given (`int`, *optional*): what the caller says.
+        vocab_size (`int`, *optional*): rows of the embeddings of a layout whose vocabulary may grow by the
+            placeholder: the next free id is taken where nobody says one. None: it has the placeholder already.
+        folder (`Path`): of the checkpoint, for messages.
+
     Raises:
-        ValueError: nobody knows it, or they disagree.
+        ValueError: nobody knows it, they disagree, or it lies beyond the next free id.
     """
-    known = {"`image_token_id`": given, "config.json": config.get("image_token_id")}
+    known = {"`image_token_id`": given, "config.json": stored}
     if tokenizer is not None:
-        known[f"the tokenizer's {IMAGE_TOKEN}"] = tokenizer.get_vocab().get(IMAGE_TOKEN)
+        known[f"the tokenizer's {token}"] = tokenizer.get_vocab().get(token)
+        if vocab_size is not None and token not in tokenizer.get_vocab():
+            known["the tokenizer's next free id"] = len(tokenizer)
     known = {who: token_id for who, token_id in known.items() if token_id is not None}
+    if not known and vocab_size is not None:
+        return vocab_size
     if not known:
-        what = f"its tokenizer has no {IMAGE_TOKEN} token" if tokenizer is not None else "there is no tokenizer"
+        what = f"its tokenizer has no {token} token" if tokenizer is not None else "there is no tokenizer"
         raise ValueError(
             f"The id of the image placeholder is unknown: {folder} does not say it and {what}. Copy the tokenizer of "
             "the official repository into the folder, or give `image_token_id`."
@@ -68,7 +84,15 @@ def find_image_token_id(
     if len(set(known.values())) > 1:
         said = ", ".join(f"{who} says {token_id}" for who, token_id in known.items())
         raise ValueError(f"The id of the image placeholder is not clear: {said}. Give or keep the right one only.")
-    return next(iter(known.values()))
+    token_id = next(iter(known.values()))
+    free = token_id if vocab_size is None else max(vocab_size, 0 if tokenizer is None else len(tokenizer))
+    if not 0 <= token_id <= free:
+        raise ValueError(
+            f"`image_token_id` must be an id of the vocabulary or the next free one, {free}, got {token_id}."
+        )
+    if tokenizer is not None and token not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    return token_id
 
 
 def image_processor_settings(folder: Path) -> dict[str, Any]:
@@ -80,17 +104,19 @@ def image_processor_settings(folder: Path) -> dict[str, Any]:
     return settings or {}
 
 
+def chat_template_of(folder: Path) -> str | None:
+    """The chat template in a folder of any transformers version, None if there is none."""
+    plain, nested = folder / "chat_template.jinja", folder / "chat_template.json"
+    if plain.is_file():
+        return plain.read_text(encoding="utf-8")
+    return read_json(nested).get("chat_template") if nested.is_file() else None
+
+
 def build_processor(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> VtcProcessor:
     """The processor that fits a planned model."""
-    tiles = plan.tiles
-    image_processor = VtcImageProcessor(
-        tiling="dynamic",
-        size=tiles.size,
-        min_tiles=tiles.min_tiles,
-        max_tiles=tiles.max_tiles,
-        use_thumbnail=tiles.use_thumbnail,
-    )
-    return VtcProcessor(image_processor, tokenizer, image_seq_length=plan.config.image_seq_length)
+    settings = plan.processor
+    fields = {"image_seq_length": plan.config.image_seq_length, **settings.fields}
+    return VtcProcessor(VtcImageProcessor(**settings.images), tokenizer, **fields)
 
 
 def generation_settings(

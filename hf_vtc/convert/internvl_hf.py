@@ -4,15 +4,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ..models.configuration_vico import VicoConfig
-from ..models.modeling_vico import VicoForConditionalGeneration
-from .internvl_official import NEW_MODULES
-from .plan import Plan, Renamed, Source, TileSettings, architecture_fields, is_tied
+from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, is_tied
+from .targets import Target, plan_base, targets_of
 
 TITLE = "InternVL of transformers, `-HF` (`model_type` 'internvl')"
-METHODS = {"vico": VicoConfig}
+MODEL_CLASSES = ("InternVLForConditionalGeneration",)
+IMAGE_TOKEN = "<IMG_CONTEXT>"
 
 # files of 4.52 and later keep the names that the model had before its parts moved under `model`
 _OLD_PREFIXES = (
@@ -29,6 +28,26 @@ def matches(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "internvl"
 
 
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+    """What a checkpoint of this layout can become."""
+    return targets_of("internvl")
+
+
+def stored_image_token_id(config: Mapping[str, Any]) -> int | None:
+    """Id of the placeholder in `config.json`."""
+    return config.get("image_token_id")
+
+
+def growing_vocab_size(config: Mapping[str, Any]) -> int | None:
+    """None: the vocabulary has the placeholder."""
+    return None
+
+
+def tower_name(config: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
+    """None: the tower is part of the checkpoint."""
+    return None
+
+
 def rename(name: str) -> Renamed | None:
     """Map a name of a file or of a model in memory to ours, None for a name that this layout does not have."""
     for old, new in _OLD_PREFIXES:
@@ -42,68 +61,75 @@ def head_name(stored: Mapping[str, Any]) -> str | None:
     return next((name for name in ("lm_head.weight", "language_model.lm_head.weight") if name in stored), None)
 
 
-def plan(source: Source, overrides: Mapping[str, Any], tied: bool | None = None) -> Plan:
-    """Plan the conversion of a base InternVL model of transformers to a ViCO model.
+def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+    """Plan the conversion of a base InternVL model of transformers.
 
     Args:
         source (`Source`): the checkpoint, or the config and the tensors of a model in memory.
-        overrides (`Mapping`): fields of `VicoConfig` that replace those of the file.
-        tied (`bool`, *optional*): whether head and embeddings share a weight, read from the files if not given.
+        target (`Target`): what it becomes.
+        overrides (`Mapping`): fields of the new config that replace those of the file.
 
     Raises:
         ValueError: a setting that has no counterpart here.
     """
     config, stored = source.config, source.stored
-    for name in ("vision_config", "text_config"):
-        if not isinstance(config.get(name), dict):
-            raise ValueError(f"config.json needs `{name}`, a JSON object. Download it again.")
+    text = require_object(config, "text_config")
     head = head_name(stored)
-    if tied is None:
-        prefix = "model.language_model." if "model.language_model.norm.weight" in stored else "language_model.model."
-        tied = is_tied(source, config["text_config"], head, f"{prefix}embed_tokens.weight")
-    text = config["text_config"]
-    # the decoder of InternVLConfig where a file leaves it out
-    text_type = text.get("model_type", "qwen2")
-    if text_type not in CONFIG_MAPPING:
-        raise ValueError(f"`text_config` has `model_type` {text_type!r}, unknown to this transformers. Upgrade it.")
-    fields = {
-        "vision_config": CONFIG_MAPPING["internvl_vision"](**architecture_fields(config["vision_config"])),
-        "text_config": CONFIG_MAPPING[text_type](**architecture_fields(text), tie_word_embeddings=tied),
-        "image_token_id": source.image_token_id,
-        "vision_feature_layer": config.get("vision_feature_layer", -1),
-        "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
-        "projector_hidden_act": config.get("projector_hidden_act", "gelu"),
-        "downsample_ratio": config.get("downsample_ratio", 0.5),
-        "ps_version": "v2",
-        "tie_word_embeddings": tied,
-        "flash_mode": False,
-        **overrides,
-    }
-    if not isinstance(fields["vision_feature_layer"], int):
-        raise ValueError(
-            f"`vision_feature_layer` must be one layer, got {fields['vision_feature_layer']}: features of several "
-            "layers have no counterpart here. Use a base that reads one."
-        )
-    notes = []
-    if not fields["flash_mode"]:
-        notes.append(
-            "A base checkpoint: the compressed connector and the router are freshly initialised and routing is off "
-            "(`flash_mode=False`). Train them before switching it on."
-        )
-    new_config = VicoConfig(**fields)
-    return Plan(
+    prefix = "model.language_model." if "model.language_model.norm.weight" in stored else "language_model.model."
+    tied = is_tied(source, text, head, f"{prefix}embed_tokens.weight")
+    vision_config = CONFIG_MAPPING["internvl_vision"](**architecture_fields(require_object(config, "vision_config")))
+    return plan_base(
+        target,
+        overrides,
         layout="base InternVL of transformers",
-        config=new_config,
-        model_class=VicoForConditionalGeneration,
+        fields={
+            "vision_config": vision_config,
+            # the decoder of InternVLConfig where a file leaves it out
+            "text_config": decoder_config(text, "qwen2", tied),
+            "image_token_id": source.image_token_id,
+            "vision_feature_layer": one_layer(config.get("vision_feature_layer", -1)),
+            "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
+            "projector_hidden_act": config.get("projector_hidden_act", "gelu"),
+            "downsample_ratio": config.get("downsample_ratio", 0.5),
+            "ps_version": "v2",
+            "tie_word_embeddings": tied,
+        },
         rename=rename,
         # transformers' processor always adds the whole view
-        tiles=TileSettings(
-            size=new_config.vision_config.image_size[0],
-            min_tiles=source.image_processor.get("min_patches", 1),
-            max_tiles=source.image_processor.get("max_patches", 12),
-            use_thumbnail=True,
+        processor=ProcessorSettings(
+            images={
+                "tiling": "dynamic",
+                "size": vision_config.image_size[0],
+                "min_tiles": source.image_processor.get("min_patches", 1),
+                "max_tiles": source.image_processor.get("max_patches", 12),
+                "use_thumbnail": True,
+            }
         ),
         ignored={head: "equal to the input embeddings"} if tied and head else {},
-        fresh_modules=NEW_MODULES,
-        notes=notes,
+        notes=[],
     )
+
+
+def require_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A sub-config of `config.json`."""
+    if not isinstance(config.get(name), dict):
+        raise ValueError(f"config.json needs `{name}`, a JSON object. Download it again.")
+    return config[name]
+
+
+def decoder_config(fields: Mapping[str, Any], default_type: str, tied: bool) -> PretrainedConfig:
+    """`text_config` of a checkpoint as the config of a decoder, without the settings of old versions."""
+    model_type = fields.get("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"`text_config` has `model_type` {model_type!r}, unknown to this transformers. Upgrade it.")
+    return CONFIG_MAPPING[model_type](**architecture_fields(fields), tie_word_embeddings=tied)
+
+
+def one_layer(layer: int | list[int]) -> int:
+    """The layer of the tower that a checkpoint reads, which must be one."""
+    if not isinstance(layer, int):
+        raise ValueError(
+            f"`vision_feature_layer` must be one layer, got {layer}: features of several layers have no counterpart "
+            "here. Use a base that reads one."
+        )
+    return layer

@@ -10,16 +10,14 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ..models.configuration_vico import VicoConfig
-from ..models.modeling_vico import VicoForConditionalGeneration
-from .plan import Plan, Renamed, Source, TileSettings, architecture_fields, in_thirds, is_tied
+from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, in_thirds, is_tied
+from .targets import TARGETS, Target, plan_base, targets_of
 
 TITLE = "official InternVL3 / InternVL3.5 / InternVL3.5-Flash (`model_type` 'internvl_chat')"
-METHODS = {"vico": VicoConfig}
+IMAGE_TOKEN = "<IMG_CONTEXT>"
 
-# parts of a Flash checkpoint that a base checkpoint lacks: here and in our model
+# parts of a Flash checkpoint that a base checkpoint lacks
 FLASH_PREFIXES = ("mlp2.", "pooling_before_gating.", "gating.")
-NEW_MODULES = ("model.compressed_projector", "model.router")
 
 _DECODERS = {
     "Qwen2ForCausalLM": "qwen2",
@@ -82,6 +80,26 @@ def has_flash(config: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
     return config.get("flash_mode") is not None or any(name.startswith(FLASH_PREFIXES) for name in stored)
 
 
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+    """What a checkpoint of this layout can become: a Flash model is a ViCO model already."""
+    return {"vico": TARGETS["vico"]} if has_flash(config, stored) else targets_of("internvl")
+
+
+def stored_image_token_id(config: Mapping[str, Any]) -> int | None:
+    """Id of the placeholder in `config.json`."""
+    return config.get("image_token_id")
+
+
+def growing_vocab_size(config: Mapping[str, Any]) -> int | None:
+    """None: the vocabulary has the placeholder."""
+    return None
+
+
+def tower_name(config: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
+    """None: the tower is part of the checkpoint."""
+    return None
+
+
 def rename(name: str) -> Renamed | None:
     """Map one official name to ours.
 
@@ -112,12 +130,13 @@ def is_dead(name: str) -> bool:
     return re.match(r"model\.router\.(attn|norm)[34]\.", name) is not None
 
 
-def plan(source: Source, overrides: Mapping[str, Any]) -> Plan:
-    """Plan the conversion of an official checkpoint to a ViCO model.
+def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+    """Plan the conversion of an official checkpoint.
 
     Args:
         source (`Source`): the checkpoint.
-        overrides (`Mapping`): fields of `VicoConfig` that replace those of the file.
+        target (`Target`): what it becomes.
+        overrides (`Mapping`): fields of the new config that replace those of the file.
 
     Raises:
         ValueError: a vision tower, decoder or setting that has no counterpart here.
@@ -126,9 +145,9 @@ def plan(source: Source, overrides: Mapping[str, Any]) -> Plan:
     llm = _required(config, "llm_config")
     head = "language_model.lm_head.weight"
     tied = is_tied(source, llm, head if head in stored else None, "language_model.model.embed_tokens.weight")
-    flash = has_flash(config, stored)
+    tower = vision_config(_required(config, "vision_config"), config.get("force_image_size"))
     fields = {
-        "vision_config": vision_config(_required(config, "vision_config"), config.get("force_image_size")),
+        "vision_config": tower,
         "text_config": text_config(llm, tied),
         "image_token_id": source.image_token_id,
         "vision_feature_layer": config.get("select_layer", -1),
@@ -136,37 +155,46 @@ def plan(source: Source, overrides: Mapping[str, Any]) -> Plan:
         # the official config class has "v1" where a file says nothing
         "ps_version": config.get("ps_version", "v1"),
         "tie_word_embeddings": tied,
-        "flash_mode": flash if config.get("flash_mode") is None else bool(config["flash_mode"]),
     }
+    processor = ProcessorSettings(
+        images={
+            "tiling": "dynamic",
+            "size": tower.image_size[0],
+            "min_tiles": config.get("min_dynamic_patch", 1),
+            "max_tiles": config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1,
+            "use_thumbnail": config.get("use_thumbnail", True),
+        }
+    )
+    ignored = {head: "equal to the input embeddings"} if tied and head in stored else {}
+    if has_flash(config, stored):
+        return _plan_flash(config, target, overrides, fields, processor, ignored)
+    return plan_base(target, overrides, "base InternVL", fields, rename, processor, ignored, notes=[])
+
+
+def _plan_flash(
+    config: Mapping[str, Any],
+    target: Target,
+    overrides: Mapping[str, Any],
+    fields: dict[str, Any],
+    processor: ProcessorSettings,
+    ignored: dict[str, str],
+) -> Plan:
     notes = []
+    fields["flash_mode"] = config.get("flash_mode") is None or bool(config["flash_mode"])
     for threshold in ("flash_relative_threshold", "flash_absolute_threshold"):
         if config.get(threshold) is not None:
             fields[threshold] = config[threshold]
-        elif flash and threshold not in overrides:
+        elif threshold not in overrides:
             notes.append(f"`{threshold}` is not in config.json: the default of hf_vtc is used.")
-    if flash and config.get("flash_mode") is None and "flash_mode" not in overrides:
+    if config.get("flash_mode") is None and "flash_mode" not in overrides:
         notes.append("`flash_mode` is not in config.json, but the weights of a Flash model are: it is switched on.")
-
-    fields |= overrides
-    if not flash and not fields["flash_mode"]:
-        notes.append(
-            "A base checkpoint: the compressed connector and the router are freshly initialised and routing is off "
-            "(`flash_mode=False`). Train them before switching it on."
-        )
-    new_config = VicoConfig(**fields)
     return Plan(
-        layout="InternVL3.5-Flash" if flash else "base InternVL",
-        config=new_config,
-        model_class=VicoForConditionalGeneration,
+        layout="InternVL3.5-Flash",
+        config=target.config(**{**fields, **overrides}),
+        model_class=target.model,
         rename=rename,
-        tiles=TileSettings(
-            size=new_config.vision_config.image_size[0],
-            min_tiles=config.get("min_dynamic_patch", 1),
-            max_tiles=config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1,
-            use_thumbnail=config.get("use_thumbnail", True),
-        ),
-        ignored={head: "equal to the input embeddings"} if tied and head in stored else {},
-        fresh_modules=() if flash else NEW_MODULES,
+        processor=processor,
+        ignored=ignored,
         optional=is_dead,
         notes=notes,
     )

@@ -50,6 +50,9 @@ _NO_ARCHITECTURE = {
     "use_bfloat16",
 }
 
+# what has one row for each token
+_VOCABULARY = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+
 
 def unchanged(tensor: torch.Tensor) -> tuple[torch.Tensor]:
     """The transform of a tensor that only changes its name."""
@@ -75,10 +78,13 @@ class Source(NamedTuple):
 
     Args:
         config (`Mapping`): content of `config.json`.
-        stored (`Mapping[str, Any]`): its tensors by name.
-        image_token_id (`int`): id of the placeholder.
+        stored (`Mapping[str, Any]`): its tensors by name, those of a tower in a folder of its own included.
+        image_token_id (`int`): id of the placeholder; beyond the vocabulary where the layout lets it grow.
         equal (`Callable[[str, str], bool]`): whether two of its tensors hold the same values.
         image_processor (`Mapping`): settings of its image processor, empty if unknown.
+        tower (`Mapping`): content of the `config.json` of a tower in a folder of its own, empty if there is none.
+        tied (`bool`, *optional*): whether head and embeddings share a weight; None if names and values must tell.
+        chat_template (`str`, *optional*): of the source's processor.
     """
 
     config: Mapping[str, Any]
@@ -86,15 +92,21 @@ class Source(NamedTuple):
     image_token_id: int
     equal: Callable[[str, str], bool]
     image_processor: Mapping[str, Any] = {}
+    tower: Mapping[str, Any] = {}
+    tied: bool | None = None
+    chat_template: str | None = None
 
 
-class TileSettings(NamedTuple):
-    """How images become tiles: side in pixels, fewest and most tiles, and whether a whole view is added."""
+class ProcessorSettings(NamedTuple):
+    """Fields of the processor that fits a planned model.
 
-    size: int
-    min_tiles: int
-    max_tiles: int
-    use_thumbnail: bool
+    Args:
+        images (`Mapping`): fields of `VtcImageProcessor`.
+        fields (`Mapping`): fields of `VtcProcessor`, such as `image_token` and `count_rule`.
+    """
+
+    images: Mapping[str, Any]
+    fields: Mapping[str, Any] = {}
 
 
 @dataclass
@@ -109,7 +121,9 @@ class Plan:
         ignored (`dict[str, str]`): source name -> why it is left out on purpose (a head tied to the embeddings).
         fresh_modules (`tuple[str, ...]`): submodules that the source lacks and that are initialised.
         optional (`Callable[[str], bool]`): whether a new name may be missing though the source has its module.
-        tiles (`TileSettings`): for the image processor.
+        processor (`ProcessorSettings`): of images and prompts.
+        is_base (`bool`): whether the source compresses nothing, so that the result knows what the source knew and
+            whatever it has besides is fresh.
         notes (`list[str]`): what the caller should know.
     """
 
@@ -117,10 +131,11 @@ class Plan:
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
     rename: Callable[[str], Renamed | None]
-    tiles: TileSettings
+    processor: ProcessorSettings
     ignored: dict[str, str] = field(default_factory=dict)
     fresh_modules: tuple[str, ...] = ()
     optional: Callable[[str], bool] = lambda name: False
+    is_base: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -195,7 +210,7 @@ def match(plan: Plan, stored: Mapping[str, Shape], origin: str, on_disk: bool = 
 
 
 def is_tied(source: Source, text_config: Mapping[str, Any], head: str | None, embeddings: str) -> bool:
-    """Whether the head of a checkpoint shares the weight of its input embeddings.
+    """Whether the head of a checkpoint shares the weight of its input embeddings: `source.tied` where that is known.
 
     A head that differs from the embeddings is never given up: transformers 5 writes `tie_word_embeddings` unasked.
 
@@ -205,6 +220,8 @@ def is_tied(source: Source, text_config: Mapping[str, Any], head: str | None, em
         head (`str`, *optional*): name of the head's weight, None if the checkpoint has none.
         embeddings (`str`): name of the embeddings' weight.
     """
+    if source.tied is not None:
+        return source.tied
     said = {text_config.get("tie_word_embeddings"), source.config.get("tie_word_embeddings")}
     if head is None:
         return True in said or said == {None}
@@ -237,6 +254,37 @@ def architecture_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     generation = GenerationConfig().to_dict().keys() - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
     dropped = generation | _NO_ARCHITECTURE
     return {name: value for name, value in with_both_ropes(fields).items() if name not in dropped}
+
+
+def with_rows_for(
+    rename: Callable[[str], Renamed | None], text_config: PretrainedConfig, image_token_id: int
+) -> Callable[[str], Renamed | None]:
+    """Let a vocabulary grow until it holds the placeholder: sets `text_config.vocab_size`, returns the map to use.
+
+    Embeddings and head get rows that are the means of those that they have. A mean logit is never the largest, and
+    `exp(mean) <= mean(exp)`: whatever the decoder says, the new token gets at most one part in V + 1 of the
+    probability, and greedy decoding is unchanged.
+
+    Args:
+        rename (`Callable[[str], Renamed | None]`): pure map of names of the layout.
+        text_config (`PretrainedConfig`): of the decoder.
+        image_token_id (`int`): id of the placeholder.
+    """
+    num_rows = image_token_id + 1 - text_config.vocab_size
+    if num_rows <= 0:
+        return rename
+    text_config.vocab_size = image_token_id + 1
+
+    def grown(tensor: torch.Tensor) -> tuple[torch.Tensor]:
+        mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+        return (torch.cat([tensor, mean.expand(num_rows, -1)]),)
+
+    def rename_and_grow(name: str) -> Renamed | None:
+        renamed = rename(name)
+        has_vocabulary = renamed is not None and renamed.names[0] in _VOCABULARY
+        return Renamed(renamed.names, grown) if has_vocabulary else renamed
+
+    return rename_and_grow
 
 
 def _misfits(name: str, shape: Shape, renamed: Renamed, expected: Mapping[str, Shape]) -> list[str]:

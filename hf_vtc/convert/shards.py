@@ -20,11 +20,12 @@ _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class StoredTensor(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """What is known of a tensor before it is read; `name` is the one in its file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
+    name: str
 
 
 class CheckpointReader:
@@ -49,13 +50,17 @@ class CheckpointReader:
                 for name, (shape, dtype) in shard.entries.items():
                     # the index says which copy counts if a tensor lies in two shards
                     if weight_map.get(name, file.name) == file.name:
-                        self.tensors[name] = StoredTensor(shape, dtype, file)
+                        self.tensors[name] = StoredTensor(shape, dtype, file, name)
         lost = sorted(name for name in weight_map if name not in self.tensors)
         if lost:
             raise ValueError(
                 f"The index of {folder} lists tensors that its shards do not hold: {_some(lost)}. "
                 "Download the checkpoint again."
             )
+
+    def add(self, other: "CheckpointReader", prefix: str) -> None:
+        """Take in the tensors of another folder, as if they were stored here with `prefix` before their names."""
+        self.tensors |= {f"{prefix}{name}": stored for name, stored in other.tensors.items()}
 
     def read(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield `(name, tensor)` for `names` (all by default), each shard opened once.
@@ -70,7 +75,7 @@ class CheckpointReader:
         for file, names_here in by_file.items():
             with _open_shard(file) as shard:
                 for name in names_here:
-                    yield name, shard.read(name)
+                    yield name, shard.read(self.tensors[name].name)
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same values. They are mapped, not loaded."""

@@ -1,0 +1,119 @@
+"""LLaVA and LLaVA-NeXT in transformers (repositories of `llava-hf`, `model_type` `llava` and `llava_next`): bases."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..models.image_processing_vtc import LLAVA_NEXT_PINPOINTS
+from ..models.processing_vtc import chat_template_for
+from .internvl_hf import decoder_config, head_name, one_layer, require_object
+from .llava_official import CLIP_MEAN, CLIP_STD, merge_fields, tower_config
+from .plan import Plan, ProcessorSettings, Renamed, Source, is_tied
+from .targets import Target, plan_base, targets_of
+
+TITLE = "LLaVA and LLaVA-NeXT of transformers, `llava-hf` (`model_type` 'llava', 'llava_next')"
+MODEL_CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
+IMAGE_TOKEN = "<image>"
+
+_PREFIXES = (
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^(model\.)?language_model\.(model\.)?"), "model.language_model."),
+    # the level that CLIP and SigLIP had before transformers 5.x
+    (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), "model.vision_tower."),
+    (re.compile(r"^(model\.)?multi_modal_projector\."), "model.multi_modal_projector."),
+    (re.compile(r"^(model\.)?image_newline$"), "model.image_newline"),
+    (re.compile(r"^lm_head\."), "lm_head."),
+)
+
+
+def matches(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of this layout."""
+    return config.get("model_type") in ("llava", "llava_next") and "text_config" in config
+
+
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+    """What a checkpoint of this layout can become."""
+    return targets_of(config["model_type"])
+
+
+def stored_image_token_id(config: Mapping[str, Any]) -> int | None:
+    """Id of the placeholder in `config.json`, under its name of any version."""
+    return config.get("image_token_id", config.get("image_token_index"))
+
+
+def growing_vocab_size(config: Mapping[str, Any]) -> int | None:
+    """None: the vocabulary has the placeholder."""
+    return None
+
+
+def tower_name(config: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
+    """None: the tower is part of the checkpoint."""
+    return None
+
+
+def rename(name: str) -> Renamed | None:
+    """Map a name of a file or of a model in memory to ours, None for a name that this layout does not have."""
+    for old, new in _PREFIXES:
+        if old.match(name):
+            return Renamed((old.sub(new, name, count=1),))
+    return None
+
+
+def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+    """Plan the conversion of a LLaVA or LLaVA-NeXT model of transformers.
+
+    Args:
+        source (`Source`): the checkpoint, or the config and the tensors of a model in memory.
+        target (`Target`): what it becomes.
+        overrides (`Mapping`): fields of the new config that replace those of the file.
+
+    Raises:
+        ValueError: a tower or setting that has no counterpart here.
+    """
+    config, stored, anyres = source.config, source.stored, {}
+    text = require_object(config, "text_config")
+    if not config.get("multimodal_projector_bias", True):
+        raise ValueError("`multimodal_projector_bias` must be True: the projector here has biases.")
+    if config["model_type"] == "llava_next":
+        anyres = {"image_grid_pinpoints": config.get("image_grid_pinpoints", LLAVA_NEXT_PINPOINTS)}
+    head = head_name(stored)
+    prefix = "model.language_model." if "model.language_model.norm.weight" in stored else "language_model.model."
+    tied = is_tied(source, text, head, f"{prefix}embed_tokens.weight")
+    tower = tower_config(require_object(config, "vision_config"))
+    decoder = decoder_config(text, "llama", tied)
+    images = source.image_processor
+    return plan_base(
+        target,
+        overrides,
+        layout="LLaVA-NeXT of transformers" if anyres else "LLaVA of transformers",
+        fields={
+            "vision_config": tower,
+            "text_config": decoder,
+            "image_token_id": source.image_token_id,
+            "vision_feature_layer": one_layer(config.get("vision_feature_layer", -2)),
+            "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
+            "projector_hidden_act": config.get("projector_hidden_act", "gelu"),
+            "downsample_ratio": 1.0,
+            "tie_word_embeddings": tied,
+            **merge_fields(anyres, "true_aspect"),
+        },
+        rename=rename,
+        processor=ProcessorSettings(
+            images={
+                "tiling": "anyres" if anyres else "pad",
+                "size": tower.image_size,
+                "image_mean": images.get("image_mean", CLIP_MEAN),
+                "image_std": images.get("image_std", CLIP_STD),
+                **anyres,
+            },
+            fields={
+                "image_token": IMAGE_TOKEN,
+                "image_start_token": None,
+                "image_end_token": None,
+                "chat_template": source.chat_template or chat_template_for(decoder.model_type, IMAGE_TOKEN),
+                "count_rule": "unpad_true_aspect" if anyres else "tiles",
+            },
+        ),
+        ignored={head: "equal to the input embeddings"} if tied and head else {},
+        notes=[] if anyres else ["Images are padded to squares, as in training; transformers crops them by default."],
+    )
