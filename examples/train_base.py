@@ -36,6 +36,7 @@ from digit_forms import (
     score,
     tile_page,
 )
+from digit_forms.training import training_arguments
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -48,7 +49,6 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 
@@ -58,6 +58,8 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 ISOLATED_SHARE = 0.75
 MAX_QUESTIONS = 12
 MAX_ANSWER_TOKENS = 12
+# of both phases, beside what all trainings share
+OPTIMIZER = {"weight_decay": 0.05, "adam_beta2": 0.98, "logging_steps": 100, "remove_unused_columns": False}
 
 
 def build_base(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditionalGeneration:
@@ -320,28 +322,6 @@ class HeldOutCheck(TrainerCallback):
             self.console.print(f"step {state.global_step}: held out {self.measure()}")
 
 
-def training_arguments(folder: Path, steps: int, batch_size: int, learning_rate: float, seed: int, **kwargs):
-    """`TrainingArguments` shared by both phases."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(200, steps // 10),
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
-        logging_steps=100,
-        seed=seed,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
-        **kwargs,
-    )
-
-
 def train_tower(
     model: InternVLForConditionalGeneration, pool: PagePool, folder: Path, steps: int, seed: int, console: Console
 ) -> None:
@@ -349,7 +329,10 @@ def train_tower(
     batch_size = 128
     reader = TowerReader(model.model.vision_tower)
     held_out = PagePool(400, "test", seed=seed + 1)
-    args = training_arguments(folder, steps, batch_size, 2e-3, seed, save_strategy="no")
+    warmup = min(200, steps // 10)
+    args = training_arguments(
+        folder, steps, batch_size, 2e-3, seed, warmup_steps=warmup, save_strategy="no", **OPTIMIZER
+    )
     check = HeldOutCheck(console, 250, lambda: patch_accuracy(reader, held_out))
     trainer = Trainer(
         model=reader,
@@ -374,8 +357,9 @@ def train_language(
     """Phase 2: train projector and language model, in place, to answer; the tower stays as it is."""
     batch_size = 8
     model.model.vision_tower.requires_grad_(False)
+    warmup = min(200, steps // 10)
     args = training_arguments(
-        folder, steps, batch_size, 2e-3, seed, save_steps=500, save_total_limit=1, save_only_model=True
+        folder, steps, batch_size, 2e-3, seed, warmup_steps=warmup, save_steps=500, save_only_model=True, **OPTIMIZER
     )
 
     def measure() -> dict[str, float]:

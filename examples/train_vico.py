@@ -6,7 +6,8 @@
 
 The two stages of ViCO (arXiv 2510.12793; InternVL3.5, arXiv 2508.18265) are those of `hf_vtc.trainers`. What the
 papers leave open is chosen here: step counts and learning rates; one tile compressed at a time per loss ratio; the
-percentile, which in the long run is the share of tiles that the router learns to compress.
+percentile, which in the long run is the share of tiles that the router learns to compress. A short third round, ours,
+gets the language model used to the tiles that the router chooses.
 """
 
 import argparse
@@ -26,8 +27,9 @@ from digit_forms import (
     page_rng,
 )
 from digit_forms.measure import as_table, measure
+from digit_forms.training import training_arguments
 from rich.console import Console
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 import hf_vtc
 from hf_vtc.data import VtcCollator
@@ -39,11 +41,13 @@ from hf_vtc.trainers import VicoConsistencyTrainer, VicoRouterTrainer
 CONSISTENCY_PAGES_SEED = 100
 ROUTER_PAGES_SEED = 200
 CALIBRATION_PAGES_SEED = 300
+ADAPTATION_PAGES_SEED = 400
 EVALUATION_SEED = 1234
+BATCH_SIZE = 16
 
 
 class PageDataset(torch.utils.data.Dataset):
-    """Pages with questions of the evaluated kinds, in random order, as one conversation each."""
+    """Pages, each one conversation: questions of the evaluated kinds and descriptions of fields, in random order."""
 
     def __init__(self, num_pages: int, seed: int, max_questions: int):
         self.num_pages = num_pages
@@ -56,7 +60,8 @@ class PageDataset(torch.utils.data.Dataset):
     def __getitem__(self, idx: int) -> dict:
         rng = page_rng(self.seed, "train", idx)
         page = draw_page(rng, "train")
-        questions = [question for question in page.questions if question.kind in EVALUATED_KINDS]
+        # descriptions say what is where, which moves when tiles shrink
+        questions = [item for item in page.questions if item.kind in EVALUATED_KINDS or item.topic == "describe_field"]
         messages = []
         for choice in rng.permutation(len(questions))[: self.max_questions]:
             messages.append({"role": "user", "content": questions[choice].text})
@@ -81,27 +86,6 @@ def build_processor(tokenizer) -> VtcProcessor:
     return VtcProcessor(image_processor, tokenizer, image_seq_length=TOKENS_PER_TILE)
 
 
-def training_arguments(folder: Path, steps: int, batch_size: int, learning_rate: float, seed: int):
-    """`TrainingArguments` shared by both stages."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        logging_steps=max(steps // 20, 1),
-        save_steps=max(steps // 3, 1),
-        save_total_limit=1,
-        seed=seed,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-    )
-
-
 def run_stage(trainer, console: Console, stage: str) -> None:
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(ProgressLog(console, stage))
@@ -109,40 +93,65 @@ def run_stage(trainer, console: Console, stage: str) -> None:
     trainer.model.eval()
 
 
-def train_consistency(
-    model, reference, processor, folder: Path, steps: int, probability: float, seed: int, console: Console
-) -> None:
-    """Stage 1, in place. The compressed connector is new and learns faster than what the base already knows."""
-    batch_size, learning_rate = 16, 1.5e-3
-    new = list(model.model.compressed_projector.parameters())
-    router = {id(parameter) for parameter in model.model.router.parameters()}
-    known = router | {id(parameter) for parameter in new}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
+def train_consistency(model, reference, processor, folder: Path, steps: int, seed: int, console: Console) -> None:
+    """Stage 1, in place.
+
+    Rates differ from page to page, so that almost fully compressed pages occur too: with an even chance for every tile
+    the page's colour is lost as soon as no blank tile is left at full length. Tower and compressed connector learn
+    more slowly than the rest. With one rate for all they come to read numbers from four tokens as well as from
+    sixteen, and then nothing is left for a router to choose.
+    """
+    learning_rate = 8e-4
+    slow = [*model.model.compressed_projector.parameters(), *model.model.vision_tower.parameters()]
+    others = {id(parameter) for parameter in [*slow, *model.model.router.parameters()]}
+    fast = [parameter for parameter in model.parameters() if id(parameter) not in others]
     optimizer = torch.optim.AdamW(
-        [{"params": new, "lr": learning_rate}, {"params": rest, "lr": learning_rate / 5}], weight_decay=0.01
+        [{"params": slow, "lr": learning_rate / 3}, {"params": fast, "lr": learning_rate}], weight_decay=0.01
     )
     trainer = VicoConsistencyTrainer(
         model,
-        training_arguments(folder, steps, batch_size, learning_rate, seed),
+        training_arguments(folder, steps, BATCH_SIZE, learning_rate, seed),
         reference_model=reference,
-        compress_probability=probability,
-        train_dataset=PageDataset(steps * batch_size, CONSISTENCY_PAGES_SEED + seed, max_questions=8),
+        compress_probability=(0.2, 1.0),
+        train_dataset=PageDataset(steps * BATCH_SIZE, CONSISTENCY_PAGES_SEED + seed, max_questions=10),
         data_collator=VtcCollator(processor),
         optimizers=(optimizer, None),
     )
     run_stage(trainer, console, "consistency")
 
 
+def adapt_to_router(model, reference, processor, folder: Path, steps: int, seed: int, console: Console) -> None:
+    """Consistency training after stage 2, in place, with the tiles compressed that the router chooses (ours).
+
+    Random choice hardly ever draws such pages. Tower and router, and with them the choice, stay as they are.
+    """
+    learning_rate = 5e-4
+    parameters = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if not name.startswith(("model.vision_tower.", "model.router."))
+    ]
+    trainer = VicoConsistencyTrainer(
+        model,
+        training_arguments(folder, steps, BATCH_SIZE, learning_rate, seed),
+        reference_model=reference,
+        compress_probability="auto",
+        train_dataset=PageDataset(steps * BATCH_SIZE, ADAPTATION_PAGES_SEED + seed, max_questions=10),
+        data_collator=VtcCollator(processor),
+        optimizers=(torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01), None),
+    )
+    run_stage(trainer, console, "adaptation")
+
+
 def train_router(model, reference, processor, folder: Path, steps: int, percentile: float, seed, console) -> None:
     """Stage 2, in place."""
-    batch_size = 16
     trainer = VicoRouterTrainer(
         model,
-        training_arguments(folder / "router", steps, batch_size, 1e-3, seed),
+        training_arguments(folder / "router", steps, BATCH_SIZE, 1e-3, seed),
         reference_model=reference,
         probe="one_tile",
         percentile=percentile,
-        train_dataset=PageDataset(steps * batch_size, ROUTER_PAGES_SEED + seed, max_questions=12),
+        train_dataset=PageDataset(steps * BATCH_SIZE, ROUTER_PAGES_SEED + seed, max_questions=12),
         data_collator=VtcCollator(processor),
     )
     run_stage(trainer, console, "router")
@@ -183,10 +192,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="checkpoint folder to write")
     parser.add_argument("--base", type=Path, help="folder of train_base.py; trained first if not given")
     parser.add_argument("--work", type=Path, default=Path("outputs/vico-tiny"), help="trainer checkpoints and log")
-    parser.add_argument("--consistency-steps", type=int, nargs=2, default=(500, 300), help="at rates 0.5 and 0.75")
+    parser.add_argument("--consistency-steps", type=int, default=600)
     parser.add_argument("--router-steps", type=int, default=130)
+    parser.add_argument("--adaptation-steps", type=int, default=300)
     parser.add_argument("--percentile", type=float, default=75.0, help="of past loss ratios, the router's threshold")
-    parser.add_argument("--saving", type=float, default=0.52, help="share of visual tokens that `auto` shall save")
+    parser.add_argument("--saving", type=float, default=0.51, help="share of visual tokens that `auto` shall save")
     parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", metavar="FOLDER", help="only measure a finished checkpoint")
@@ -209,16 +219,16 @@ def main() -> None:
     processor = build_processor(tokenizer)
     reference = hf_vtc.convert.from_base(args.base, "vico", dtype=torch.float32)
     model = hf_vtc.convert.from_base(args.base, "vico", dtype=torch.float32, flash_mode=True)
-    # the paper's even chance first; then mostly compressed pages, which an even chance almost never draws: without
-    # them the page's colour is lost as soon as no blank tile is left at full length
-    for stage, (steps, probability) in enumerate(zip(args.consistency_steps, (0.5, 0.75), strict=True)):
-        folder, seed = args.work / f"consistency_{stage}", args.seed + stage
-        train_consistency(model, reference, processor, folder, steps, probability, seed, console)
+    train_consistency(
+        model, reference, processor, args.work / "consistency", args.consistency_steps, args.seed, console
+    )
     model.save_pretrained(args.work / "after_consistency", save_code=False)
     train_router(model, reference, processor, args.work, args.router_steps, args.percentile, args.seed, console)
-    model.requires_grad_(True).to(torch.bfloat16)
+    # the threshold belongs to the rounded weights, which are the ones that are shipped
+    model.to(torch.bfloat16)
     model.config.flash_absolute_threshold = calibrate(model.float(), processor, args.saving)
-    model.to(torch.bfloat16).save_pretrained(args.output, save_code=False)
+    adapt_to_router(model, reference, processor, args.work / "adaptation", args.adaptation_steps, args.seed, console)
+    model.requires_grad_(True).to(torch.bfloat16).save_pretrained(args.output, save_code=False)
     processor.save_pretrained(args.output, save_code=False)
     console.print(f"wrote {args.output}")
     # what is shipped is what is measured: the rounded weights

@@ -162,7 +162,7 @@ def test_consistency_trainer_loss_equals_full_length_logits(tmp_path):
     loss = trainer.compute_loss(policy, dict(batch))
 
     trainer._num_drawn = 0
-    decisions = trainer.draw(len(batch["pixel_values"]), training=True) < 0.5
+    decisions = trainer.draw_decisions(batch["input_ids"], training=True)
     assert 0 < decisions.sum() < len(decisions)
     labels = batch.pop("labels")
     reference_logits = model(**batch, vtc_budget="full").logits
@@ -227,6 +227,7 @@ def test_consistency_trainer_accumulation_equals_the_large_batch(tmp_path, cross
                 learning_rate=0.1,
             ),
             reference_model=copy.deepcopy(model),
+            compress_probability=(0.2, 1.0),
             cross_entropy_weight=cross_entropy_weight,
             train_dataset=records,
             data_collator=collate,
@@ -307,7 +308,35 @@ def test_consistency_trainer_evaluates_without_logits_and_repeatably(tmp_path):
     assert trainer.predict(records).predictions in (None, ())
 
 
-@pytest.mark.parametrize("options", [{"compress_probability": 1.5}, {"cross_entropy_weight": -1.0}])
+def test_draw_decisions_gives_every_sample_a_rate_of_its_range(tmp_path):
+    model = model_without_dropout()
+    trainer = consistency_trainer(model, None, tmp_path, compress_probability=(0.2, 1.0))
+    tiles, per_tile = 50, model.config.image_seq_length
+    prompts = torch.full((400, tiles * per_tile), model.config.image_token_id)
+    rates = trainer.draw_decisions(prompts, training=True).view(400, tiles).float().mean(1)
+    assert 0.57 < rates.mean() < 0.63
+    # an even spread over the range, and not one rate for all
+    assert 0.2 < (rates < 0.4).float().mean() < 0.3 and 0.2 < (rates > 0.8).float().mean() < 0.3
+
+
+def test_draw_decisions_of_micro_batches_are_those_of_the_whole(tmp_path):
+    model = model_without_dropout()
+    trainer = consistency_trainer(model, None, tmp_path, compress_probability=(0.2, 1.0))
+    tiles = torch.tensor([3, 0, 1, 4])
+    prompts = torch.zeros(4, 4 * model.config.image_seq_length, dtype=torch.long)
+    for prompt, length in zip(prompts, (tiles * model.config.image_seq_length).tolist(), strict=True):
+        prompt[:length] = model.config.image_token_id
+    whole = trainer.draw_decisions(prompts, training=True)
+    trainer._num_drawn = 0
+    parts = [trainer.draw_decisions(part, training=True) for part in prompts.split([1, 3])]
+    assert len(whole) == 8 and torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"compress_probability": 1.5}, {"compress_probability": (0.8, 0.2)}, {"cross_entropy_weight": -1.0}],
+    ids=str,
+)
 def test_consistency_trainer_checks_its_options(tmp_path, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         VicoConsistencyTrainer(tiny_model("vico"), arguments(tmp_path), **options)

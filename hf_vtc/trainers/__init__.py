@@ -1,7 +1,26 @@
 """Trainers, one per objective, and the objectives themselves as pure functions."""
 
 from . import losses
+from .avg_llava import AvgLlavaGranularityTrainer, AvgLlavaRouterTrainer
 from .base import Responses, VtcTrainer
+from .convllava import ConvllavaTrainer
+from .llavolta import LlavoltaTrainer
+from .schedule import SCHEMES, Stage, stages_of
 from .vico import VicoConsistencyTrainer, VicoRouterTrainer
+from .vistog import VistogTrainer
 
-__all__ = ["Responses", "VicoConsistencyTrainer", "VicoRouterTrainer", "VtcTrainer", "losses"]
+__all__ = [
+    "AvgLlavaGranularityTrainer",
+    "AvgLlavaRouterTrainer",
+    "ConvllavaTrainer",
+    "LlavoltaTrainer",
+    "Responses",
+    "SCHEMES",
+    "Stage",
+    "VicoConsistencyTrainer",
+    "VicoRouterTrainer",
+    "VistogTrainer",
+    "VtcTrainer",
+    "losses",
+    "stages_of",
+]

@@ -52,6 +52,17 @@ class Responses:
         return Responses(mask, self.targets[self.tokens_of(rows)], mask.nonzero()[:, 0])
 
 
+def black_tile(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Inputs of the smallest prompt with an image: the placeholders of one black tile."""
+    config = model.config
+    size = config.vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    ids = torch.full((1, config.image_seq_length), config.image_token_id, device=model.device)
+    channels = config.vision_config.num_channels
+    pixel_values = torch.zeros(1, channels, height, width, device=model.device, dtype=model.dtype)
+    return {"input_ids": ids, "pixel_values": pixel_values, "num_tiles": torch.ones(1, dtype=torch.long)}
+
+
 class VtcTrainer(Trainer):
     """Base of our trainers. Abstract: `compute_loss` is the objective.
 

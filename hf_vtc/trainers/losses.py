@@ -3,8 +3,8 @@
 Nothing here knows a model or a trainer. Logits come in already gathered at the supervised positions, so that no tensor
 of sequence length times vocabulary has to exist.
 
-Source: ViCO, arXiv 2510.12793, and InternVL3.5, arXiv 2508.18265, section 2.3. No training code was published; what is
-ours is said at each function.
+Source: ViCO, arXiv 2510.12793, and InternVL3.5, arXiv 2508.18265, section 2.3, whose training code was not published:
+what is ours is said at each function. AVG-LLaVA, arXiv 2410.02745, and its released code.
 """
 
 from collections import deque
@@ -160,16 +160,74 @@ def router_cross_entropy(
 
 
 def router_entropy(router_logits: torch.Tensor) -> torch.Tensor:
-    """Mean entropy of the router's choice, in nats: ln 2 when undecided, 0 when certain.
+    """Mean entropy of the router's choice, in nats: ln E when undecided between E, 0 when certain.
 
     Args:
-        router_logits (`torch.Tensor` of shape `(T, 2)`).
+        router_logits (`torch.Tensor` of shape `(T, E)`): one row per decision, one column per choice.
 
     Returns:
-        Scalar `torch.Tensor`, float32; NaN if there is no tile.
+        Scalar `torch.Tensor`, float32; NaN if there is no row.
     """
     log_probs = F.log_softmax(router_logits.float(), dim=-1)
     return -(log_probs.exp() * log_probs).sum(dim=-1).mean()
+
+
+def best_granularity_loss(
+    router_logits: torch.Tensor, losses: torch.Tensor, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """RGLF, first part: cross-entropy of the router with the granularity of the smallest loss.
+
+    Args:
+        router_logits (`torch.Tensor` of shape `(num_images, E)`).
+        losses (`torch.Tensor` of shape `(num_images, E)`): of the answers at each granularity, mean over their tokens.
+            Of equal ones the first, which is the coarsest, is the best.
+        num_items (`torch.Tensor` or `int`, *optional*): images of the whole accumulated batch; see `mean_over_items`.
+
+    Returns:
+        Scalar `torch.Tensor`, float32.
+
+    Source: DeepLearnXMU/AVG-LLaVA@3685bc8 `llava_llama.py`.
+    """
+    best = losses.sort(dim=1, stable=True).indices[:, 0]
+    return mean_over_items(token_cross_entropy(router_logits, best), num_items)
+
+
+def granularity_ranking_loss(
+    router_logits: torch.Tensor,
+    losses: torch.Tensor,
+    margin: float = 1.0,
+    rule: str = "released",
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """RGLF, second part: hinge losses on all pairs of granularities, whose margins grow with the loss difference.
+
+    With granularities sorted by rising loss `l`, and the router's log-probabilities `s` in the same order, a pair
+    `i < j` costs `max(0, s_j - s_i + lambda_ij)`.
+
+    Args:
+        router_logits (`torch.Tensor` of shape `(num_images, E)`).
+        losses (`torch.Tensor` of shape `(num_images, E)`): as above; no gradient reaches them.
+        margin (`float`): m.
+        rule (`str`): `"released"`: `lambda_ij = m (j - i) (l_j - l_i)`, and for each gap `j - i` the mean over its
+            pairs and images; these means are added. `"paper"`: `lambda_ij = m (l_j - l_i)`, the sum over all pairs,
+            the mean over images, after a published summary of the paper's formula.
+        num_items (`torch.Tensor` or `int`, *optional*): images of the whole accumulated batch; see `mean_over_items`.
+
+    Returns:
+        Scalar `torch.Tensor`, float32.
+
+    Source: DeepLearnXMU/AVG-LLaVA@3685bc8 `llava_llama.py`; arXiv 2410.02745.
+    """
+    ranked_losses, order = losses.detach().float().sort(dim=1, stable=True)
+    scores = F.log_softmax(router_logits.float(), dim=-1).gather(1, order)
+    num_granularities = losses.shape[1]
+    total = scores.new_zeros(len(losses))
+    for gap in range(1, num_granularities):
+        difference = ranked_losses[:, gap:] - ranked_losses[:, :-gap]
+        scale = margin * gap if rule == "released" else margin
+        costs = F.relu(scores[:, gap:] - scores[:, :-gap] + scale * difference)
+        total = total + (costs.mean(1) if rule == "released" else costs.sum(1))
+    return mean_over_items(total, num_items)
 
 
 class SlidingWindowPercentile:

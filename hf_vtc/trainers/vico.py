@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .base import Responses, VtcTrainer
+from .base import Responses, VtcTrainer, black_tile
 from .losses import (
     IGNORE_INDEX,
     SlidingWindowPercentile,
@@ -61,17 +61,6 @@ def live_parameters(router: nn.Module, width: int) -> list[nn.Parameter]:
     return [parameter for parameter, gradient in zip(parameters, gradients) if gradient is not None]
 
 
-def black_tile(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Inputs of the smallest prompt with an image: the placeholders of one black tile."""
-    config = model.config
-    size = config.vision_config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    ids = torch.full((1, config.image_seq_length), config.image_token_id, device=model.device)
-    channels = config.vision_config.num_channels
-    pixel_values = torch.zeros(1, channels, height, width, device=model.device, dtype=model.dtype)
-    return {"input_ids": ids, "pixel_values": pixel_values, "num_tiles": torch.ones(1, dtype=torch.long)}
-
-
 class VicoConsistencyTrainer(VtcTrainer):
     """ViCO stage 1: learn to answer from compressed tiles as the uncompressed model does.
 
@@ -84,8 +73,11 @@ class VicoConsistencyTrainer(VtcTrainer):
         args (`TrainingArguments`, *optional*): see `VtcTrainer`.
         reference_model ([`PreTrainedModel`], *optional*): the frozen model; by default a copy of `model` as it is now.
             To resume a run, build the trainer from the initial model again, so that the copy is the same one.
-        compress_probability (`float` in [0, 1]): chance that a tile is compressed, independently of all others. The
-            report samples uniformly from the two lengths, 0.5; independence per tile is ours.
+        compress_probability (`float` or `tuple[float, float]` in [0, 1], or `"auto"`): chance that a tile is compressed,
+            independently of all others, or the range from which every sample draws its own chance. The report samples
+            uniformly from the two lengths, 0.5; independence per tile and the range are ours. With one chance for all,
+            samples of which nearly everything is compressed hardly occur. `"auto"`, ours too, compresses what the
+            router chooses: a last round after stage 2, in which the rest gets used to the images it will see.
         cross_entropy_weight (`float`): weight of the usual next-token loss beside the KL. The papers mention none: 0.
         kwargs: the other arguments of `transformers.Trainer`.
 
@@ -99,12 +91,18 @@ class VicoConsistencyTrainer(VtcTrainer):
         args: TrainingArguments | None = None,
         *,
         reference_model: PreTrainedModel | None = None,
-        compress_probability: float = 0.5,
+        compress_probability: float | tuple[float, float] | str = 0.5,
         cross_entropy_weight: float = 0.0,
         **kwargs: Any,
     ):
-        if not 0.0 <= compress_probability <= 1.0:
-            raise ValueError(f"`compress_probability` must lie in [0, 1], got {compress_probability}.")
+        routed = isinstance(compress_probability, str) and compress_probability == "auto"
+        single = isinstance(compress_probability, (int, float))
+        chances = (compress_probability, compress_probability) if single else compress_probability
+        if not routed and (isinstance(chances, str) or not 0.0 <= chances[0] <= chances[1] <= 1.0):
+            raise ValueError(
+                "`compress_probability` must lie in [0, 1], be a range (lowest, highest) of such chances, or 'auto', "
+                f"got {compress_probability!r}."
+            )
         if cross_entropy_weight < 0.0:
             raise ValueError(f"`cross_entropy_weight` must not be negative, got {cross_entropy_weight}.")
         reference_model = copy.deepcopy(model) if reference_model is None else reference_model
@@ -115,7 +113,7 @@ class VicoConsistencyTrainer(VtcTrainer):
                 parameter.requires_grad_(False)
         super().__init__(model, args, **kwargs)
         self.reference_model = self.place_reference(reference_model)
-        self.compress_probability = compress_probability
+        self.compress_probabilities = None if routed else chances
         self.cross_entropy_weight = cross_entropy_weight
 
     def compute_loss(
@@ -132,9 +130,8 @@ class VicoConsistencyTrainer(VtcTrainer):
             reference_logits, _ = self.response_logits(
                 self.reference_model, responses, {**inputs, "vtc_budget": "full"}
             )
-        if "pixel_values" in inputs:
-            compress = self.draw(len(inputs["pixel_values"]), model.training) < self.compress_probability
-            inputs["router_decisions"] = compress
+        if "pixel_values" in inputs and self.compress_probabilities is not None:
+            inputs["router_decisions"] = self.draw_decisions(inputs["input_ids"], model.training)
         policy_logits, outputs = self.response_logits(model, responses, inputs)
 
         loss = consistency_kl(reference_logits, policy_logits, num_items_in_batch)
@@ -148,11 +145,24 @@ class VicoConsistencyTrainer(VtcTrainer):
             if num_tokens:
                 self.record("cross_entropy", cross_entropy.mean(), num_tokens)
         if "pixel_values" in inputs:
+            compress = outputs.router_decisions
             num_reserved = len(compress) * self.unwrap(model).config.image_seq_length
             self.record("compressed_tiles", compress.float().mean(), len(compress))
             self.record("kept_tokens", float(outputs.num_visual_tokens.sum()) / num_reserved, num_reserved)
         loss = self.across_processes(loss) if num_items_in_batch is not None else loss
         return (loss, {}) if return_outputs else loss
+
+    def draw_decisions(self, input_ids: torch.Tensor, training: bool) -> torch.Tensor:
+        """Which tiles this step compresses, `(T,)` bool, for prompts `(B, L)`."""
+        config, (lowest, highest) = self.unwrap(self.model).config, self.compress_probabilities
+        rows = torch.tensor(tile_rows(input_ids, config.image_token_id, config.image_seq_length), dtype=torch.long)
+        samples, sample = rows.unique(return_inverse=True)
+        # one number for a sample with images, then one for each of its tiles: smaller micro-batches draw the same
+        order = torch.cat([samples, rows]).argsort(stable=True)
+        numbers = torch.empty(len(order))
+        numbers[order] = self.draw(len(order), training)
+        chances = lowest + (highest - lowest) * numbers[: len(samples)]
+        return numbers[len(samples) :] < chances[sample]
 
 
 class RatioWindow(TrainerCallback, ExportableState):
