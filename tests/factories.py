@@ -1,21 +1,41 @@
 """Tiny tokenizers, processors, models and batches that tests share: built in memory, no network."""
 
+import inspect
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
-from hf_vtc.models.processing_vtc import VtcProcessor
-from hf_vtc.models.tiling_vtc import TilingSettings
+from hf_vtc.models.processing_vtc import COUNT_RULES, VtcProcessor
+from hf_vtc.models.tiling_vtc import TilingSettings, anyres_layout
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 # 256 bytes, some merges, then the special tokens
 VOCAB_SIZE = 272
 
 # fields of `VtcImageProcessor` and `VtcProcessor` that fit the tiny model of a method
-TINY_PROCESSORS = {"vico": {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16}}
+TINY_PROCESSORS = {
+    "vico": {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16},
+    "vistog": {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16},
+    "llavolta": {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16},
+    "avg_llava": {
+        "tiling": "anyres",
+        "size": 32,
+        "image_grid_pinpoints": ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96)),
+        "image_seq_length": 16,
+        "count_rule": "unpad_true_aspect",
+    },
+    "convllava": {
+        "tiling": "keep_aspect",
+        "size": 48,
+        "token_stride": 16,
+        "image_seq_length": 9,
+        "count_rule": "stride",
+    },
+}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -43,7 +63,7 @@ def tiny_processor(method: str = "vico", **overrides: Any) -> VtcProcessor:
     return VtcProcessor(VtcImageProcessor(**images), tiny_tokenizer(), **fields)
 
 
-METHODS = ("vico",)
+METHODS = ("vico", "vistog", "avg_llava", "convllava", "llavolta")
 
 _VISION = {
     "model_type": "internvl_vision",
@@ -54,6 +74,25 @@ _VISION = {
     "attention_bias": True,
     "image_size": [32, 32],
     "patch_size": [4, 4],
+}
+_CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+# a visual token of 16 pixels, so that images can be small
+_CONVNEXT = {
+    "model_type": "convnext",
+    "hidden_sizes": [8, 8, 12, 16, 32],
+    "depths": [1, 1, 2, 1, 1],
+    "image_size": 48,
+    "patch_size": 1,
+    # every block matters
+    "layer_scale_init_value": 0.5,
 }
 _TEXT = {
     "model_type": "qwen3",
@@ -81,6 +120,42 @@ def tiny_config(method: str, **overrides):
             "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
         }
         return VicoConfig(**({"vision_config": dict(_VISION), "text_config": dict(_TEXT)} | fields | overrides))
+    if method == "vistog":
+        from hf_vtc.models.configuration_vistog import VistogConfig
+
+        fields = {
+            "num_semantic_tokens": 4,
+            "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
+        }
+        return VistogConfig(**({"vision_config": dict(_CLIP), "text_config": dict(_TEXT)} | fields | overrides))
+    if method == "avg_llava":
+        from hf_vtc.models.configuration_avg_llava import AvgLlavaConfig
+
+        fields = {
+            "vision_feature_layer": -2,
+            "image_grid_pinpoints": [list(pair) for pair in TINY_PROCESSORS[method]["image_grid_pinpoints"]],
+            "filtered_text_num": 8,
+            "router_num_heads": 4,
+            "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
+        }
+        return AvgLlavaConfig(**({"vision_config": dict(_CLIP), "text_config": dict(_TEXT)} | fields | overrides))
+    if method == "convllava":
+        from hf_vtc.models.configuration_convllava import ConvllavaConfig
+
+        fields = {"image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")}
+        return ConvllavaConfig(**({"vision_config": dict(_CONVNEXT), "text_config": dict(_TEXT)} | fields | overrides))
+    if method == "llavolta":
+        from hf_vtc.models.configuration_llavolta import LlavoltaConfig
+
+        fields = {
+            "vision_feature_layer": -2,
+            "compress_layer_idx": 1,
+            "compress_stride": 4,
+            "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
+        }
+        # a layer before the compressor and two behind it
+        text = {**_TEXT, "num_hidden_layers": 3}
+        return LlavoltaConfig(**({"vision_config": dict(_CLIP), "text_config": text} | fields | overrides))
     raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
 
 
@@ -98,6 +173,8 @@ def tiny_model(method: str, seed: int = 0, **overrides):
                 # the usual 0.02 leaves such small models almost constant
                 parameter.normal_(std=2 * parameter[0].numel() ** -0.5 if parameter.ndim == 2 else 0.3)
         model.lm_head.weight.mul_(0.5)
+        # an answer with a placeholder could not be fed back as a prompt
+        model.lm_head.weight[model.config.image_token_id] = 0
     return model
 
 
@@ -118,7 +195,103 @@ def uncompressed(model):
         loaded = stock.load_state_dict(model.state_dict(), strict=False)
         assert not loaded.missing_keys
         return stock
+    if model.config.model_type in ("vtc_vistog", "vtc_llavolta"):
+        return _stock_llava(model)
+    if model.config.model_type == "vtc_avg_llava":
+        return _stock_llava_next(model)
+    if model.config.model_type == "vtc_convllava":
+        return PlainConvllava(model).eval()
     raise ValueError(f"No uncompressed counterpart is known for {model.config.model_type!r}.")
+
+
+def _stock_llava(model):
+    """`LlavaForConditionalGeneration` with the weights that a model of LLaVA's shape shares with it."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    ours = model.config
+    config = LlavaConfig(
+        vision_config=ours.vision_config.to_dict(),
+        text_config=ours.text_config.to_dict(),
+        image_token_index=ours.image_token_id,
+        image_seq_length=ours.image_seq_length,
+        vision_feature_layer=ours.vision_feature_layer,
+        vision_feature_select_strategy=ours.vision_feature_select_strategy,
+        projector_hidden_act=ours.projector_hidden_act,
+        tie_word_embeddings=ours.tie_word_embeddings,
+    )
+    return _with_weights_of(model, LlavaForConditionalGeneration(config).eval())
+
+
+def _stock_llava_next(model):
+    """`LlavaNextForConditionalGeneration` with the weights that AVG-LLaVA shares with it."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    ours = model.config
+    config = LlavaNextConfig(
+        vision_config=ours.vision_config.to_dict(),
+        text_config=ours.text_config.to_dict(),
+        image_token_index=ours.image_token_id,
+        image_seq_length=ours.image_seq_length,
+        image_grid_pinpoints=ours.image_grid_pinpoints,
+        vision_feature_layer=ours.vision_feature_layer,
+        vision_feature_select_strategy=ours.vision_feature_select_strategy,
+        projector_hidden_act=ours.projector_hidden_act,
+        tie_word_embeddings=ours.tie_word_embeddings,
+    )
+    return _with_weights_of(model, LlavaNextForConditionalGeneration(config).eval())
+
+
+def _with_weights_of(model, stock):
+    # CLIP and SigLIP of transformers 4.57 hold the tower in another module
+    inner = "model.vision_tower.vision_model."
+    nested = any(name.startswith(inner) for name in stock.state_dict())
+    state = {
+        name.replace("model.vision_tower.", inner) if nested else name: tensor
+        for name, tensor in model.state_dict().items()
+    }
+    assert not stock.load_state_dict(state, strict=False).missing_keys
+    return stock
+
+
+class PlainConvllava(nn.Module):
+    """`ConvNextModel` on one image after the other, LLaVA's projector, and the stock language model, put together."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.image_token_id = model.config.image_token_id
+        self.tower = AutoModel.from_config(model.config.vision_config)
+        missing = self.tower.load_state_dict(model.model.vision_tower.state_dict(), strict=False).missing_keys
+        # of the pooled vector, which nobody reads
+        assert missing == ["layernorm.weight", "layernorm.bias"]
+        connector = model.model.multi_modal_projector
+        self.projector = nn.Sequential(connector.linear_1, nn.GELU(), connector.linear_2)
+        self.language_model = AutoModelForCausalLM.from_config(model.config.text_config)
+        decoder = model.model.language_model.state_dict(prefix="model.")
+        self.language_model.load_state_dict(decoder | model.lm_head.state_dict(prefix="lm_head."))
+
+    def _embeds(self, input_ids, pixel_values, image_sizes):
+        embeds = self.language_model.get_input_embeddings()(input_ids).clone()
+        features = []
+        for pixels, (height, width) in zip(pixel_values, image_sizes.tolist()):
+            maps = self.tower(pixels[None, :, :height, :width].contiguous()).last_hidden_state
+            features.append(maps[0].flatten(1).T)
+        embeds[input_ids == self.image_token_id] = self.projector(torch.cat(features))
+        return embeds
+
+    def forward(self, input_ids, attention_mask, pixel_values, image_sizes):
+        embeds = self._embeds(input_ids, pixel_values, image_sizes)
+        return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask)
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask, pixel_values, image_sizes, **kwargs):
+        embeds = self._embeds(input_ids, pixel_values, image_sizes)
+        new = self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        return torch.cat([input_ids, new], dim=1)
+
+
+def stock_inputs(stock, batch) -> dict[str, torch.Tensor]:
+    """What the stock model takes of a batch."""
+    return {name: value for name, value in batch.items() if name in inspect.signature(stock.forward).parameters}
 
 
 def draw_int(low: int, high: int, generator) -> int:
@@ -143,7 +316,51 @@ class TiledImages:
         return {name: torch.cat([image[name] for image in images]) for name in images[0]}
 
 
-IMAGES = {"vico": TiledImages()}
+class AnyresImages(TiledImages):
+    """Random images of LLaVA-NeXT: some size in pixels, and the tiles that follow from it."""
+
+    def draw(self, config, generator) -> tuple[dict[str, torch.Tensor], int]:
+        """Vision inputs of one image, and the placeholders that it reserves."""
+        height, width = draw_int(20, 90, generator), draw_int(20, 90, generator)
+        tile_size, pinpoints = config.tile_size, config.image_grid_pinpoints
+        layout = anyres_layout(height, width, tile_size, pinpoints)
+        inputs = {
+            "pixel_values": torch.randn(layout.num_tiles, 3, tile_size, tile_size, generator=generator),
+            "num_tiles": torch.tensor([layout.num_tiles]),
+            "image_sizes": torch.tensor([[height, width]]),
+        }
+        return inputs, COUNT_RULES[f"unpad_{config.unpad_rule}"](layout, config.image_seq_length)
+
+
+class SizedImages:
+    """Random images of ConvLLaVA, of few sizes so that some are equal; padding holds NaN, which nobody may read."""
+
+    def draw(self, config, generator) -> tuple[dict[str, torch.Tensor], int]:
+        """Vision inputs of one image, and the placeholders that it reserves."""
+        stride = config.token_stride
+        height, width = (stride * draw_int(1, 2, generator) + 5 * draw_int(0, 1, generator) for _ in range(2))
+        inputs = {
+            "pixel_values": torch.randn(1, 3, height, width, generator=generator),
+            "image_sizes": torch.tensor([[height, width]]),
+        }
+        return inputs, (height // stride) * (width // stride)
+
+    def collate(self, images: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Vision inputs of all images of a batch, from those of each."""
+        sizes = torch.cat([image["image_sizes"] for image in images])
+        pixel_values = torch.full((len(images), 3, *sizes.amax(0).tolist()), float("nan"))
+        for padded, image, (height, width) in zip(pixel_values, images, sizes.tolist()):
+            padded[:, :height, :width] = image["pixel_values"][0]
+        return {"pixel_values": pixel_values, "image_sizes": sizes}
+
+
+IMAGES = {
+    "vico": TiledImages(),
+    "vistog": TiledImages(),
+    "avg_llava": AnyresImages(),
+    "convllava": SizedImages(),
+    "llavolta": TiledImages(),
+}
 
 
 def images_of(config):
@@ -151,7 +368,13 @@ def images_of(config):
 
 
 # two budgets that every image can meet; the first compresses if the method can
-BUDGETS = {"vico": (0.4, 0.6)}
+BUDGETS = {
+    "vico": (0.4, 0.6),
+    "vistog": (0.4, 0.6),
+    "avg_llava": (0.3, 0.6),
+    "convllava": (1.0, "auto"),
+    "llavolta": (0.3, 0.6),
+}
 
 
 def budgets_of(config) -> tuple:

@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from factories import METHODS, budgets_of, draw_int, random_batch, row_of, tiny_model, uncompressed
+from factories import (
+    METHODS,
+    budgets_of,
+    draw_int,
+    images_of,
+    random_batch,
+    row_of,
+    stock_inputs,
+    tiny_model,
+    uncompressed,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TextStreamer
@@ -24,6 +34,11 @@ def batch_of(model, seed, **kwargs):
 def some_budget(model):
     """A budget that every image of the tiny model can meet, and that compresses if the method can."""
     return budgets_of(model.config)[0]
+
+
+def first_compact_layer(model):
+    """The first decoder layer that sees kept tokens only."""
+    return model.config.compress_layer_idx if model.config.model_type == "vtc_llavolta" else 0
 
 
 def resolved(budget, model):
@@ -57,7 +72,7 @@ def test_language_model_sees_kept_tokens_only(model):
     batch = batch_of(model, 2, num_rows=1, images_per_row=[2])
     seen = []
     decoder = model.get_decoder()
-    handle = decoder.layers[0].register_forward_pre_hook(
+    handle = decoder.layers[first_compact_layer(model)].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0].shape[1]), with_kwargs=True
     )
     try:
@@ -103,6 +118,24 @@ def test_loss_equals_full_length_loss(model, padding_side):
     torch.testing.assert_close(out.loss, head, rtol=1e-6, atol=1e-6)
 
 
+def test_loss_takes_shift_labels(model):
+    batch = batch_of(model, 4, num_rows=3, padding_side="left")
+    labels = with_labels(batch, model)
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    with torch.no_grad():
+        expected = model(**batch, labels=labels, vtc_budget=some_budget(model)).loss
+        # whoever shifts the labels replaces them
+        loss = model(**batch, labels=labels.flip(0), shift_labels=shifted, vtc_budget=some_budget(model)).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_set_attn_implementation_reaches_every_part(model):
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    assert model.model.language_model.config._attn_implementation == "eager"
+
+
 def test_loss_of_a_label_right_after_an_image(model):
     batch = batch_of(model, 5, num_rows=1, images_per_row=[1])
     image = (batch["input_ids"][0] == model.config.image_token_id).nonzero().flatten()
@@ -110,7 +143,8 @@ def test_loss_of_a_label_right_after_an_image(model):
     labels[0, image[-1] + 1] = 7
     with torch.no_grad():
         out = model(**batch, labels=labels, vtc_budget=some_budget(model))
-        assert not out.kept_mask[0, image[-1]]
+        # the state before the label is that of the last kept token, which a method without a choice never drops
+        assert bool(out.kept_mask[0, image[-1]]) == (len(image) == int(out.num_visual_tokens))
     expected = nn.functional.cross_entropy(out.logits[0, image[-1]][None], torch.tensor([7]))
     torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=1e-6)
 
@@ -149,7 +183,12 @@ def test_training_makes_no_full_length_vocabulary_tensor(model):
         out = model(**batch, labels=labels, vtc_budget=some_budget(model))
         out.loss.backward()
     assert out.logits is None
-    assert 0 < largest.rows <= int(out.kept_mask.sum()) < batch["input_ids"].numel()
+    num_placeholders = int((batch["input_ids"] == model.config.image_token_id).sum())
+    if int(out.num_visual_tokens.sum()) < num_placeholders:
+        assert 0 < largest.rows <= int(out.kept_mask.sum()) < batch["input_ids"].numel()
+    else:
+        # where nothing is ever dropped, the compact rows are the rows
+        assert largest.rows == batch["input_ids"].numel()
     model.eval()
     with torch.no_grad():
         assert model(**batch, labels=labels, vtc_budget=some_budget(model)).logits.shape[:2] == labels.shape
@@ -186,6 +225,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
         for module in each.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+        # a method may draw noise in training
+        torch.manual_seed(0)
         each(**batch, labels=with_labels(batch, model), vtc_budget=some_budget(model)).loss.backward()
     for (name, one), two in zip(plain.named_parameters(), checkpointed.parameters()):
         if one.grad is not None:
@@ -291,9 +332,10 @@ def test_generate_continues_a_conversation(model, images_later, budget):
     whole = batch_of(model, 29, num_rows=1, images_per_row=[1 + images_later])
     ids, config = whole["input_ids"], model.config
     image_ends = [0] + (ids[0] == config.image_token_id).nonzero().flatten().tolist()
-    first_length = image_ends[config.image_seq_length * int(whole["num_tiles"][0])] + 2
-    first = {"input_ids": ids[:, :first_length], "num_tiles": whole["num_tiles"][:1]}
-    first["pixel_values"] = whole["pixel_values"][: int(whole["num_tiles"][0])]
+    first_image = images_of(config).collate(whole.rows[0][1][:1])
+    reserved = int(model.count_visual_tokens(**whole, vtc_budget="full")[0])
+    first_length = image_ends[reserved] + 2
+    first = {"input_ids": ids[:, :first_length], **first_image}
     turn = model.generate(**first, **GREEDY, vtc_budget=budget, return_dict_in_generate=True)
 
     whole["input_ids"] = torch.cat([turn.sequences, ids[:, first_length:]], dim=1)
@@ -433,11 +475,11 @@ def test_rows_do_not_depend_on_their_batch(model, chunk):
 def test_full_equals_the_uncompressed_model_bit_for_bit(model, padding_side):
     stock = uncompressed(model)
     batch = batch_of(model, 30, num_rows=4, padding_side=padding_side)
-    theirs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    theirs = stock_inputs(stock, batch)
     with torch.no_grad():
         assert torch.equal(model(**batch, vtc_budget="full").logits, stock(**theirs).logits)
     left = batch_of(model, 30, num_rows=4, padding_side="left")
-    theirs = {key: left[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    theirs = stock_inputs(stock, left)
     assert torch.equal(model.generate(**left, **GREEDY, vtc_budget="full"), stock.generate(**theirs, **GREEDY))
 
 

@@ -156,6 +156,78 @@ def test_pad_equals_transformers_bit_for_bit(size):
 
 
 @pytest.mark.window
+@pytest.mark.parametrize("tiling", ("crop", "keep_aspect"))
+@pytest.mark.parametrize("size", SIZES)
+def test_short_side_equals_transformers_bit_for_bit(size, tiling):
+    image = random_image(*size)
+    shared = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    theirs = ClipProcessor(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        do_center_crop=tiling == "crop",
+        **shared,
+    )(image, return_tensors="pt")
+    ours = VtcImageProcessor(tiling=tiling, size=32, token_stride=8, **shared)(image, return_tensors="pt")
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    assert ours["image_sizes"].tolist() == [list(theirs["pixel_values"].shape[-2:])]
+    assert "num_tiles" not in ours
+
+
+@pytest.mark.window
+def test_keep_aspect_pads_images_of_a_batch_with_zeros():
+    processor = VtcImageProcessor(tiling="keep_aspect", size=32, token_stride=8)
+    images = [random_image(40, 64), random_image(96, 33), random_image(20, 20)]
+    together = processor(images, return_tensors="pt")
+    assert together["image_sizes"].tolist() == [[32, 51], [93, 32], [32, 32]]
+    assert together["pixel_values"].shape == (3, 3, 93, 51)
+    for image, padded, (height, width) in zip(images, together["pixel_values"], together["image_sizes"].tolist()):
+        (alone,) = processor(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(padded[:, :height, :width], alone)
+        assert not padded[:, height:].any() and not padded[:, :, width:].any()
+
+
+@pytest.mark.parametrize("tiling", ("single", "pad", "crop", "keep_aspect"))
+def test_token_stride_counts_tokens_of_the_processed_image(tiling):
+    processor = VtcImageProcessor(tiling=tiling, size=50, token_stride=16)
+    layout = processor.get_tile_layout(40, 90)
+    assert layout.token_grid == ((3, 7) if tiling == "keep_aspect" else (3, 3))
+    # what the model is told gives the same count again
+    size = processor(random_image(40, 90), return_tensors="pt")["image_sizes"][0].tolist()
+    assert processor.get_tile_layout(*size).token_grid == layout.token_grid
+    assert VtcImageProcessor(tiling="pad", size=50).get_tile_layout(40, 90).token_grid is None
+
+
+def test_crop_box_is_what_is_left():
+    layout = VtcImageProcessor(tiling="crop", size=32).get_tile_layout(40, 80)
+    assert (layout.resized_size, layout.offset) == ((32, 64), (0, -16))
+    assert layout.boxes == ((20.0, 0.0, 60.0, 40.0),)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    (
+        ({"tiling": "keep_aspect"}, "`token_stride` must be given"),
+        ({"tiling": "keep_aspect", "size": 63, "token_stride": 64}, "`size` must be at least 64 pixels"),
+        ({"tiling": "pad", "size": 64, "token_stride": 0}, "`token_stride` must be a positive number"),
+        ({"tiling": "dynamic", "token_stride": 64}, "one tile per image"),
+    ),
+    ids=str,
+)
+def test_bad_token_strides_raise(fields, message):
+    with pytest.raises(ValueError, match=message):
+        VtcImageProcessor(**fields)
+
+
+@pytest.mark.parametrize("tiling", ("crop", "keep_aspect"))
+def test_extreme_aspect_ratios_are_refused_before_memory_is_gone(tiling, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 400)
+    processor = VtcImageProcessor(tiling=tiling, size=32, token_stride=8)
+    assert processor(random_image(2, 50))["image_sizes"][0].tolist()[0] == 32
+    with pytest.raises(ValueError, match=f"`tiling='{tiling}'` would resize an image of 1 x 50 pixels to 32 x 1600"):
+        processor(random_image(1, 50))
+
+
+@pytest.mark.window
 @pytest.mark.parametrize("size", SIZES)
 def test_single_equals_transformers_bit_for_bit(size):
     image = random_image(*size)

@@ -18,6 +18,8 @@ MODEL_SOURCES = sorted(MODELS.glob("*.py"))
 RANK = {
     "cli": 4,
     "hub": 3,
+    "answers": 3,
+    "tables": 2,
     "trainers": 2,
     "convert": 2,
     "lora": 2,

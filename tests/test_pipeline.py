@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from factories import METHODS, tiny_model, tiny_processor
+from factories import METHODS, budgets_of, tiny_model, tiny_processor
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
@@ -34,12 +34,13 @@ def test_the_readme_block(folder):
     inputs = processor.apply_chat_template(
         chat(picture()), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    out = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, vtc_budget=0.5)
+    share = budgets_of(model.config)[0]
+    out = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, vtc_budget=share)
     length = inputs["input_ids"].shape[1]
     assert torch.equal(out[:, :length], inputs["input_ids"]) and out.shape[1] == length + 5
-    kept = model.count_visual_tokens(**inputs, vtc_budget=0.5)
+    kept = model.count_visual_tokens(**inputs, vtc_budget=share)
     reserved = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    assert kept.shape == (1,) and 0 < int(kept) <= reserved // 2
+    assert kept.shape == (1,) and 0 < int(kept) <= reserved * share
     assert isinstance(processor.decode(out[0, length:]), str)
 
 
@@ -87,21 +88,28 @@ def test_pipeline(folder):
     generator = pipeline("image-text-to-text", model=str(folder), device="cpu")
     [result] = generator(text=chat(picture()), max_new_tokens=4, return_full_text=False)
     assert isinstance(result["generated_text"], str)
-    [compressed] = generator(
-        text=chat(picture()), max_new_tokens=4, return_full_text=False, generate_kwargs={"vtc_budget": 0.3}
-    )
+    budget = {"vtc_budget": budgets_of(generator.model.config)[0]}
+    [compressed] = generator(text=chat(picture()), max_new_tokens=4, return_full_text=False, generate_kwargs=budget)
     assert isinstance(compressed["generated_text"], str)
 
 
 def test_fresh_parts_of_a_partial_checkpoint_are_initialised(folder, tmp_path):
     """What a checkpoint lacks must not be uninitialised memory."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
+    part = "router" if "router" in dict(model.model.named_children()) else "vision_tower"
+    state = {name: tensor for name, tensor in model.state_dict().items() if f".{part}." not in name}
     model.save_pretrained(tmp_path, state_dict=state)
     torch.manual_seed(0)
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
-    assert info["missing_keys"] and all(".router." in name for name in info["missing_keys"])
+    assert info["missing_keys"] and all(f".{part}." in name for name in info["missing_keys"])
     for name, parameter in loaded.named_parameters():
         assert bool(parameter.isfinite().all()) and float(parameter.abs().max()) < 1e2, name
-    query = loaded.model.router.query_token
-    assert 0 < float(query.std()) < 0.1
+    fresh = {name: float(tensor.std()) for name, tensor in getattr(loaded.model, part).named_parameters()}
+    # AVG-LLaVA draws its voter from a normal distribution of width 1, all else is smaller
+    assert max(fresh.values()) < 1.5
+    if model.config.model_type == "vtc_vico":
+        assert 0 < fresh["query_token"] < 0.1
+    if model.config.model_type == "vtc_convllava":
+        scale = model.config.vision_config.layer_scale_init_value
+        scales = [tensor for name, tensor in loaded.named_parameters() if name.endswith("layer_scale_parameter")]
+        assert scales and all(bool((tensor == scale).all()) for tensor in scales)

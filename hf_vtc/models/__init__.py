@@ -16,9 +16,17 @@ from transformers.image_processing_utils import BaseImageProcessor
 # the top-level name is a stand-in without torchvision in some 5.x
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .configuration_avg_llava import AvgLlavaConfig
+from .configuration_convllava import ConvllavaConfig
+from .configuration_llavolta import LlavoltaConfig
 from .configuration_vico import VicoConfig
+from .configuration_vistog import VistogConfig
 from .image_processing_vtc import VtcImageProcessor
+from .modeling_avg_llava import AvgLlavaForConditionalGeneration, AvgLlavaModel
+from .modeling_convllava import ConvllavaForConditionalGeneration, ConvllavaModel
+from .modeling_llavolta import LlavoltaForConditionalGeneration, LlavoltaModel
 from .modeling_vico import VicoForConditionalGeneration, VicoModel
+from .modeling_vistog import VistogForConditionalGeneration, VistogModel
 from .processing_vtc import VtcProcessor
 
 try:
@@ -40,7 +48,13 @@ class Method(NamedTuple):
     image_processor: type[BaseImageProcessor]
 
 
-METHODS = (Method(VicoConfig, VicoModel, VicoForConditionalGeneration, VtcProcessor, VtcImageProcessor),)
+METHODS = (
+    Method(VicoConfig, VicoModel, VicoForConditionalGeneration, VtcProcessor, VtcImageProcessor),
+    Method(AvgLlavaConfig, AvgLlavaModel, AvgLlavaForConditionalGeneration, VtcProcessor, VtcImageProcessor),
+    Method(ConvllavaConfig, ConvllavaModel, ConvllavaForConditionalGeneration, VtcProcessor, VtcImageProcessor),
+    Method(LlavoltaConfig, LlavoltaModel, LlavoltaForConditionalGeneration, VtcProcessor, VtcImageProcessor),
+    Method(VistogConfig, VistogModel, VistogForConditionalGeneration, VtcProcessor, VtcImageProcessor),
+)
 
 for _method in METHODS:
     AutoConfig.register(_method.config.model_type, _method.config, exist_ok=True)

@@ -2,10 +2,13 @@
 
 import bisect
 import inspect
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoModel, BatchFeature, PretrainedConfig, ProcessorMixin
+from transformers import AutoModel, BatchFeature, Cache, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.chat_template_utils import render_jinja_template
 
 try:
@@ -15,7 +18,16 @@ except ImportError:
     # 4.57, where an image processor without torchvision derives from the base class itself
     from transformers.image_processing_utils import BaseImageProcessor as ImageProcessorBase
 
-__all__ = ["ImageProcessorBase", "ProcessorBase", "build_tower"]
+__all__ = [
+    "ImageProcessorBase",
+    "ProcessorBase",
+    "build_tower",
+    "decoder_masks",
+    "embed_patches",
+    "hidden_state_of_tower",
+    "run_tower_layer",
+    "unused_modules",
+]
 
 
 def build_tower(config: PretrainedConfig) -> nn.Module:
@@ -25,6 +37,77 @@ def build_tower(config: PretrainedConfig) -> nn.Module:
     """
     tower = AutoModel.from_config(config)
     return getattr(tower, "vision_model", tower)
+
+
+def unused_modules(tower: nn.Module, feature_layer: int) -> list[nn.Module]:
+    """Modules of a tower that hidden state `feature_layer` does not depend on; -1 is the tower's output."""
+    layers = next(module for module in tower.encoder.children() if isinstance(module, nn.ModuleList))
+    num_used = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
+    # CLIP normalises its pooled output only
+    normalised = feature_layer == -1 and tower.config.model_type != "clip_vision_model"
+    unused = ("head",) if normalised else ("head", "post_layernorm", "layernorm")
+    return [*layers[num_used:], *(module for name, module in tower.named_children() if name in unused)]
+
+
+def hidden_state_of_tower(tower: nn.Module, pixel_values: torch.Tensor, feature_layer: int) -> torch.Tensor:
+    """Hidden state `(T, N, C)` of a tower: 0 is what its first layer gets, -1 what its last one gives."""
+    parameters = inspect.signature(tower.forward).parameters
+    if isinstance(tower, PreTrainedModel) or "output_hidden_states" in parameters:
+        return tower(pixel_values, output_hidden_states=True).hidden_states[feature_layer]
+    # SigLIP's of 4.57 is recorded by the module around it
+    layers = tower.encoder.layers
+    states = embed_patches(tower, pixel_values)
+    for layer in layers[: feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer]:
+        states = run_tower_layer(layer, states)
+    return states
+
+
+def embed_patches(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What a tower's `embeddings` give for `(T, 3, S, S)` pixels; InternVL's of 4.57 gives the grid beside it."""
+    embedded = tower.embeddings(pixel_values)
+    return embedded[0] if isinstance(embedded, tuple) else embedded
+
+
+def run_tower_layer(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """One encoder layer of a tower on `(T, N, C)` states, without a mask.
+
+    Layers ask for no mask (InternVL), one (SigLIP, CLIP of 5.x) or two (CLIP of 4.57, which returns a tuple as well).
+    """
+    output = layer(states, *[None] * _num_masks(type(layer)))
+    return output[0] if isinstance(output, tuple) else output
+
+
+@lru_cache
+def _num_masks(layer_class: type[nn.Module]) -> int:
+    parameters = list(inspect.signature(layer_class.forward).parameters.values())[2:]
+    return sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
+
+
+def decoder_masks(
+    config: PretrainedConfig,
+    states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    past_length: int,
+) -> tuple[Any, dict[str, Any]]:
+    """Attention masks of a decoder, one or a dict by layer type, and what its layers need besides.
+
+    Args:
+        config (`PretrainedConfig`): of the decoder.
+        states (`torch.Tensor` of shape `(B, L, D)`): what the layers get.
+        attention_mask (`torch.Tensor` of shape `(B, past_length + L)`, *optional*): 0 = padding.
+        cache (`Cache`, *optional*): whose first layers are those that get `states`.
+        past_length (`int`): tokens in these layers of the cache.
+    """
+    if "cache_position" in _MASK_PARAMETERS:
+        # until 4.57
+        places = torch.arange(past_length, past_length + states.shape[1], device=states.device)
+        masks = create_masks_for_generate(config, states, attention_mask, places, cache)
+        return masks, {"cache_position": places}
+    return create_masks_for_generate(config, states, attention_mask, cache), {}
+
+
+_MASK_PARAMETERS = inspect.signature(create_masks_for_generate).parameters
 
 
 class _CallBackport(ProcessorMixin):

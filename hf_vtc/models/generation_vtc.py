@@ -40,13 +40,16 @@ class VtcGenerationMixin(GenerationMixin):
         mask = kwargs.get("attention_mask")
         if vision.given:
             _refuse_with_images(generation_config, kwargs)
-            packed, _ = self.model.compact(
+            packed, visual = self.model.compact(
                 input_ids,
                 vision,
                 attention_mask=kwargs.pop("attention_mask", None),
                 inputs_embeds=kwargs.pop("inputs_embeds", None),
                 align_left=True,
             )
+            plan = self.model.decode_plan(packed, visual)
+            if plan is not None:
+                kwargs["decode_plan"] = plan
         else:
             if input_ids is not None:
                 self.model.require_no_placeholders(input_ids)
@@ -69,8 +72,9 @@ class VtcGenerationMixin(GenerationMixin):
         packed_ids = packed.pack_ids(input_ids)
         if vision.given and kwargs.get("past_key_values") is not None:
             num_cached = kwargs["past_key_values"].get_seq_length()
+            _require_shorter_cache(num_cached, packed_length)
             new_images = bool((packed_ids[:, num_cached:] == self.config.image_token_id).any())
-            _require_settled_decisions(vision, num_cached > 0 and new_images)
+            _require_settled_decisions(vision, num_cached > 0 and (new_images or self.model.routes_by_text))
         generation_config = self._lengths_without_prompt(generation_config, kwargs, input_ids.shape[1])
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _FullPromptStreamer(kwargs["streamer"], input_ids)
@@ -102,7 +106,11 @@ class VtcGenerationMixin(GenerationMixin):
             inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds.dtype)], dim=1)
         elif positions is not None and inputs_embeds is not None and input_ids.shape[1] == inputs_embeds.shape[1]:
             inputs_embeds = inputs_embeds[:, -len(positions) :]
-        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        if self.model.reads_padding_mask and kwargs.get("attention_mask") is not None:
+            # for static caches the stock method has made the mask of one length of cache
+            inputs["attention_mask"] = kwargs["attention_mask"]
+        return inputs
 
     def _lengths_without_prompt(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], prompt_length: int
@@ -154,12 +162,20 @@ def _refuse_with_images(generation_config: GenerationConfig | None, kwargs: dict
             raise ValueError(f"`{name}` does not work together with images. {remedy}")
 
 
-def _require_settled_decisions(vision: VisionInputs, images_after_cache: bool) -> None:
+def _require_shorter_cache(num_cached: int, packed_length: int) -> None:
+    if num_cached >= packed_length:
+        raise ValueError(
+            f"`past_key_values` holds {num_cached} tokens, but with this `vtc_budget` the whole prompt has "
+            f"{packed_length}: it was filled with another budget. Give the same one, or start without the cache."
+        )
+
+
+def _require_settled_decisions(vision: VisionInputs, can_change: bool) -> None:
     budgets = vision.vtc_budget if isinstance(vision.vtc_budget, (list, tuple)) else [vision.vtc_budget]
     undecided = vision.router_decisions is None and any(budget in (None, "auto") for budget in budgets)
-    if images_after_cache and undecided:
+    if can_change and undecided:
         raise ValueError(
-            "A filled `past_key_values` and a new image need a fixed `vtc_budget` or `router_decisions`: with 'auto' "
-            "the new image can change how many tokens the cached ones should have. Fix the budget, or start without "
-            "the cache."
+            "A filled `past_key_values` and a longer prompt need a fixed `vtc_budget` or `router_decisions`: with "
+            "'auto' a new image, or new text where the router reads it, can change how many tokens the cached images "
+            "should have. Fix the budget, or start without the cache."
         )

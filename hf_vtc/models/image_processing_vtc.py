@@ -33,9 +33,11 @@ LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1
 
 _EXIF_ORIENTATION = 0x0112
 _DOWNLOAD_SECONDS = 60
+# kinds of `tiling` that cut an image into several tiles
+_SEVERAL_TILES = ("anyres", "dynamic")
 
 
-class VtcImagesKwargs(TypedDict, total=False):
+class VtcImageProcessorKwargs(TypedDict, total=False):
     """Fields of `VtcImageProcessor` that a single call may override."""
 
     tiling: str | None
@@ -49,20 +51,22 @@ class VtcImagesKwargs(TypedDict, total=False):
     max_tiles: int | None
     use_thumbnail: bool | None
     image_grid_pinpoints: list | tuple | None
+    token_stride: int | None
     input_data_format: str | None
     return_tensors: str | None
 
 
 class VtcImageProcessor(ImageProcessorBase):
-    """Turns images into square tiles of normalised float32 pixels.
+    """Turns images into tiles of normalised float32 pixels.
 
     Every image becomes 8-bit RGB first, as in the original code: alpha is dropped, not composited; palettes, CMYK,
     grey and 1-bit images are converted; 16-bit values are divided by 257 (PIL alone would clip them); the EXIF
     orientation is applied to PIL images and files. Float arrays hold 0..1.
 
     Args:
-        tiling (`str`): `"single"`, `"pad"`, `"anyres"` or `"dynamic"`, see `tiling_vtc.py`.
-        size (`int` or `dict`): side of a tile in pixels, also as `{"height": S, "width": S}`.
+        tiling (`str`): `"single"`, `"pad"`, `"anyres"`, `"dynamic"`, `"crop"` or `"keep_aspect"`, see `tiling_vtc.py`.
+        size (`int` or `dict`): side of a tile in pixels, also as `{"height": S, "width": S}`; for `"keep_aspect"` the
+            short side of the image.
         resample (`int`): PIL filter of every resize, 3 is bicubic.
         image_mean (`Sequence[float]`): mean per channel of pixels in 0..1; for `"pad"` also the padding colour.
         image_std (`Sequence[float]`): standard deviation per channel.
@@ -72,13 +76,14 @@ class VtcImageProcessor(ImageProcessorBase):
         max_tiles (`int`): largest grid of `"dynamic"`, in tiles without the thumbnail.
         use_thumbnail (`bool`): whether `"dynamic"` appends the whole image when there is more than one tile.
         image_grid_pinpoints (`Sequence[Sequence[int]]`): canvases of `"anyres"`, (height, width) in pixels.
+        token_stride (`int`, *optional*): side in pixels of one visual token, for models whose token count follows from
+            the pixels of the image (ConvLLaVA: 64). `image_sizes` are then processed sizes.
 
     Raises:
         ValueError: a field is outside of its range.
     """
 
-    model_input_names = ["pixel_values", "num_tiles", "image_sizes"]
-    valid_kwargs = VtcImagesKwargs
+    valid_kwargs = VtcImageProcessorKwargs
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class VtcImageProcessor(ImageProcessorBase):
         max_tiles: int = 12,
         use_thumbnail: bool = True,
         image_grid_pinpoints: Sequence[Sequence[int]] = LLAVA_NEXT_PINPOINTS,
+        token_stride: int | None = None,
         **kwargs: Any,
     ):
         # written by `save_pretrained`, never kept: whether code travels is decided at each save
@@ -109,7 +115,14 @@ class VtcImageProcessor(ImageProcessorBase):
         self.max_tiles = max_tiles
         self.use_thumbnail = use_thumbnail
         self.image_grid_pinpoints = [list(pair) for pair in image_grid_pinpoints]
+        self.token_stride = token_stride
         self._settings()
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What `preprocess` returns with these fields."""
+        num_tiles = ["num_tiles"] if self.tiling in _SEVERAL_TILES else []
+        return ["pixel_values", *num_tiles, "image_sizes"]
 
     def _settings(self, **overrides: Any) -> TilingSettings:
         fields = {name: getattr(self, name) for name in TilingSettings.__dataclass_fields__}
@@ -165,8 +178,10 @@ class VtcImageProcessor(ImageProcessorBase):
             **overrides: fields of this processor for this call.
 
         Returns:
-            `pixel_values` of shape `(total_tiles, 3, S, S)`, float32; `image_sizes` of shape `(num_images, 2)`,
-            (height, width) of the originals; and for `"anyres"` and `"dynamic"` `num_tiles` of shape `(num_images,)`.
+            `pixel_values` of shape `(total_tiles, 3, S, S)`, float32, for `"keep_aspect"` `(num_images, 3, H, W)` with
+            zeros on the right and at the bottom of smaller images; `image_sizes` of shape `(num_images, 2)`, (height,
+            width) of the originals, or of the processed images if `token_stride` is set; and for `"anyres"` and
+            `"dynamic"` `num_tiles` of shape `(num_images,)`.
 
         Raises:
             OSError: a file or URL cannot be read.
@@ -179,10 +194,10 @@ class VtcImageProcessor(ImageProcessorBase):
         layouts = [settings.layout(image.height, image.width) for image in images]
         tiles = [tile for image, layout in zip(images, layouts) for tile in _cut(image, layout, settings)]
         data = {
-            "pixel_values": _normalized(tiles, settings),
-            "image_sizes": np.array([layout.image_size for layout in layouts], dtype=np.int64),
+            "pixel_values": _stacked(tiles, settings),
+            "image_sizes": np.array([_model_size(layout, settings) for layout in layouts], dtype=np.int64),
         }
-        if settings.tiling in ("anyres", "dynamic"):
+        if settings.tiling in _SEVERAL_TILES:
             data["num_tiles"] = np.array([layout.num_tiles for layout in layouts], dtype=np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -248,6 +263,8 @@ def _cut(image: Image.Image, layout: TileLayout, settings: TilingSettings) -> li
         image = _on_square(image, layout, settings.image_mean)
     if settings.tiling in ("single", "pad"):
         return [image.resize((size, size), settings.resample)]
+    if settings.tiling in ("crop", "keep_aspect"):
+        return [_short_side_resized(image, layout, settings)]
     canvas = image.resize(layout.resized_size[::-1], settings.resample)
     rows, columns = layout.grid
     if settings.tiling == "anyres":
@@ -276,6 +293,37 @@ def _on_square(image: Image.Image, layout: TileLayout, mean: Sequence[float]) ->
     square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
     square.paste(image, layout.offset[::-1])
     return square
+
+
+def _short_side_resized(image: Image.Image, layout: TileLayout, settings: TilingSettings) -> Image.Image:
+    height, width = layout.resized_size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > 2 * limit:
+        raise ValueError(
+            f"`tiling={settings.tiling!r}` would resize an image of {image.height} x {image.width} pixels to {height} "
+            f"x {width}, more than twice `PIL.Image.MAX_IMAGE_PIXELS` ({limit}). Crop the image first."
+        )
+    resized = image.resize((width, height), settings.resample)
+    if settings.tiling == "keep_aspect":
+        return resized
+    top, left = -layout.offset[0], -layout.offset[1]
+    return resized.crop((left, top, left + settings.tile_size, top + settings.tile_size))
+
+
+def _model_size(layout: TileLayout, settings: TilingSettings) -> tuple[int, int]:
+    """(height, width) that the model is told: of the original, or of what it sees if tokens follow from that."""
+    return layout.image_size if settings.token_stride is None else settings.processed_size(layout)
+
+
+def _stacked(tiles: list[Image.Image], settings: TilingSettings) -> np.ndarray:
+    """`(T, 3, H, W)` normalised pixels; tiles of different sizes get zeros on the right and at the bottom."""
+    height, width = max(tile.height for tile in tiles), max(tile.width for tile in tiles)
+    if all(tile.size == (width, height) for tile in tiles):
+        return _normalized(tiles, settings)
+    pixels = np.zeros((len(tiles), 3, height, width), dtype=np.float32)
+    for padded, tile in zip(pixels, tiles):
+        padded[:, : tile.height, : tile.width] = _normalized([tile], settings)[0]
+    return pixels
 
 
 def _normalized(tiles: list[Image.Image], settings: TilingSettings) -> np.ndarray:

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import AutoModel, Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
 from .budget_vtc import Budget, budgets_per_image, largest_admissible
-from .compat_vtc import build_tower
+from .compat_vtc import build_tower, hidden_state_of_tower, unused_modules
 from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
-from .packing_vtc import PackedPrompt, keep_first, pack_visual_tokens, rows_of_images
-from .prompt_vtc import Prompt, VisionInputs, VisualTokens, tiles_of_images
+from .packing_vtc import PackedPrompt, keep_slots, pack_visual_tokens, rows_of_images
+from .prompt_vtc import HostPrompt, Prompt, VisionInputs, VisualTokens, tiles_of_images
 
 
 @dataclass
@@ -86,6 +86,11 @@ class VtcPreTrainedModel(PreTrainedModel):
     # how many tokens are kept depends on the data
     _can_compile_fullgraph = False
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers guesses from names of classes in the source; tower and decoder have the attention that is meant
+        return True
+
     def save_pretrained(self, save_directory: str, *args: Any, save_code: bool = True, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`, and the code beside the weights.
 
@@ -107,9 +112,19 @@ class VtcPreTrainedModel(PreTrainedModel):
 class VtcModel(VtcPreTrainedModel):
     """Tower, connector and language model, without a head. Abstract."""
 
-    def __init__(self, config: VtcConfig):
+    # whether text that comes later can change what a router decided for an image
+    routes_by_text = False
+    # whether `continue_decoding` makes attention masks itself and therefore wants the padding mask at every step
+    reads_padding_mask = False
+
+    def __init__(self, config: VtcConfig, vision_tower: nn.Module | None = None):
         super().__init__(config)
-        self.vision_tower = build_tower(config.vision_config)
+        # an encoder of a method's own is built by the method: remote code cannot find it by its config
+        self.vision_tower = build_tower(config.vision_config) if vision_tower is None else vision_tower
+        if vision_tower is None:
+            # no feature depends on them: without this, distributed training waits for their gradients
+            for unused in unused_modules(self.vision_tower, config.vision_feature_layer):
+                unused.requires_grad_(False)
         self.language_model = AutoModel.from_config(config.text_config)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -133,33 +148,85 @@ class VtcModel(VtcPreTrainedModel):
         if layer == -1:
             features = self.vision_tower(pixel_values).last_hidden_state
         else:
-            features = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states[layer]
+            features = hidden_state_of_tower(self.vision_tower, pixel_values, layer)
         return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+
+    def reserved_blocks(self, host: HostPrompt, num_tiles: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Reserved placeholders of each block `(num_blocks,)`, and blocks of each image `(num_images,)`.
+
+        Here a block is a tile and all have one count; a method whose images differ in more than tiles overrides it.
+
+        Args:
+            host (`HostPrompt`): the layout of this call.
+            num_tiles (`int`): tiles, or rows of features, that were given.
+        """
+        per_tile = self.config.image_seq_length
+        tiles_per_image = tiles_of_images(host, num_tiles, per_tile)
+        return torch.full((num_tiles,), per_tile), torch.tensor(tiles_per_image)
 
     def compress(self, features: torch.Tensor, prompt: Prompt) -> VisualTokens:
         """Hook: from features to the visual tokens that stay. Here: all of them, through `multi_modal_projector`."""
-        prompt.to_host()
-        per_tile = self.config.image_seq_length
-        tiles_per_image = tiles_of_images(prompt.host, features.shape[0], per_tile)
-        reserved = [per_tile * tiles for tiles in tiles_per_image]
+        if prompt.host is None:
+            # a tower that goes by sizes has fetched them already
+            prompt.to_host()
+        num_reserved, blocks_per_image = self.reserved_blocks(prompt.host, features.shape[0])
+        reserved = [int(blocks.sum()) for blocks in num_reserved.split(blocks_per_image.tolist())]
         rows_of_images(prompt.host.placeholder_mask, reserved)
         for image_idx, budget in enumerate(budgets_per_image(prompt.vision.vtc_budget, len(reserved))):
             if budget != "auto":
                 largest_admissible(budget, [reserved[image_idx]], image_idx)
-        num_reserved = torch.full((features.shape[0],), per_tile)
+        embeds = self.multi_modal_projector(features).flatten(0, 1)
+        if embeds.shape[0] != sum(reserved):
+            raise ValueError(
+                f"Image features and image tokens do not match: {embeds.shape[0]} visual tokens for {sum(reserved)} "
+                "placeholders. Pass `image_features` that `encode` gave for these images."
+            )
         return VisualTokens(
-            embeds=self.multi_modal_projector(features).flatten(0, 1),
+            embeds=embeds,
             num_reserved=num_reserved,
             num_kept=num_reserved,
-            blocks_per_image=torch.tensor(tiles_per_image),
+            blocks_per_image=blocks_per_image,
         )
 
-    def decode(self, packed: PackedPrompt, visual: VisualTokens, **kwargs: Any) -> BaseModelOutputWithPast:
-        """Hook: run the language model on a packed prompt."""
-        return self.language_model(
+    def decode(
+        self, packed: PackedPrompt, visual: VisualTokens, **kwargs: Any
+    ) -> tuple[BaseModelOutputWithPast, PackedPrompt, VisualTokens]:
+        """Hook: run the language model on a packed prompt.
+
+        Returns the outputs, and layout and visual tokens as `last_hidden_state` has them. A method that shortens
+        images in the decoder overrides `decode_plan` and `continue_decoding` as well, for `generate`.
+        """
+        outputs = self.language_model(
             inputs_embeds=packed.inputs_embeds,
             attention_mask=packed.attention_mask,
             position_ids=packed.position_ids,
+            **kwargs,
+        )
+        return outputs, packed, visual
+
+    def decode_plan(self, packed: PackedPrompt, visual: VisualTokens) -> Any:
+        """What every step of `generate` must know of its packed prompt, None for nothing."""
+        return None
+
+    def continue_decoding(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the language model on what `forward` does not pack: text, or a step of `generate`.
+
+        `decode_plan` is among `kwargs` where that method gave one.
+        """
+        return self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
 
@@ -202,13 +269,18 @@ class VtcModel(VtcPreTrainedModel):
         prompt = Prompt(inputs_embeds, placeholder_mask, attention_mask, vision)
         features = self.encode(vision.pixel_values, prompt) if vision.image_features is None else vision.image_features
         visual = self.compress(features, prompt)
-        keep = keep_first(prompt.host.placeholder_mask, visual.num_reserved, visual.num_kept)
+        num_kept = visual.num_reserved if visual.shortened_in_decoder else visual.num_kept
+        keep = keep_slots(prompt.host.placeholder_mask, visual.num_reserved, num_kept, visual.slots)
 
         positions = (prompt.host.placeholder_mask & keep).flatten().nonzero().flatten()
+        if visual.position_shifts is not None:
+            position_ids = _shifted_positions(prompt.host.attention_mask, position_ids, positions, visual)
         embeds = visual.embeds.to(inputs_embeds.device, inputs_embeds.dtype)
         filled = inputs_embeds.flatten(0, 1).index_copy(0, positions.to(inputs_embeds.device), embeds)
         filled = filled.unflatten(0, inputs_embeds.shape[:2])
-        return pack_visual_tokens(filled, keep, prompt.host.attention_mask, position_ids, align_left), visual
+        renumber = visual.position_shifts is None
+        packed = pack_visual_tokens(filled, keep, prompt.host.attention_mask, position_ids, align_left, renumber)
+        return packed, visual
 
     @can_return_tuple
     def forward(
@@ -255,7 +327,7 @@ class VtcModel(VtcPreTrainedModel):
         if packed.expand_index is not None:
             # positions of the full-length prompt, which the packed one does not have
             kwargs.pop("cache_position", None)
-        outputs = self.decode(packed, visual, past_key_values=past_key_values, **kwargs)
+        outputs, packed, visual = self.decode(packed, visual, past_key_values=past_key_values, **kwargs)
         return VtcModelOutputWithPast(
             last_hidden_state=packed.expand(outputs.last_hidden_state),
             past_key_values=outputs.past_key_values,
@@ -286,7 +358,7 @@ class VtcModel(VtcPreTrainedModel):
             embeds, _ = self.find_placeholders(input_ids, inputs_embeds)
             # every rank must run the same modules, or sharded training hangs on batches without an image
             input_ids, inputs_embeds = None, embeds + self._vision_of_nothing().to(embeds.dtype)
-        outputs = self.language_model(
+        outputs = self.continue_decoding(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -301,20 +373,37 @@ class VtcModel(VtcPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    @property
+    def smallest_image(self) -> tuple[int, int]:
+        """(height, width) in pixels of the smallest tile that the tower takes: here they are all of one size."""
+        size = self.config.vision_config.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
     def _vision_of_nothing(self) -> torch.Tensor:
         """Zero, computed through every vision parameter by way of one black tile."""
-        vision_config = self.config.vision_config
-        size = vision_config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        tile = torch.zeros(1, vision_config.num_channels, height, width, device=self.device, dtype=self.dtype)
-        ids = torch.full((1, self.config.image_seq_length), self.config.image_token_id, device=self.device)
+        (height, width), num_channels = self.smallest_image, self.config.vision_config.num_channels
+        tile = torch.zeros(1, num_channels, height, width, device=self.device, dtype=self.dtype)
+        one, sizes = torch.ones(1, dtype=torch.long), torch.tensor([[height, width]])
+        prompt = self._blank_prompt(VisionInputs(tile, num_tiles=one, image_sizes=sizes))
+        return 0 * self.compress(self.encode(tile, prompt), prompt).embeds.sum()
+
+    def _blank_prompt(self, vision: VisionInputs) -> Prompt:
+        """A prompt of placeholders alone, as many as the images of `vision` reserve."""
+        pixel_values = vision.pixel_values
+        no_text = Prompt(pixel_values.new_zeros(1, 0, 1), torch.zeros(1, 0, dtype=torch.bool), None, vision)
+        no_text.to_host()
+        num_reserved, _ = self.reserved_blocks(no_text.host, pixel_values.shape[0])
+        ids = torch.full((1, int(num_reserved.sum())), self.config.image_token_id, device=self.device)
         embeds, placeholder_mask = self.find_placeholders(ids, None)
-        prompt = Prompt(embeds, placeholder_mask, None, VisionInputs(num_tiles=torch.ones(1, dtype=torch.long)))
-        return 0 * self.compress(self.encode(tile), prompt).embeds.sum()
+        return Prompt(embeds, placeholder_mask, None, vision)
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, num_tiles: torch.LongTensor | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        num_tiles: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Uncompressed visual tokens of some images, as many as the processor reserves.
 
@@ -322,12 +411,9 @@ class VtcModel(VtcPreTrainedModel):
             `last_hidden_state` `(total_tiles, N, C)`: features; `pooler_output`: one `(reserved, D)` tensor per image.
         """
         num_tiles = torch.tensor([pixel_values.shape[0]]) if num_tiles is None else num_tiles
-        features = self.encode(pixel_values)
-        reserved = self.config.image_seq_length * int(num_tiles.sum())
-        ids = torch.full((1, reserved), self.config.image_token_id, device=features.device)
-        embeds, placeholder_mask = self.find_placeholders(ids, None)
-        vision = VisionInputs(num_tiles=num_tiles, vtc_budget="full")
-        visual = self.compress(features, Prompt(embeds, placeholder_mask, None, vision))
+        prompt = self._blank_prompt(VisionInputs(pixel_values, None, num_tiles, image_sizes, vtc_budget="full"))
+        features = self.encode(pixel_values, prompt)
+        visual = self.compress(features, prompt)
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=list(visual.embeds.split(visual.per_image.tolist()))
         )
@@ -359,6 +445,9 @@ class VtcModel(VtcPreTrainedModel):
 
 class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
     """A `VtcModel` with a language modelling head. Abstract."""
+
+    # the head as in every stock decoder, in the words of the installed version
+    _tp_plan = dict(LlamaForCausalLM._tp_plan)
 
     def __init__(self, config: VtcConfig, model: VtcModel):
         super().__init__(config)
@@ -407,6 +496,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         vtc_budget: Budget | Sequence[Budget] = None,
         router_decisions: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        decode_plan: Any = None,
         **kwargs: Any,
     ) -> VtcCausalLMOutputWithPast:
         """Full-length prompts in, full-length logits or a loss out; see `VtcModel.forward` for the arguments.
@@ -415,7 +505,10 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
             labels (`(B, L)`): ids to predict, -100 = none; placeholders never count. In training mode only the loss is
                 computed, on kept rows; in eval mode the logits as well.
             logits_to_keep (`int` or index tensor): logits of the last positions only, 0 = all.
+            decode_plan: what `generate` knows of its packed prompt; not for callers.
         """
+        if decode_plan is not None:
+            kwargs["decode_plan"] = decode_plan
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -452,11 +545,20 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         )
 
     def _next_token_loss(self, outputs: VtcModelOutputWithPast, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Equal to the full-length loss: a kept token predicts the next kept token of its row."""
+        """Equal to the full-length loss: a kept token predicts the next kept token of its row.
+
+        `shift_labels` `(B, L)` among `kwargs` replaces the targets: what each position of the full-length prompt
+        predicts, as trainers give it that split sequences.
+        """
         states, kept_index = outputs.last_hidden_state, outputs.kept_index
+        shift_labels = kwargs.pop("shift_labels", None)
         targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
         states = states.flatten(0, 1)
-        if kept_index is not None:
+        if shift_labels is not None:
+            targets = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100).flatten()
+            predicted = (targets != -100).nonzero().flatten()
+            states, targets = states[predicted], targets[predicted]
+        elif kept_index is not None:
             kept_labels = labels.flatten()[kept_index]
             rows = kept_index // labels.shape[1]
             row_goes_on = nn.functional.pad(rows[1:] == rows[:-1], (0, 1), value=False)
@@ -475,3 +577,14 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         # the head runs on kept rows only; dropped positions repeat them
         repeats = (outputs.kept_mask.flatten().cumsum(0) - 1).clamp(min=0)
         return self.lm_head(states.flatten(0, 1)[kept_index])[repeats].unflatten(0, outputs.kept_mask.shape)
+
+
+def _shifted_positions(
+    attention_mask: torch.Tensor, position_ids: torch.Tensor | None, slots: torch.Tensor, visual: VisualTokens
+) -> torch.LongTensor:
+    """Positions `(B, L)` of a full-length prompt, those of its kept placeholders `slots` (flat) shifted."""
+    shifts = visual.position_shifts
+    if position_ids is None:
+        position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0).to(shifts.device, non_blocking=True)
+    positions = position_ids.expand(attention_mask.shape).flatten()
+    return positions.index_add(0, slots.to(shifts.device), shifts).unflatten(0, attention_mask.shape)

@@ -76,21 +76,32 @@ def _mismatch(row: int, what: str) -> ValueError:
     )
 
 
-def keep_first(placeholder_mask: torch.Tensor, num_reserved: torch.Tensor, num_kept: torch.Tensor) -> torch.Tensor:
-    """Mark every position that stays: all but the last `num_reserved - num_kept` placeholders of each block.
+def keep_slots(
+    placeholder_mask: torch.Tensor,
+    num_reserved: torch.Tensor,
+    num_kept: torch.Tensor,
+    slots: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mark every position that stays: text, and `num_kept` placeholders of each block.
 
     Args:
         placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): `num_reserved.sum()` positions are True.
         num_reserved, num_kept (`torch.LongTensor` of shape `(num_blocks,)`): in prompt order.
+        slots (`torch.LongTensor` of shape `(num_kept.sum(),)`, *optional*): which placeholders of its block stay, the
+            first ones if not given.
 
     Returns:
         `torch.BoolTensor` of shape `(B, L)`, True = keep.
     """
     starts = num_reserved.cumsum(0) - num_reserved
-    block = torch.repeat_interleave(torch.arange(len(num_reserved)), num_reserved)
-    offset = torch.arange(int(num_reserved.sum())) - starts[block]
     keep = torch.ones_like(placeholder_mask)
-    keep[placeholder_mask] = offset < num_kept[block]
+    if slots is None:
+        block = torch.repeat_interleave(torch.arange(len(num_reserved)), num_reserved)
+        keep[placeholder_mask] = torch.arange(int(num_reserved.sum())) - starts[block] < num_kept[block]
+        return keep
+    kept = torch.zeros(int(num_reserved.sum()), dtype=torch.bool)
+    kept[torch.repeat_interleave(starts, num_kept) + slots] = True
+    keep[placeholder_mask] = kept
     return keep
 
 
@@ -136,19 +147,21 @@ def pack_visual_tokens(
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     align_left: bool = False,
+    renumber: bool = True,
 ) -> PackedPrompt:
     """Drop the positions that are not kept, and padding, from embeddings, mask and positions together.
 
     Rows become as long as the longest needs and are padded on the left. Where nothing is dropped the layout stays as
     it is, unless `align_left` asks for padding on the left in any case, as generation needs it. Positions are
-    renumbered: each kept token moves down by the number of dropped tokens before it in its row. Labels need no
-    packing, since losses read full-length states at kept positions (`kept_index`).
+    renumbered unless the method keeps them: each kept token moves down by the number of dropped tokens before it in
+    its row. Labels need no packing, since losses read full-length states at kept positions (`kept_index`).
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `(B, L, D)`): text and, at kept placeholders, visual tokens.
         keep (`torch.BoolTensor` of shape `(B, L)`): on the CPU.
         attention_mask (`torch.Tensor` of shape `(B, L)`): on the CPU, non-zero = a real token.
         position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): the caller's, on the device.
+        renumber (`bool`): False keeps the given `position_ids`, gaps and all.
     """
     device = inputs_embeds.device
     real = attention_mask.bool()
@@ -166,7 +179,9 @@ def pack_visual_tokens(
     expand_index = (kept_mask.cumsum(1) - 1 + (longest - lengths)[:, None]).clamp(min=0)
     source_index = source.to(device, non_blocking=True)
 
-    if position_ids is not None:
+    if not renumber:
+        position_ids = position_ids.expand(source.shape[0], -1).gather(1, source_index)
+    elif position_ids is not None:
         dropped_before = (real & ~keep).cumsum(1).gather(1, source).to(device, non_blocking=True)
         position_ids = position_ids.expand(source.shape[0], -1).gather(1, source_index) - dropped_before
         position_ids = position_ids.clamp(min=0)

@@ -5,26 +5,28 @@ many placeholders as the method may need for that image (contract: reserve, then
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
 from .compat_vtc import ProcessorBase
-from .image_processing_vtc import VtcImageProcessor, VtcImagesKwargs, push_copy, write_json
-from .tiling_vtc import TileLayout
+from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
+from .tiling_vtc import TileLayout, refuse_empty_map, unpadded_grids
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # what the decoders take; tokenizers of some versions add `token_type_ids`, which `generate` refuses
 TEXT_INPUT_NAMES = ["input_ids", "attention_mask"]
 
-# ChatML without a default system prompt (InternVL's `internvl2_5`); images stand where their content items stand, and
-# the parts that a model is trained to write are marked for `return_assistant_tokens_mask`
-_CHATML = """\
+# what every template does with the content of a message; images stand where their content items stand
+_PARTS = """\
 {%- macro parts(content) -%}
     {%- if content is string -%}
         {{- content -}}
@@ -40,6 +42,10 @@ _CHATML = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+"""
+# ChatML without a default system prompt (InternVL's `internvl2_5`); the parts that a model is trained to write are
+# marked for `return_assistant_tokens_mask`, here and below
+_CHATML = """\
 {%- for message in messages -%}
     {{- '<|im_start|>' + message['role'] + '\\n' -}}
     {%- if message['role'] == 'assistant' -%}
@@ -59,7 +65,64 @@ _CHATML = """\
 
 def chatml_template(image_token: str) -> str:
     """The default chat template, with `image_token` where an image stands."""
-    return _CHATML.replace("IMAGE_TOKEN", repr(image_token))
+    return (_PARTS + _CHATML).replace("IMAGE_TOKEN", repr(image_token))
+
+
+# the conversation `vicuna_v1` of LLaVA-1.5; the tokenizer writes the first token, and the answer's space is its own
+_VICUNA = """\
+{%- if messages[0]['role'] == 'system' -%}
+    {{- parts(messages[0]['content']) + ' ' -}}
+{%- else -%}
+    {{- SYSTEM + ' ' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}
+        {{- 'USER: ' + parts(message['content']) + ' ' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- 'ASSISTANT:' -}}
+        {%- generation -%}
+            {{- ' ' + parts(message['content']) + eos_token -}}
+        {%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'ASSISTANT:' -}}
+{%- endif -%}
+"""
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def vicuna_template(image_token: str) -> str:
+    """The chat template of LLaVA-1.5 on Vicuna (`vicuna_v1`), with `image_token` where an image stands."""
+    return (_PARTS + _VICUNA).replace("IMAGE_TOKEN", repr(image_token)).replace("SYSTEM", repr(_VICUNA_SYSTEM))
+
+
+# the conversation `mistral_instruct` of LLaVA-NeXT
+_MISTRAL = """\
+{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}
+            {{- ' ' + parts(message['content']) + eos_token -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- '[INST] ' + parts(message['content']) + ' [/INST]' -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def mistral_template(image_token: str) -> str:
+    """The chat template of LLaVA-NeXT on Mistral, with `image_token` where an image stands."""
+    return (_PARTS + _MISTRAL).replace("IMAGE_TOKEN", repr(image_token))
+
+
+def chat_template_for(decoder_type: str, image_token: str) -> str:
+    """The chat template that LLaVA's code chooses for a decoder, given by its `model_type`."""
+    templates = {"llama": vicuna_template, "mistral": mistral_template}
+    return templates.get(decoder_type, chatml_template)(image_token)
 
 
 def tokens_of_tiles(layout: TileLayout, image_seq_length: int) -> int:
@@ -67,14 +130,46 @@ def tokens_of_tiles(layout: TileLayout, image_seq_length: int) -> int:
     return layout.num_tiles * image_seq_length
 
 
+def tokens_of_map(layout: TileLayout, image_seq_length: int, rule: str) -> int:
+    """Reserved placeholders of `"anyres"` tiles that become one map without padding: the base tile's, then the map's
+    with one newline per row. A tile that is the whole image (`"single"`, `"pad"`) has no map.
+
+    Raises:
+        ValueError: the image is so long and thin that nothing of the map is left.
+    """
+    if layout.num_tiles == 1:
+        return image_seq_length
+    side = math.isqrt(image_seq_length)
+    size, grid = torch.tensor([layout.image_size]), torch.tensor([layout.grid])
+    ((rows, columns),) = unpadded_grids(size, grid, (side, side), rule).tolist()
+    refuse_empty_map(layout.image_size, (rows, columns))
+    return image_seq_length + rows * (columns + 1)
+
+
+def tokens_of_stride(layout: TileLayout, image_seq_length: int) -> int:
+    """Reserved placeholders of a tower that gives one token for every `token_stride` x `token_stride` pixels.
+
+    Raises:
+        ValueError: the image processor has no `token_stride`.
+    """
+    if layout.token_grid is None:
+        raise ValueError("`count_rule='stride'` needs `token_stride` of the image processor, such as 64. Set it.")
+    return layout.token_grid[0] * layout.token_grid[1]
+
+
 # `count_rule` -> reserved placeholders of one image; a method with another rule adds its pure function here
-COUNT_RULES: dict[str, Callable[[TileLayout, int], int]] = {"tiles": tokens_of_tiles}
+COUNT_RULES: dict[str, Callable[[TileLayout, int], int]] = {
+    "tiles": tokens_of_tiles,
+    "unpad_token_grid": partial(tokens_of_map, rule="token_grid"),
+    "unpad_true_aspect": partial(tokens_of_map, rule="true_aspect"),
+    "stride": tokens_of_stride,
+}
 
 
 class VtcProcessorKwargs(ProcessingKwargs, total=False):
     """Arguments of a call. Rows are padded unless `padding=False`: batches of images rarely have one length."""
 
-    images_kwargs: VtcImagesKwargs
+    images_kwargs: VtcImageProcessorKwargs
     _defaults = {"text_kwargs": {"padding": True}}
 
 
@@ -92,7 +187,10 @@ class VtcProcessor(ProcessorBase):
         image_token (`str`): the placeholder.
         image_start_token (`str`): written before the placeholders of an image; `None` for none.
         image_end_token (`str`): written after the placeholders of an image; `None` for none.
-        count_rule (`str`): how many placeholders an image reserves; `"tiles"`: `image_seq_length` per tile.
+        count_rule (`str`): how many placeholders an image reserves; `"tiles"`: `image_seq_length` per tile;
+            `"unpad_token_grid"`, `"unpad_true_aspect"`: those of a map without padding, for `tiling="anyres"`, see
+            `tokens_of_map` and the `unpad_rule` of the model's configuration; `"stride"`: one per `token_stride` x
+            `token_stride` pixels of the processed image.
 
     Raises:
         ValueError: a token is unknown to the tokenizer, or a field is outside of its range.

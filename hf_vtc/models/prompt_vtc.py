@@ -68,10 +68,13 @@ class Prompt:
 
 @dataclass
 class VisualTokens:
-    """What `compress` gives back: the kept visual tokens, and how many of each block's placeholders they fill.
+    """What `compress` gives back: the kept visual tokens, and which of each block's placeholders they fill.
 
     `embeds` `(num_kept.sum(), D)` in prompt order; `num_reserved`, `num_kept` `(num_blocks,)` and `blocks_per_image`
-    `(num_images,)` on the CPU.
+    `(num_images,)` on the CPU. `slots` `(num_kept.sum(),)`, on the CPU: the placeholders of its block that the kept
+    tokens fill, rising; the first ones if None. `position_shifts` `(num_kept.sum(),)`: if given, every token keeps the
+    position that it has in the full-length prompt, visual tokens that of their placeholder plus this.
+    `shortened_in_decoder`: `embeds` are all `num_reserved.sum()` tokens, and `decode` makes them `num_kept`.
     """
 
     embeds: torch.Tensor
@@ -80,6 +83,9 @@ class VisualTokens:
     blocks_per_image: torch.LongTensor
     router_logits: torch.Tensor | None = None
     router_decisions: torch.Tensor | None = None
+    slots: torch.LongTensor | None = None
+    position_shifts: torch.Tensor | None = None
+    shortened_in_decoder: bool = False
 
     @property
     def per_image(self) -> torch.LongTensor:

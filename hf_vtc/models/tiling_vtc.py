@@ -1,13 +1,16 @@
-"""How images of a given size are cut into square tiles: arithmetic on sizes, without a pixel.
+"""How images of a given size are cut into tiles: arithmetic on sizes, without a pixel.
 
-The field `tiling` names one of four ways:
+The field `tiling` names one of six ways, all but the last with square tiles:
 
 - `"single"`: the whole image resized to one square tile.
 - `"pad"`: LLaVA 1.5, the image centred on a square of the mean colour, then resized to one tile.
 - `"anyres"`: LLaVA-NeXT, the best of `image_grid_pinpoints`, black padding; the whole image comes first.
 - `"dynamic"`: InternVL, the grid of at most `max_tiles` tiles with the closest aspect ratio; the thumbnail comes last.
+- `"crop"`: CLIP, the short side resized to the tile, the middle of the long one.
+- `"keep_aspect"`: ConvLLaVA at any aspect ratio, the short side resized to `size`, one tile of the whole image.
 
-Sources: haotian-liu/LLaVA `llava/mm_utils.py` (pad, anyres); OpenGVLab/InternVL `dynamic_preprocess` at
+Sources: haotian-liu/LLaVA `llava/mm_utils.py` (pad, anyres); transformers' `CLIPImageProcessor` (crop; keep_aspect is
+the same without its centre crop, arXiv 2405.15738 section 4.3); OpenGVLab/InternVL `dynamic_preprocess` at
 2410d1dbf208f0e799459aff9376e5747dbf41a2 (dynamic).
 """
 
@@ -17,7 +20,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-TILINGS = ("single", "pad", "anyres", "dynamic")
+import torch
+
+TILINGS = ("single", "pad", "anyres", "dynamic", "crop", "keep_aspect")
+UNPAD_RULES = ("token_grid", "true_aspect")
 
 
 class TileLayout(NamedTuple):
@@ -27,10 +33,11 @@ class TileLayout(NamedTuple):
         image_size (`tuple[int, int]`): the upright original.
         resized_size (`tuple[int, int]`): the whole image after its resize, without padding.
         offset (`tuple[int, int]`): (top, left) of the image on its padded canvas; in original pixels for `"pad"`,
-            which pads before the resize, in resized pixels for `"anyres"`, which pads after it.
+            which pads before the resize, in resized pixels for `"anyres"`, which pads after it. Negative for `"crop"`.
         grid (`tuple[int, int]`): (rows, columns) of tiles, the whole view not counted.
         boxes (`tuple[tuple[float, float, float, float], ...]`): (left, top, right, bottom) of every tile in
             original pixels, in the order of `pixel_values`; reaches beyond the image where a tile holds padding.
+        token_grid (`tuple[int, int]`, *optional*): (rows, columns) of visual tokens, where `token_stride` gives them.
     """
 
     image_size: tuple[int, int]
@@ -38,6 +45,7 @@ class TileLayout(NamedTuple):
     offset: tuple[int, int]
     grid: tuple[int, int]
     boxes: tuple[tuple[float, float, float, float], ...]
+    token_grid: tuple[int, int] | None = None
 
     @property
     def num_tiles(self) -> int:
@@ -64,6 +72,7 @@ class TilingSettings:
     max_tiles: int
     use_thumbnail: bool
     image_grid_pinpoints: Sequence[Sequence[int]]
+    token_stride: int | None
 
     def __post_init__(self) -> None:
         if self.tiling not in TILINGS:
@@ -80,6 +89,24 @@ class TilingSettings:
                 raise ValueError(f"`{name}` needs one value per colour channel (3), got {getattr(self, name)}.")
         if self.tiling == "anyres":
             self._check_pinpoints()
+        self._check_token_stride()
+
+    def _check_token_stride(self) -> None:
+        if self.token_stride is None:
+            if self.tiling == "keep_aspect":
+                raise ValueError(
+                    "`token_stride` must be given for `tiling='keep_aspect'`: the side in pixels of one visual token, "
+                    "such as 64."
+                )
+        elif self.tiling in ("anyres", "dynamic"):
+            raise ValueError(f"`token_stride` needs a tiling with one tile per image, got {self.tiling!r}.")
+        elif self.token_stride < 1:
+            raise ValueError(f"`token_stride` must be a positive number of pixels, got {self.token_stride}.")
+        elif self.token_stride > self.tile_size:
+            raise ValueError(
+                f"`size` must be at least {self.token_stride} pixels, the side of one visual token (`token_stride`), "
+                f"got {self.tile_size}."
+            )
 
     def _check_pinpoints(self) -> None:
         sides = [side for pair in self.image_grid_pinpoints for side in pair]
@@ -94,14 +121,26 @@ class TilingSettings:
         """Side of a tile in pixels."""
         return self.size["height"]
 
+    def processed_size(self, layout: TileLayout) -> tuple[int, int]:
+        """(height, width) in pixels of every tile of an image."""
+        return layout.resized_size if self.tiling == "keep_aspect" else (self.tile_size, self.tile_size)
+
     def layout(self, height: int, width: int) -> TileLayout:
         """Layout of an image of this size in pixels."""
         if height < 1 or width < 1:
             raise ValueError(f"An image needs at least one pixel per side, got height {height} and width {width}.")
-        if self.tiling == "single":
-            return single_layout(height, width, self.tile_size)
-        if self.tiling == "pad":
-            return pad_layout(height, width, self.tile_size)
+        one_tile = {
+            "single": single_layout,
+            "pad": pad_layout,
+            "crop": crop_layout,
+            "keep_aspect": keep_aspect_layout,
+        }
+        if self.tiling in one_tile:
+            layout = one_tile[self.tiling](height, width, self.tile_size)
+            if self.token_stride is not None:
+                rows, columns = (side // self.token_stride for side in self.processed_size(layout))
+                layout = layout._replace(token_grid=(rows, columns))
+            return layout
         if self.tiling == "anyres":
             pinpoints = tuple((int(pair[0]), int(pair[1])) for pair in self.image_grid_pinpoints)
             return anyres_layout(height, width, self.tile_size, pinpoints)
@@ -122,19 +161,30 @@ def pad_layout(height: int, width: int, tile_size: int) -> TileLayout:
     return TileLayout((height, width), (tile_size, tile_size), (top, left), (1, 1), (box,))
 
 
-def anyres_layout(height: int, width: int, tile_size: int, pinpoints: Sequence[tuple[int, int]]) -> TileLayout:
-    """LLaVA-NeXT: scale to fit the best pinpoint, centre on it, cut into tiles; the whole image is tile 0.
+def crop_layout(height: int, width: int, tile_size: int) -> TileLayout:
+    """The middle of the image with its short side resized to one tile; what sticks out of the long one is cut off."""
+    resized = _short_side_resized(height, width, tile_size)
+    top, left = (resized[0] - tile_size) // 2, (resized[1] - tile_size) // 2
+    boxes = _grid_boxes((height, width), resized, (-top, -left), (1, 1), tile_size)
+    return TileLayout((height, width), resized, (-top, -left), (1, 1), boxes)
 
-    The best pinpoint shows the most pixels of the image (an upscaled pixel is not a new one), then wastes the least;
-    the first of equals wins.
-    """
-    best, best_rank = pinpoints[0], (-1, 0)
-    for target_height, target_width in pinpoints:
-        scale = min(target_width / width, target_height / height)
-        shown = min(int(width * scale) * int(height * scale), width * height)
-        rank = (shown, shown - target_height * target_width)
-        if rank > best_rank:
-            best, best_rank = (target_height, target_width), rank
+
+def keep_aspect_layout(height: int, width: int, size: int) -> TileLayout:
+    """The whole image with its short side resized to `size` pixels: a tile as long as it needs to be."""
+    whole = (0.0, 0.0, float(width), float(height))
+    return TileLayout((height, width), _short_side_resized(height, width, size), (0, 0), (1, 1), (whole,))
+
+
+def _short_side_resized(height: int, width: int, size: int) -> tuple[int, int]:
+    # truncated, as in the original
+    if width <= height:
+        return int(size * height / width), size
+    return size, int(size * width / height)
+
+
+def anyres_layout(height: int, width: int, tile_size: int, pinpoints: Sequence[tuple[int, int]]) -> TileLayout:
+    """LLaVA-NeXT: scale to fit the best pinpoint, centre on it, cut into tiles; the whole image is tile 0."""
+    (best,) = best_canvases(torch.tensor([[height, width]]), pinpoints).tolist()
     scale_width, scale_height = best[1] / width, best[0] / height
     if scale_width < scale_height:
         resized = (min(math.ceil(height * scale_width), best[0]), best[1])
@@ -145,6 +195,117 @@ def anyres_layout(height: int, width: int, tile_size: int, pinpoints: Sequence[t
     whole = (0.0, 0.0, float(width), float(height))
     boxes = (whole, *_grid_boxes((height, width), resized, offset, grid, tile_size))
     return TileLayout((height, width), resized, offset, grid, boxes)
+
+
+def best_canvases(image_sizes: torch.Tensor, pinpoints: Sequence[Sequence[int]]) -> torch.LongTensor:
+    """The pinpoint of each image under `"anyres"`, on the device of `image_sizes`.
+
+    It shows the most pixels of the image (an upscaled pixel is not a new one), then wastes the least; the first of
+    equals wins.
+
+    Args:
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): (height, width) in pixels.
+        pinpoints (`Sequence[Sequence[int]]`): (height, width) in pixels.
+
+    Returns:
+        `(num_images, 2)`, (height, width).
+
+    Source: haotian-liu/LLaVA `select_best_resolution`, whose double precision decides near-ties.
+    """
+    canvases = torch.tensor([tuple(pair) for pair in pinpoints], device=image_sizes.device)
+    heights, widths = image_sizes.double()[:, None].unbind(-1)  # (num_images, 1)
+    scale = torch.minimum(canvases[:, 1] / widths, canvases[:, 0] / heights)
+    shown = (widths * scale).long() * (heights * scale).long()
+    shown = torch.minimum(shown, image_sizes.prod(-1, keepdim=True))
+    # shown pixels first, then the smaller canvas; no canvas has more than 2^31 pixels
+    rank = shown * 2**31 - canvases.prod(-1)
+    return canvases[rank.argmax(-1)]
+
+
+def unpadded_grids(
+    image_sizes: torch.Tensor, grids: torch.Tensor, tokens: tuple[int, int], rule: str
+) -> torch.LongTensor:
+    """Rows and columns of tokens that are left of an `"anyres"` image's map when its padding is cut off both ends.
+
+    Args:
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): (height, width) in pixels.
+        grids (`torch.LongTensor` of shape `(num_images, 2)`): (rows, columns) of tiles.
+        tokens (`tuple[int, int]`): (rows, columns) of tokens in a tile.
+        rule (`str`): `"token_grid"` compares the aspect ratio of the image with that of the map in tokens, in double
+            precision, as AVG-LLaVA does: where tokens are not square, that cuts content away. `"true_aspect"` compares
+            it with that of the canvas and is exact; on square tokens it is transformers' LLaVA-NeXT.
+
+    Returns:
+        `(num_images, 2)`: (rows, columns), 0 for an image too long and thin. As much is cut at one end as at the
+        other, so that a row or column of padding may stay.
+
+    Source: DeepLearnXMU/AVG-LLaVA@3685bc8 `llava_arch.py` `unpad_image`.
+    """
+    heights, widths = image_sizes.unbind(-1)
+    tile_rows, tile_columns = grids.unbind(-1)
+    rows, columns = tile_rows * tokens[0], tile_columns * tokens[1]
+    if rule == "token_grid":
+        wide = widths.double() / heights > columns.double() / rows
+        # the order of these operations decides what is truncated
+        content_rows = (heights * (columns.double() / widths)).long()
+        content_columns = (widths * (rows.double() / heights)).long()
+    else:
+        wide = widths * tile_rows > heights * tile_columns
+        content_rows = heights * tile_columns * rows // (widths * tile_rows)
+        content_columns = widths * tile_rows * columns // (heights * tile_columns)
+    kept_rows = torch.where(wide, rows - (rows - content_rows) // 2 * 2, rows)
+    kept_columns = torch.where(wide, columns, columns - (columns - content_columns) // 2 * 2)
+    return torch.stack([kept_rows, kept_columns], dim=-1)
+
+
+def refuse_empty_map(image_size: Sequence[int], kept: Sequence[int]) -> None:
+    """Raise for an `"anyres"` image of (height, width) pixels of whose map `unpadded_grids` leaves nothing."""
+    if 0 in kept:
+        raise ValueError(
+            f"An image of {image_size[0]} x {image_size[1]} pixels (height x width) is too long and thin: without "
+            "padding, no row or column of tokens is left of its tiles. Crop or pad it to a less extreme shape."
+        )
+
+
+def joined_order(grid: tuple[int, int], tokens: tuple[int, int], kept: tuple[int, int]) -> torch.LongTensor:
+    """Which token of an `"anyres"` image stands where: the base tile, then the map of the others without padding.
+
+    Args:
+        grid (`tuple[int, int]`): (rows, columns) of tiles.
+        tokens (`tuple[int, int]`): (rows, columns) of tokens in a tile.
+        kept (`tuple[int, int]`): (rows, columns) of tokens of the map that stay, those in its middle.
+
+    Returns:
+        Indices into the image's tokens in tile order, base tile first; -1 = newline, at the end of each row.
+
+    Source: haotian-liu/LLaVA `llava_arch.py` `prepare_inputs_labels_for_multimodal`, merge type `spatial_unpad`.
+    """
+    per_tile = tokens[0] * tokens[1]
+    tiles = torch.arange(per_tile, per_tile * (1 + grid[0] * grid[1]))
+    whole = tiles.reshape(*grid, *tokens).transpose(1, 2).reshape(grid[0] * tokens[0], grid[1] * tokens[1])
+    top, left = (whole.shape[0] - kept[0]) // 2, (whole.shape[1] - kept[1]) // 2
+    content = whole[top : top + kept[0], left : left + kept[1]]
+    return torch.cat([torch.arange(per_tile), torch.nn.functional.pad(content, (0, 1), value=-1).flatten()])
+
+
+def pooled_grid(side: int, scale: int) -> tuple[int, int]:
+    """(rows, columns) that `scale` tokens form when columns and rows of a square grid are halved in turns.
+
+    Args:
+        side (`int`): of the grid.
+        scale (`int`): tokens that remain.
+
+    Raises:
+        ValueError: halving does not lead there.
+    """
+    halvings = max(side * side // max(scale, 1), 1).bit_length() - 1
+    rows, columns = 2 ** (halvings // 2), 2 ** (halvings - halvings // 2)
+    if scale * rows * columns != side * side or side % rows or side % columns:
+        raise ValueError(
+            f"A granularity of {scale} tokens cannot be reached by halving columns and rows of a {side} x {side} grid "
+            f"in turns. Use {side * side} divided by 1, 2, 4, ... as far as its sides are even."
+        )
+    return side // rows, side // columns
 
 
 def dynamic_layout(
