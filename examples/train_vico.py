@@ -90,6 +90,8 @@ def run_stage(trainer, console: Console, stage: str) -> None:
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(ProgressLog(console, stage))
     trainer.train()
+    # which the trainer turns off
+    trainer.model.config.use_cache = True
     trainer.model.eval()
 
 

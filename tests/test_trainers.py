@@ -308,6 +308,18 @@ def test_consistency_trainer_evaluates_without_logits_and_repeatably(tmp_path):
     assert trainer.predict(records).predictions in (None, ())
 
 
+def test_consistency_trainer_follows_the_router(tmp_path):
+    model = model_without_dropout()
+    trainer = consistency_trainer(model, None, tmp_path, compress_probability="auto")
+    batch = collate(make_records(model))
+    decisions = model(**{name: value for name, value in batch.items() if name != "labels"}).router_decisions
+    assert 0 < decisions.sum() < len(decisions)
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.router_decisions))
+    trainer.compute_loss(model, batch)
+    assert any(torch.equal(choice, decisions) for choice in seen)
+
+
 def test_draw_decisions_gives_every_sample_a_rate_of_its_range(tmp_path):
     model = model_without_dropout()
     trainer = consistency_trainer(model, None, tmp_path, compress_probability=(0.2, 1.0))
@@ -334,7 +346,12 @@ def test_draw_decisions_of_micro_batches_are_those_of_the_whole(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"compress_probability": 1.5}, {"compress_probability": (0.8, 0.2)}, {"cross_entropy_weight": -1.0}],
+    [
+        {"compress_probability": 1.5},
+        {"compress_probability": (0.8, 0.2)},
+        {"compress_probability": "full"},
+        {"cross_entropy_weight": -1.0},
+    ],
     ids=str,
 )
 def test_consistency_trainer_checks_its_options(tmp_path, options):

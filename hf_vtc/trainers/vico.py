@@ -64,7 +64,7 @@ def live_parameters(router: nn.Module, width: int) -> list[nn.Parameter]:
 class VicoConsistencyTrainer(VtcTrainer):
     """ViCO stage 1: learn to answer from compressed tiles as the uncompressed model does.
 
-    Per step, each tile is compressed or not at random. The loss is KL(reference || policy) over the response tokens,
+    Per step, tiles are compressed at random. The loss is KL(reference || policy) over the response tokens,
     where the reference is a frozen copy of the initial model that always sees all visual tokens. All weights train but
     those of the router, which is stage 2's. With a `PeftModel` the adapter decides what trains, again without router.
 
@@ -73,7 +73,7 @@ class VicoConsistencyTrainer(VtcTrainer):
         args (`TrainingArguments`, *optional*): see `VtcTrainer`.
         reference_model ([`PreTrainedModel`], *optional*): the frozen model; by default a copy of `model` as it is now.
             To resume a run, build the trainer from the initial model again, so that the copy is the same one.
-        compress_probability (`float` or `tuple[float, float]` in [0, 1], or `"auto"`): chance that a tile is compressed,
+        compress_probability (`float`, `tuple[float, float]` or `"auto"`): chance in [0, 1] that a tile is compressed,
             independently of all others, or the range from which every sample draws its own chance. The report samples
             uniformly from the two lengths, 0.5; independence per tile and the range are ours. With one chance for all,
             samples of which nearly everything is compressed hardly occur. `"auto"`, ours too, compresses what the
@@ -82,7 +82,7 @@ class VicoConsistencyTrainer(VtcTrainer):
         kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: `compress_probability` is no probability, or `cross_entropy_weight` is negative.
+        ValueError: `compress_probability` is none of these, or `cross_entropy_weight` is negative.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class VicoConsistencyTrainer(VtcTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
-        """KL over response tokens with random tiles compressed; see the class."""
+        """KL over response tokens with some tiles compressed; see the class."""
         inputs = dict(inputs)
         responses = Responses.from_labels(inputs.pop("labels"))
         with torch.no_grad():
