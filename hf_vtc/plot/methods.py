@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.modeling_llavolta import consecutive_windows, square_windows, strided_picks
+from ..models.modeling_compressors_llavolta import consecutive_windows, square_windows, strided_picks
 from ..models.tiling_vtc import TileLayout, joined_order, unpadded_grids
 from .canvas import Drawing, Tile
 
