@@ -30,7 +30,9 @@ Kept as it is: ünïcode, `code` and all.
 
 
 @pytest.fixture
-def parts(method):
+def parts(request):
+    """Model and processor: of every method for a test that asks for `method`, else of one."""
+    method = request.getfixturevalue("method") if "method" in request.fixturenames else "vico"
     return factories.tiny_model(method), factories.tiny_processor(method)
 
 
@@ -63,7 +65,7 @@ def test_export_carries_every_file_that_its_code_imports(exported):
 
 
 @needs_remote_code_from_folder
-def test_export_proves_what_it_writes(parts, tmp_path):
+def test_export_proves_what_it_writes(method, parts, tmp_path):
     model, processor = parts
     folder = hub.export(model, processor, tmp_path / "tiny")
     weights = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
