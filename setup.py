@@ -1,3 +1,65 @@
-from setuptools import setup
+"""Metadata is in setup.cfg. A plain install is pure Python; HF_VTC_BUILD_OPS builds the compiled ops into it.
 
-setup()
+HF_VTC_BUILD_OPS=1 pip install --no-build-isolation .       kernels for CPU
+HF_VTC_BUILD_OPS=cuda pip install --no-build-isolation .    and for CUDA, with HF_VTC_OPS_ARCH="80 90" for these alone
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+KINDS = {"1": ("cpu",), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}
+
+
+def wanted_kinds() -> tuple[str, ...]:
+    """Kinds of devices to build for, as HF_VTC_BUILD_OPS says."""
+    asked = os.environ.get("HF_VTC_BUILD_OPS") or "0"
+    if asked != "0" and asked not in KINDS:
+        raise SystemExit(f"HF_VTC_BUILD_OPS must be one of 0, {', '.join(KINDS)}, got {asked!r}.")
+    return KINDS.get(asked, ())
+
+
+class BuildOps(build_py):
+    """Build the kernels beside their sources in what is being installed."""
+
+    def run(self) -> None:
+        super().run()
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            raise SystemExit(
+                "HF_VTC_BUILD_OPS needs torch while building. Install torch first, then use "
+                "`pip install --no-build-isolation .`"
+            ) from None
+        # hf_vtc itself imports transformers, which need not be here
+        folder = Path("hf_vtc", "ops").resolve()
+        location = {"submodule_search_locations": [str(folder)]}
+        spec = importlib.util.spec_from_file_location("_hf_vtc_ops", folder / "__init__.py", **location)
+        module = sys.modules["_hf_vtc_ops"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        from _hf_vtc_ops.build import build_into
+        from _hf_vtc_ops.recipe import ARCHITECTURES, Recipe
+
+        architectures = tuple(os.environ.get("HF_VTC_OPS_ARCH", " ".join(ARCHITECTURES)).split())
+        root = Path() if self.editable_mode else Path(self.build_lib)
+        for kind in wanted_kinds():
+            build_into(Recipe(kind, architectures if kind == "cuda" else ()), root / "hf_vtc" / "ops" / "_lib")
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for this platform and any Python: the kernels hold no symbol of Python's."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(cmdclass={"build_py": BuildOps, "bdist_wheel": PlatformWheel} if wanted_kinds() else {})

@@ -1,17 +1,74 @@
-"""Tensor operations of the compressors: the readable reference of each."""
+"""Tensor operations of the compressors: a readable reference of each, and the one switch to its compiled form.
 
-from collections.abc import Sequence
+An op `name` comes as `name`, which models call, `name_reference`, which runs everywhere, and `torch.ops.hf_vtc.name`,
+whose kernels (C++, CUDA) the installed package builds, see `kernels_vtc.py`. Without them, and for what they do
+not take (other devices and dtypes, tensor subclasses), the reference runs. Both compute in float32 and agree up to
+rounding, not bit for bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
+from .kernels_vtc import has_kernel, set_forced
 from .tiling_vtc import pooled_grid
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# levels of a pyramid that one kernel makes: those of the paper
+_MAX_HALVINGS = 4
+
+
+@contextmanager
+def compiled_ops(enabled: bool | None) -> Iterator[None]:
+    """For tests and measurements: run the compiled kernels where there are any (True), never (False), or by the
+    environment variable `HF_VTC_OPS` (None). True raises a RuntimeError where no compiled kernel is found."""
+    before = set_forced(enabled)
+    try:
+        yield
+    finally:
+        set_forced(before)
+
+
+def _takes(name: str, *tensors: torch.Tensor) -> bool:
+    """Whether the compiled kernel of op `name` exists and takes tensors of these kinds, the first one's device."""
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    known = all(tensor.dtype in _DTYPES and tensor.device == tensors[0].device for tensor in tensors)
+    return plain and known and has_kernel(name, tensors[0].device.type)
+
+
+def segment_mean(x: torch.Tensor, index: torch.LongTensor, offsets: torch.LongTensor) -> torch.Tensor:
+    """Means of gathered rows, as many of them as each segment names: pooling, copying and compaction in one pass.
+
+    Args:
+        x (`torch.Tensor` of shape `(N, D)`): the rows.
+        index (`torch.LongTensor` of shape `(M,)`): rows that are averaged, segment after segment.
+        offsets (`torch.LongTensor` of shape `(S + 1,)`): where each segment begins in `index`, and M.
+
+    Returns:
+        `(S, D)` in the dtype of `x`: a segment of one row is a copy of it, an empty one is zero.
+    """
+    if _takes("segment_mean", x):
+        return torch.ops.hf_vtc.segment_mean(x, index, offsets)
+    return segment_mean_reference(x, index, offsets)
+
+
+def segment_mean_reference(x: torch.Tensor, index: torch.LongTensor, offsets: torch.LongTensor) -> torch.Tensor:
+    """`segment_mean` in plain PyTorch."""
+    return F.embedding_bag(index, x, offsets, mode="mean", include_last_offset=True)
 
 
 def unshuffle_layernorm(
-    features: torch.Tensor, factor: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, version: str = "v2"
+    features: torch.Tensor,
+    factor: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    version: str = "v2",
+    tiles: torch.LongTensor | None = None,
 ) -> torch.Tensor:
-    """Fold `factor` x `factor` neighbours of a square grid into channels, then LayerNorm over them.
+    """Fold `factor` x `factor` neighbours of some square grids into channels, then LayerNorm over them.
 
     Args:
         features (`torch.Tensor` of shape `(T, N, C)`): row-major grids, `N = side * side`, `side` divisible by
@@ -20,12 +77,32 @@ def unshuffle_layernorm(
         weight, bias (`torch.Tensor` of shape `(factor * factor * C,)`): affine part of the LayerNorm.
         eps (`float`): as in `torch.nn.LayerNorm`.
         version (`str`): `"v2"`; `"v1"` transposes the folded grid (InternVL's first pixel shuffle).
+        tiles (`torch.LongTensor` of shape `(T',)`, *optional*): the grids that are folded, no one twice; default all.
 
     Returns:
-        `(T, N / factor^2, factor^2 * C)`, channel `(dh * factor + dw) * C + c` from neighbour `(dh, dw)`.
+        `(T', N / factor^2, factor^2 * C)`, channel `(dh * factor + dw) * C + c` from neighbour `(dh, dw)`.
 
     Source: OpenGVLab/InternVL@2410d1d `pixel_shuffle` and the first module of `mlp1`.
     """
+    # under autocast on CUDA a LayerNorm takes half precision in and gives float32 out, which the kernel does not
+    widens = features.is_cuda and features.dtype != torch.float32 and torch.is_autocast_enabled("cuda")
+    if not widens and _takes("unshuffle_layernorm", features, weight, bias):
+        transposed = version == "v1"
+        return torch.ops.hf_vtc.unshuffle_layernorm(features, tiles, weight, bias, factor, transposed, eps)[0]
+    return unshuffle_layernorm_reference(features, factor, weight, bias, eps, version, tiles)
+
+
+def unshuffle_layernorm_reference(
+    features: torch.Tensor,
+    factor: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    version: str = "v2",
+    tiles: torch.LongTensor | None = None,
+) -> torch.Tensor:
+    """`unshuffle_layernorm` in plain PyTorch."""
+    features = features if tiles is None else features[tiles]
     folded = pixel_unshuffle(features, factor, version)
     return F.layer_norm(folded, folded.shape[-1:], weight, bias, eps)
 
@@ -57,6 +134,24 @@ def pool_pyramid(features: torch.Tensor, scales: Sequence[int]) -> list[torch.Te
 
     Source: DeepLearnXMU/AVG-LLaVA@3685bc8 `llava_arch.py` `matryoshka_vis_token_process`.
     """
+    num_tiles, num_tokens, _ = features.shape
+    side = round(num_tokens**0.5)
+    for scale in scales:
+        # raises for scales that halving does not reach
+        pooled_grid(side, scale)
+    pooled_scales = sorted({scale for scale in scales if scale != num_tokens}, reverse=True)
+    halvings = [(num_tokens // scale).bit_length() - 1 for scale in pooled_scales]
+    if not halvings or max(halvings) > _MAX_HALVINGS or not _takes("pool_pyramid", features):
+        return pool_pyramid_reference(features, scales)
+    pooled = torch.ops.hf_vtc.pool_pyramid(features, halvings)
+    rows = pooled.split([num_tiles * scale for scale in pooled_scales])
+    levels = {scale: level.unflatten(0, (num_tiles, scale)) for scale, level in zip(pooled_scales, rows)}
+    levels[num_tokens] = features
+    return [levels[scale] for scale in scales]
+
+
+def pool_pyramid_reference(features: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
+    """`pool_pyramid` in plain PyTorch."""
     num_tiles, num_tokens, width = features.shape
     side = round(num_tokens**0.5)
     pooled = []
@@ -98,11 +193,26 @@ def assign_segment_mean(
 
     Source: transformers 4.37.2 `GroupViTAssignAttention` (`hard_softmax`, `assign_eps`).
     """
+    if logits.dtype == torch.float32 and _takes("assign_segment_mean", values, logits):
+        means, chosen, _ = torch.ops.hf_vtc.assign_segment_mean(logits, values, group_idx, eps, empty_eps, tau)
+        return means, chosen
+    return assign_segment_mean_reference(logits, values, eps, empty_eps, tau, group_idx)
+
+
+def assign_segment_mean_reference(
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    eps: float = 1e-6,
+    empty_eps: float | None = None,
+    tau: float = 1.0,
+    group_idx: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`assign_segment_mean` in plain PyTorch."""
     if group_idx is None:
         group_idx = logits.argmax(1)
-    assignment = F.one_hot(group_idx, logits.shape[1]).transpose(1, 2).float()
+    assignment = F.one_hot(group_idx, logits.shape[1]).transpose(1, 2).to(_wide(logits))
     if logits.requires_grad:
-        soft = (logits.float() / tau).softmax(1)
+        soft = (logits.to(_wide(logits)) / tau).softmax(1)
         # exactly the one-hot values, with the gradient of the softmax
         assignment = assignment + (soft - soft.detach())
     return segment_mean_of(assignment, values, eps, empty_eps), group_idx
@@ -113,9 +223,15 @@ def segment_mean_of(
 ) -> torch.Tensor:
     """Weighted means `(T, G, C)` of `values` `(T, N, C)` by `assignment` `(T, G, N)`; `eps` as above, over weights."""
     with torch.autocast(values.device.type, enabled=False):
-        weights, rows = assignment.float(), values.float()
+        wide = _wide(values)
+        weights, rows = assignment.to(wide), values.to(wide)
         totals = weights.sum(-1, keepdim=True)
         if empty_eps is not None:
             eps = torch.where(totals.detach() == 0, empty_eps, eps)
         # divided before the product, as in the original, whose gradients are large where a group is empty
         return ((weights / (totals + eps)) @ rows).to(values.dtype)
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    """float32, or float64 for those who ask for it."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
