@@ -12,6 +12,8 @@ _MODULES = tempfile.TemporaryDirectory(prefix="hf_vtc_modules_")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# what is compared bit for bit may not depend on whether this machine has a compiler
+os.environ.setdefault("HF_VTC_OPS", "off")
 
 import factories  # noqa: E402
 import pytest  # noqa: E402
@@ -70,3 +72,19 @@ def run_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         return result.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def compiled_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled ops for CPU, built once for all workers and loaded, whatever `HF_VTC_OPS` says."""
+    from hf_vtc.ops import library
+    from hf_vtc.ops.recipe import Recipe
+
+    # the parent is the same for all workers of pytest-xdist
+    os.environ.setdefault("HF_VTC_OPS_DIR", str(tmp_path_factory.getbasetemp().parent / "hf_vtc_ops"))
+    try:
+        path = library.find_built(Recipe("cpu")) or library.build_once(Recipe("cpu"))
+    except library.OpsUnavailable as missing:
+        pytest.skip(f"needs a C++ compiler: {missing}")
+    torch.ops.load_library(str(path))
+    return path

@@ -1,6 +1,7 @@
 """Contracts C1 to C6 of every method: a method is tested by being listed in `factories.METHODS`."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -228,9 +229,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
         # a method may draw noise in training
         torch.manual_seed(0)
         each(**batch, labels=with_labels(batch, model), vtc_budget=some_budget(model)).loss.backward()
-    for (name, one), two in zip(plain.named_parameters(), checkpointed.parameters()):
+    reached = 0
+    for (name, one), two in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None), name
         if one.grad is not None:
+            reached += int(one.grad.abs().max() > 0)
             torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-6, msg=name)
+    assert reached > 10
 
 
 @pytest.mark.parametrize("images_per_row", ([0, 0], [1, 0], [2, 1]))
@@ -492,18 +497,80 @@ def test_bad_budgets_raise(model, budget):
         model(**batch, vtc_budget=budget)
 
 
-def test_one_transfer_and_no_state(model, monkeypatch):
+def smallest_count(model, image, batch):
+    """The smallest admissible count of one image, which the error of a budget of nothing names."""
+    budgets = ["full"] * len(model.count_visual_tokens(**batch, vtc_budget="full"))
+    budgets[image] = 1
+    try:
+        return int(model.count_visual_tokens(**batch, vtc_budget=budgets)[image])
+    except ValueError as error:
+        found = re.search(r"`vtc_budget` of 1 .* image (\d+), .*smallest admissible count is (\d+)", str(error))
+        assert found and int(found[1]) == image, error
+        return int(found[2])
+
+
+@torch.no_grad()
+def test_budgets_bound_the_images_that_they_are_for(model):
+    batch = batch_of(model, 32, num_rows=2, images_per_row=[2, 1])
+    reserved = model.count_visual_tokens(**batch, vtc_budget="full").tolist()
+    for image in range(len(reserved)):
+        smallest, previous = smallest_count(model, image, batch), 0
+        assert 1 <= smallest <= reserved[image]
+        budgets = ["full"] * len(reserved)
+        for allowed in sorted({smallest, (smallest + reserved[image]) // 2, reserved[image], reserved[image] + 7}):
+            # as a number of tokens, and as the share that is as large
+            for budget in (allowed, min(allowed / reserved[image], 1.0)):
+                budgets[image] = budget
+                counts = model.count_visual_tokens(**batch, vtc_budget=budgets).tolist()
+                assert previous <= counts[image] <= allowed
+                assert counts[:image] + counts[image + 1 :] == reserved[:image] + reserved[image + 1 :]
+            previous = counts[image]
+        # the largest that fits, and nothing below the smallest
+        assert previous == reserved[image]
+        budgets[image] = smallest
+        assert model.count_visual_tokens(**batch, vtc_budget=budgets)[image] == smallest
+        if smallest > 1:
+            budgets[image] = smallest - 1
+            with pytest.raises(ValueError, match=f"smallest admissible count is {smallest} "):
+                model(**batch, vtc_budget=budgets)
+
+
+def state_of(model):
+    """What the modules of a model hold: values of numbers and strings, identities of all else, members of dicts."""
+
+    def seen(value):
+        if isinstance(value, dict):
+            return {name: seen(member) for name, member in value.items()}
+        return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+    return {name: seen(vars(module)) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("budget", ("auto", "some", "full"))
+def test_one_transfer_before_the_language_model_and_no_state(model, monkeypatch, budget):
     import hf_vtc.models.prompt_vtc as prompt_vtc
 
-    calls = []
+    calls, calls_before_decoder = [], []
     original = prompt_vtc.to_host
     monkeypatch.setattr(prompt_vtc, "to_host", lambda *tensors: calls.append(len(tensors)) or original(*tensors))
-    batch = batch_of(model, 40, num_rows=3, images_per_row=[2, 0, 1])
-    before = {name: set(vars(module)) for name, module in model.named_modules()}
-    with torch.no_grad():
-        out = model(**batch)
-    assert len(calls) == 1
-    assert before == {name: set(vars(module)) for name, module in model.named_modules()}
+    batch, budget = batch_of(model, 40, num_rows=3, images_per_row=[2, 0, 1]), resolved(budget, model)
+    # what transformers notes at the first call, such as that a mask is needed, is not ours
+    model.generate(**batch, **GREEDY, vtc_budget=budget)
+    calls.clear()
+    before = state_of(model)
+    first_layer = model.get_decoder().layers[0]
+    handle = first_layer.register_forward_pre_hook(lambda module, args: calls_before_decoder.append(len(calls)))
+    try:
+        with torch.no_grad():
+            out = model(**batch, vtc_budget=budget)
+        assert len(calls) == 1 and calls_before_decoder == [1]
+        calls.clear()
+        calls_before_decoder.clear()
+        model.generate(**batch, **GREEDY, vtc_budget=budget)
+        assert len(calls) == 1 and set(calls_before_decoder) == {1}
+    finally:
+        handle.remove()
+    assert before == state_of(model)
     assert out.num_visual_tokens.device.type == "cpu"
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, TrainingArguments
 from hf_vtc.convert import convert, load_official
 from hf_vtc.convert.avg_llava_official import rename
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
-from hf_vtc.models.modeling_avg_llava import filter_text, text_similarity
+from hf_vtc.models.modeling_router_avg_llava import filter_text, text_similarity
 from hf_vtc.models.ops_vtc import pool_pyramid
 from hf_vtc.models.prompt_vtc import VisionInputs
 from hf_vtc.models.tiling_vtc import best_canvases, unpadded_grids
@@ -392,7 +392,7 @@ def test_router_trainer_matches_the_original(model, batch, tmp_path):
         rank_loss_weight=OFFICIAL["rank_loss_weight"],
     )
     tower_calls = []
-    model.model.vision_tower.register_forward_hook(lambda *args: tower_calls.append(1))
+    model.model.vision_tower.embeddings.register_forward_hook(lambda *args: tower_calls.append(1))
     model.eval()
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     losses, image_rows = trainer.measure(model, batch["labels"], inputs)
@@ -422,7 +422,7 @@ def test_granularity_trainer_matches_the_original(model, batch, tmp_path):
     model = copy.deepcopy(model)
     trainer = trainer_of(AvgLlavaGranularityTrainer, model, tmp_path)
     tower_calls = []
-    model.model.vision_tower.register_forward_hook(lambda *args: tower_calls.append(1))
+    model.model.vision_tower.embeddings.register_forward_hook(lambda *args: tower_calls.append(1))
     loss = trainer.training_step(model, dict(batch), (batch["labels"] != -100).sum())
     assert len(tower_calls) == 1
     assert_golden("stage3.loss", loss)

@@ -22,12 +22,8 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from hf_vtc.convert import from_base
 from hf_vtc.models.configuration_avg_llava import AvgLlavaConfig
-from hf_vtc.models.modeling_avg_llava import (
-    AvgLlavaForConditionalGeneration,
-    RouterLayer,
-    filter_text,
-    text_similarity,
-)
+from hf_vtc.models.modeling_avg_llava import AvgLlavaForConditionalGeneration
+from hf_vtc.models.modeling_router_avg_llava import RouterLayer, filter_text, text_similarity
 from hf_vtc.models.ops_vtc import pool_pyramid
 from hf_vtc.models.tiling_vtc import anyres_layout, best_canvases, joined_order, pooled_grid, unpadded_grids
 

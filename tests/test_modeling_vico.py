@@ -3,7 +3,9 @@
 import pytest
 import torch
 from factories import random_batch, tiny_config, tiny_model
-from transformers import AutoModel
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageTextToText
 
 from hf_vtc.models.modeling_vico import SingleQueryAttention, most_compressible, route_tiles
 
@@ -222,3 +224,53 @@ def test_single_query_attention_equals_multihead_attention():
     query, features = torch.randn(5, 32).double(), torch.randn(5, 9, 32).double()
     expected = stock(query[:, None], features, features, need_weights=False)[0][:, 0]
     torch.testing.assert_close(own(query, features), expected, rtol=0, atol=1e-12)
+
+
+UNUSED = ("attn3", "attn4", "norm3", "norm4")
+
+
+def unused_weights(tensors):
+    return {name: value for name, value in tensors if set(UNUSED) & set(name.split("."))}
+
+
+@pytest.mark.window
+def test_unused_weights_load_and_save_and_are_no_parameters(model, tmp_path):
+    assert unused_weights(model.named_parameters()) == {}
+    names = unused_weights(model.state_dict().items()).keys()
+    parts = [f"attn{idx}.{part}_proj" for idx in (3, 4) for part in ("q", "k", "v", "out")] + ["norm3", "norm4"]
+    assert names == {f"model.router.{part}.{leaf}" for part in parts for leaf in ("weight", "bias")}
+    model.save_pretrained(tmp_path, save_code=False)
+    state = load_file(tmp_path / "model.safetensors")
+    for name in names:
+        state[name] = torch.randn(state[name].shape)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[name], state[name]) for name in names)
+    loaded.save_pretrained(tmp_path / "again", save_code=False)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert state.keys() == again.keys() and all(torch.equal(again[name], value) for name, value in state.items())
+    half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(torch.equal(half.state_dict()[name], state[name].bfloat16()) for name in names)
+    # a repository without them is complete
+    save_file(
+        {name: value for name, value in state.items() if name not in names},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    lean = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert all(bool(value.isfinite().all()) for value in lean.state_dict().values())
+    batch = batch_of(model, [1])
+    with torch.no_grad():
+        assert torch.equal(lean(**batch).logits, model(**batch).logits)
+
+
+def test_an_adapter_that_saves_the_router_has_no_parameter_without_a_gradient():
+    targets = r"model\.language_model\.layers\.\d+\.self_attn\.[qv]_proj"
+    config = LoraConfig(r=2, target_modules=targets, modules_to_save=["router"])
+    adapted = get_peft_model(tiny_model("vico"), config).train()
+    batch = batch_of(adapted, [2])
+    out = adapted(**batch, labels=batch["input_ids"])
+    (out.loss + out.router_logits.square().sum()).backward()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert any("router" in name for name in trained)
+    assert [name for name in trained if adapted.get_parameter(name).grad is None] == []

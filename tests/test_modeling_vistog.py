@@ -22,7 +22,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "nu
 CLIP = {"model_type": "clip_vision_model", **SIZES, "image_size": 32, "patch_size": 8}
 SIGLIP = CLIP | {"model_type": "siglip_vision_model"}
 INTERNVL = {"model_type": "internvl_vision", **SIZES, "image_size": [32, 32], "patch_size": [8, 8]}
-# config fields by name; layers of the tower that are read, with and without the norm behind the last one
+# config fields by name; layers of the tower that are read, and InternViT's last one with the norm behind it
 TOWERS = {
     "clip": {"vision_config": CLIP},
     "clip-last": {"vision_config": CLIP, "vision_feature_layer": -1},
@@ -76,9 +76,14 @@ def plain_states(model, pixel_values):
     inputs = []
     for layer in next(each for each in inner.encoder.children() if isinstance(each, nn.ModuleList)):
         layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    before_norm = []
+    inner.encoder.register_forward_hook(lambda module, args, output: before_norm.append(output.last_hidden_state))
     output = tower(pixel_values).last_hidden_state
     layer = config.vision_feature_layer
-    return output if layer == -1 else inputs[layer if layer >= 0 else layer + 1]
+    if layer != -1:
+        return inputs[layer if layer >= 0 else layer + 1]
+    # LLaVA reads SigLIP before its last norm
+    return before_norm[0] if config.vision_config.model_type == "siglip_vision_model" else output
 
 
 @pytest.mark.window
@@ -112,13 +117,13 @@ def dense_states(model, pixel_values, tokens, mutual):
     parts = tower_parts(base.vision_tower, config.vision_config.model_type, config.vision_feature_layer)
     image = embed_patches(base.vision_tower, pixel_values)
     num_image, num_groups = image.shape[1], tokens.shape[0]
-    states = parts.pre_norm(torch.cat([image, tokens.expand(image.shape[0], -1, -1)], dim=1))
+    states = parts.path.pre_norm(torch.cat([image, tokens.expand(image.shape[0], -1, -1)], dim=1))
     mask = torch.full((num_image + num_groups, num_image + num_groups), float("-inf"))
     mask[:, :num_image] = 0
     own = torch.ones(num_groups, num_groups) if mutual else torch.eye(num_groups)
     mask[num_image:, num_image:][own.bool()] = 0
     mask = mask.expand(image.shape[0], 1, -1, -1)
-    for layer in parts.layers:
+    for layer in parts.path.layers:
         if config.vision_config.model_type == "internvl_vision":
             branch, _ = layer.attention(layer.layernorm_before(states), attention_mask=mask)
             states = states + layer.lambda_1 * branch
@@ -127,7 +132,7 @@ def dense_states(model, pixel_values, tokens, mutual):
             branch, _ = layer.self_attn(layer.layer_norm1(states), attention_mask=mask)
             states = states + branch
             states = states + layer.mlp(layer.layer_norm2(states))
-    return parts.final_norm(states).split([num_image, num_groups], dim=1)
+    return parts.path.final_norm(states).split([num_image, num_groups], dim=1)
 
 
 @pytest.mark.window
@@ -465,7 +470,7 @@ def test_full_leaves_the_semantic_tokens_out(model):
 
 
 @pytest.mark.window
-@pytest.mark.parametrize("name", ("clip", "clip-last", "early", "siglip"))
+@pytest.mark.parametrize("name", ("clip", "clip-last", "early", "siglip", "siglip-last"))
 def test_full_equals_llava(name):
     model = model_of(name)
     batch = batch_of(model, [1, 2], seed=10)

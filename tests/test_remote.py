@@ -170,6 +170,9 @@ def assert_complete(folder: Path) -> None:
     assert len(named) >= 4
     for name in named:
         assert (folder / f"{name}.py").is_file(), name
+    for file in folder.glob("*.py"):
+        for name in re.findall(r"^\s*from \.(\w+) import", file.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            assert (folder / f"{name}.py").is_file(), f"{file.name} imports {name}"
 
 
 @pytest.mark.window

@@ -28,6 +28,12 @@ def budgets_per_image(vtc_budget: Budget | Sequence[Budget], num_images: int) ->
     return [_checked(entry) for entry in entries]
 
 
+def leaves_a_choice(vtc_budget: Budget | Sequence[Budget]) -> bool:
+    """Whether the method itself decides for some image; the entries are not checked here."""
+    entries = vtc_budget if isinstance(vtc_budget, (list, tuple)) else [vtc_budget]
+    return any(entry is None or isinstance(entry, str) and entry == "auto" for entry in entries)
+
+
 def _checked(budget: Budget) -> str | float | int:
     if budget is None:
         return "auto"

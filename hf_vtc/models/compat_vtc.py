@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, BatchFeature, Cache, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoModel, BatchFeature, Cache, PretrainedConfig, ProcessorMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -24,9 +24,7 @@ __all__ = [
     "build_tower",
     "decoder_masks",
     "embed_patches",
-    "hidden_state_of_tower",
     "run_tower_layer",
-    "unused_modules",
 ]
 
 
@@ -39,31 +37,12 @@ def build_tower(config: PretrainedConfig) -> nn.Module:
     return getattr(tower, "vision_model", tower)
 
 
-def unused_modules(tower: nn.Module, feature_layer: int) -> list[nn.Module]:
-    """Modules of a tower that hidden state `feature_layer` does not depend on; -1 is the tower's output."""
-    layers = next(module for module in tower.encoder.children() if isinstance(module, nn.ModuleList))
-    num_used = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
-    # CLIP normalises its pooled output only
-    normalised = feature_layer == -1 and tower.config.model_type != "clip_vision_model"
-    unused = ("head",) if normalised else ("head", "post_layernorm", "layernorm")
-    return [*layers[num_used:], *(module for name, module in tower.named_children() if name in unused)]
-
-
-def hidden_state_of_tower(tower: nn.Module, pixel_values: torch.Tensor, feature_layer: int) -> torch.Tensor:
-    """Hidden state `(T, N, C)` of a tower: 0 is what its first layer gets, -1 what its last one gives."""
-    parameters = inspect.signature(tower.forward).parameters
-    if isinstance(tower, PreTrainedModel) or "output_hidden_states" in parameters:
-        return tower(pixel_values, output_hidden_states=True).hidden_states[feature_layer]
-    # SigLIP's of 4.57 is recorded by the module around it
-    layers = tower.encoder.layers
-    states = embed_patches(tower, pixel_values)
-    for layer in layers[: feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer]:
-        states = run_tower_layer(layer, states)
-    return states
-
-
 def embed_patches(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """What a tower's `embeddings` give for `(T, 3, S, S)` pixels; InternVL's of 4.57 gives the grid beside it."""
+    device = next(tower.parameters()).device
+    if device.type != "meta":
+        # accelerate moves the input of a tower to its device, but here the tower itself is not called
+        pixel_values = pixel_values.to(device)
     embedded = tower.embeddings(pixel_values)
     return embedded[0] if isinstance(embedded, tuple) else embedded
 

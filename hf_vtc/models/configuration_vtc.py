@@ -16,7 +16,8 @@ class VtcConfig(PretrainedConfig):
         image_token_id (`int`): id of the placeholder token in `input_ids`.
         image_seq_length (`int`, *optional*): reserved placeholders per tile, derived from the tower if not given:
             `(image_size / patch_size)^2 * downsample_ratio^2` (256 for 448 px, patch 14, ratio 0.5).
-        vision_feature_layer (`int`): hidden state of the tower that is read, -1 for its output.
+        vision_feature_layer (`int`): hidden state of the tower that is read, counted as in LLaVA: -1 is what the last
+            layer gives, without the norm behind it. InternViT's -1 is its output, with that norm, as in InternVL.
         vision_feature_select_strategy (`str`): `"default"` drops the class token, `"full"` keeps every token.
         projector_hidden_act (`str`): activation of the connectors.
         downsample_ratio (`float`): side ratio of the connector's pixel shuffle, 1 for none (LLaVA).

@@ -35,10 +35,13 @@ class Connector(nn.Module):
         for idx, (fan_in, fan_out) in enumerate(zip([folded, *widths], widths, strict=False), start=1):
             self.add_module(f"linear_{idx}", nn.Linear(fan_in, fan_out))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        states, norm = features, self.layer_norm
-        if norm is not None:
-            states = unshuffle_layernorm(features, self.factor, norm.weight, norm.bias, norm.eps, self.version)
+    def forward(self, features: torch.Tensor, tiles: torch.LongTensor | None = None) -> torch.Tensor:
+        """Project `features` `(T, N, C)`, or the tiles of them that `tiles` `(T',)` names, each once."""
+        norm = self.layer_norm
+        if norm is None:
+            states = features if tiles is None else features[tiles]
+        else:
+            states = unshuffle_layernorm(features, self.factor, norm.weight, norm.bias, norm.eps, self.version, tiles)
         states = self.linear_1(states)
         for idx in range(2, self.num_layers + 1):
             states = self.get_submodule(f"linear_{idx}")(self.dropout(self.act(states)))

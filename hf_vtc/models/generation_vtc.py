@@ -8,6 +8,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
+from .budget_vtc import leaves_a_choice
 from .packing_vtc import is_left_padded, pack_visual_tokens
 from .prompt_vtc import VisionInputs
 
@@ -171,9 +172,7 @@ def _require_shorter_cache(num_cached: int, packed_length: int) -> None:
 
 
 def _require_settled_decisions(vision: VisionInputs, can_change: bool) -> None:
-    budgets = vision.vtc_budget if isinstance(vision.vtc_budget, (list, tuple)) else [vision.vtc_budget]
-    undecided = vision.router_decisions is None and any(budget in (None, "auto") for budget in budgets)
-    if can_change and undecided:
+    if can_change and vision.router_decisions is None and leaves_a_choice(vision.vtc_budget):
         raise ValueError(
             "A filled `past_key_values` and a longer prompt need a fixed `vtc_budget` or `router_decisions`: with "
             "'auto' a new image, or new text where the router reads it, can change how many tokens the cached images "

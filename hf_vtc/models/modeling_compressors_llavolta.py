@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .ops_vtc import segment_mean
+
 _KMEANS_STEPS = 10
 
 
@@ -28,19 +30,43 @@ class Span(NamedTuple):
 class Shortened:
     """What becomes of some spans, in prompt order.
 
-    `values` `(M, D)`: the tokens that stay, None for members as they are; `slots` `(M,)`: indices of the flattened
-    states where they stand, `host_slots` the same on the CPU unless they were chosen on the device; `shifts` `(M,)`:
-    how far behind the position of that slot.
+    `slots` `(M,)`: indices of the flattened states where the tokens that stay stand, `host_slots` the same on the CPU
+    unless they were chosen on the device; `shifts` `(M,)`: how far behind the position of that slot. What stands there
+    is the mean of the `members`, one tensor `(kept tokens, width)` of indices per span, or `values` `(M, D)`, or, with
+    neither, the token of the slot itself.
     """
 
-    values: torch.Tensor | None
     slots: torch.LongTensor
     shifts: torch.LongTensor
     host_slots: torch.LongTensor
+    members: list[torch.LongTensor] | None = None
+    values: torch.Tensor | None = None
 
-    def fill(self, states: torch.Tensor) -> torch.Tensor:
-        """`states` `(N, D)` with the values in their slots."""
-        return states if self.values is None else states.index_copy(0, self.slots, self.values.to(states.dtype))
+    def take(self, states: torch.Tensor, source: torch.LongTensor) -> torch.Tensor:
+        """Rows `source` `(K,)` of what the flattened states `(N, D)` become, in one pass over those rows.
+
+        `source` is where `host_slots` are, so that the plan of a pooling is made on the CPU.
+        """
+        if self.members is not None:
+            index, offsets = self._plan(states.shape[0], source)
+            return segment_mean(
+                states, index.to(states.device, non_blocking=True), offsets.to(states.device, non_blocking=True)
+            )
+        if self.values is not None:
+            states = states.index_copy(0, self.slots, self.values.to(states.dtype))
+        return states.index_select(0, source.to(states.device, non_blocking=True))
+
+    def _plan(self, num_states: int, source: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Members of each row of `source` and where they begin, as `segment_mean` takes them."""
+        # every state is listed by itself, and behind all of them the members of each slot
+        listed = torch.cat([torch.arange(num_states), *(own.flatten() for own in self.members)])
+        first, widths = torch.arange(num_states), torch.ones(num_states, dtype=torch.long)
+        widths[self.host_slots] = torch.cat([torch.full((len(own),), own.shape[1]) for own in self.members])
+        ends = widths[self.host_slots].cumsum(0)
+        first[self.host_slots] = num_states + ends - widths[self.host_slots]
+        offsets = F.pad(widths[source].cumsum(0), (1, 0))
+        within = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], widths[source])
+        return listed[torch.repeat_interleave(first[source], widths[source]) + within], offsets
 
 
 def consecutive_windows(length: int, stride: int) -> torch.LongTensor:
@@ -131,12 +157,12 @@ def shorten(
     if compressor == "kmeans":
         values, places = zip(*[_clusters(states, span) for span in spans], strict=True)
         first_places = torch.cat([own[:, 0] for own in windows]).to(device, non_blocking=True)
-        return Shortened(torch.cat(values), on_device, torch.cat(places) - first_places, slots)
+        return Shortened(on_device, torch.cat(places) - first_places, slots, values=torch.cat(values))
     shifts = torch.cat([own.sum(1) // own.shape[1] - own[:, 0] for own in windows]).to(device, non_blocking=True)
     if all(own.shape[1] == 1 for own in windows):
-        return Shortened(None, on_device, shifts, slots)
+        return Shortened(on_device, shifts, slots)
     members = [own + span.start for own, span in zip(windows, spans, strict=True)]
-    return Shortened(_means(states, members), on_device, shifts, slots)
+    return Shortened(on_device, shifts, slots, members=members)
 
 
 def _windows(span: Span, compressor: str, side: int, training: bool, scores: torch.Tensor | None) -> torch.LongTensor:
@@ -162,18 +188,3 @@ def _clusters(states: torch.Tensor, span: Span) -> tuple[torch.Tensor, torch.Lon
     if span.stride == 1:
         return own, torch.arange(span.length, device=states.device)
     return kmeans_centroids(own, span.length // span.stride)
-
-
-def _means(states: torch.Tensor, members: list[torch.Tensor]) -> torch.Tensor:
-    """Means `(M, D)` of the rows of `states` that each window names; windows of one span are equally wide."""
-    widths = [own.shape[1] for own in members]
-    means, order = [], []
-    starts = torch.tensor([0, *map(len, members)]).cumsum(0).tolist()
-    for width in sorted(set(widths)):
-        same = [idx for idx, own in enumerate(widths) if own == width]
-        index = torch.cat([members[idx] for idx in same]).to(states.device, non_blocking=True)
-        means.append(states.index_select(0, index.flatten()).unflatten(0, index.shape).mean(1))
-        order += [torch.arange(starts[idx], starts[idx + 1]) for idx in same]
-    if len(means) == 1:
-        return means[0]
-    return torch.cat(means).index_select(0, torch.argsort(torch.cat(order)).to(states.device, non_blocking=True))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .compat_vtc import embed_patches, run_tower_layer
+from .tower_vtc import TowerPath, tower_path
 
 
 def isolated_attention(
@@ -151,15 +152,10 @@ def semantic_layer(
 
 
 class TowerParts(NamedTuple):
-    """What lies between pixels and the hidden state that is read; `pre_norm` and `final_norm` may be the identity.
+    """The way to the hidden state that is read; `describe` takes a layer apart, `class_token` `(C,)` is None for a
+    tower without one."""
 
-    `describe` takes a layer apart, `class_token` `(C,)` is None for a tower without one.
-    """
-
-    embeddings: nn.Module
-    pre_norm: nn.Module
-    layers: list[nn.Module]
-    final_norm: nn.Module
+    path: TowerPath
     describe: Callable[[nn.Module], LayerParts]
     class_token: torch.Tensor | None
 
@@ -170,22 +166,14 @@ def tower_parts(tower: nn.Module, tower_type: str, feature_layer: int) -> TowerP
     Args:
         tower (`nn.Module`): as `build_tower` gives it.
         tower_type (`str`): `model_type` of its config.
-        feature_layer (`int`): the hidden state that is read; -1 is the tower's output, with the norm behind it.
+        feature_layer (`int`): the hidden state that is read, see `tower_vtc.py`.
     """
-    embeddings, encoder = tower.embeddings, tower.encoder
-    pre_norm = final_norm = nn.Identity()
+    path, embeddings = tower_path(tower, feature_layer), tower.embeddings
     if tower_type == "clip_vision_model":
-        # the norm behind the last layer is for the class token alone
-        layers, describe, pre_norm = encoder.layers, _clip_parts, tower.pre_layrnorm
-        class_token = embeddings.class_embedding
-    elif tower_type == "siglip_vision_model":
-        layers, describe, class_token = encoder.layers, _clip_parts, None
-        final_norm = tower.post_layernorm if feature_layer == -1 else final_norm
-    else:
-        layers, describe, class_token = encoder.layer, _internvl_parts, embeddings.cls_token.flatten()
-        final_norm = tower.layernorm if feature_layer == -1 else final_norm
-    depth = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
-    return TowerParts(embeddings, pre_norm, list(layers)[:depth], final_norm, describe, class_token)
+        return TowerParts(path, _clip_parts, embeddings.class_embedding)
+    if tower_type == "siglip_vision_model":
+        return TowerParts(path, _clip_parts, None)
+    return TowerParts(path, _internvl_parts, embeddings.cls_token.flatten())
 
 
 def run_tower(
@@ -203,12 +191,13 @@ def run_tower(
     Returns:
         Image states `(T, M, C)`, class token first where there is one, and semantic states `(T, G, C)` or None.
     """
+    path = parts.path
     # a frozen tower builds no graph, whatever asks its input for gradients; the semantic tokens always do
     trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
     with torch.set_grad_enabled(trains):
-        states = parts.pre_norm(embed_patches(tower, pixel_values))
-    semantic = None if tokens is None else parts.pre_norm(tokens).expand(states.shape[0], -1, -1)
-    for layer in parts.layers:
+        states = path.pre_norm(embed_patches(tower, pixel_values))
+    semantic = None if tokens is None else path.pre_norm(tokens).expand(states.shape[0], -1, -1)
+    for layer in path.layers:
         if semantic is None:
             with torch.set_grad_enabled(trains):
                 states = run_tower_layer(layer, states)
@@ -218,8 +207,8 @@ def run_tower(
             states, keys, values = _image_layer(layer, described, states, trains)
         semantic = semantic_layer(described, semantic, keys, values, mutual)
     with torch.set_grad_enabled(trains):
-        states = parts.final_norm(states)
-    return states, None if semantic is None else parts.final_norm(semantic)
+        states = path.final_norm(states)
+    return states, None if semantic is None else path.final_norm(semantic)
 
 
 def _image_layer(

@@ -8,7 +8,8 @@ the InternVL3.5-Flash checkpoints (weights: Apache-2.0).
 Ours: batches, padding, several images and text-only rows; budgets; the `"absolute"` rule; only the connector that a
 tile needs is computed. Where we differ: the quantile covers the tiles of one sample, which equals the original at
 batch 1 and does not depend on the batch; `forward` routes too. As in the released code, `attn2` and `norm2` serve
-three of the four pooling steps; `attn3`, `attn4`, `norm3`, `norm4` exist in checkpoints and are never used.
+three of the four pooling steps; `attn3`, `attn4`, `norm3`, `norm4` exist in checkpoints and are never used: here they
+are buffers, which nothing trains.
 """
 
 import torch
@@ -115,6 +116,19 @@ class RouterBlock(nn.Module):
         return states + self.norm(self.dropout(branch))
 
 
+class UnusedWeights(nn.Module):
+    """Weight and bias that checkpoints hold and no output depends on.
+
+    Buffers, so that they load and save under their names, follow the model's dtype and device, and are no parameters
+    for which an optimizer, an adapter or distributed training would wait.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(shape))
+        self.register_buffer("bias", torch.zeros(shape[:1]))
+
+
 class VisionResolutionRouter(nn.Module):
     """ViR: logits of (compress, keep) for each tile from the tower's raw features.
 
@@ -126,14 +140,17 @@ class VisionResolutionRouter(nn.Module):
         width = config.vision_config.hidden_size
         self.query_token = nn.Parameter(torch.zeros(1, width))
         for idx in range(1, 5):
-            self.add_module(f"attn{idx}", SingleQueryAttention(width, config.router_num_heads))
-            self.add_module(f"norm{idx}", nn.LayerNorm(width, eps=1e-5))
+            if idx <= 2:
+                attention, norm = SingleQueryAttention(width, config.router_num_heads), nn.LayerNorm(width, eps=1e-5)
+            else:
+                projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+                attention = nn.ModuleDict({name: UnusedWeights(width, width) for name in projections})
+                norm = UnusedWeights(width)
+            self.add_module(f"attn{idx}", attention)
+            self.add_module(f"norm{idx}", norm)
             self.add_module(f"block{idx}", RouterBlock(width, config.connector_dropout))
         self.gate_norm = nn.LayerNorm(width, eps=1e-5)
         self.gate = nn.Linear(width, 2)
-        # no objective reaches the dead weights: without this, distributed training waits for their gradients
-        for dead in (self.attn3, self.attn4, self.norm3, self.norm4):
-            dead.requires_grad_(False)
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         """Pool `(T, N, C)` to `(T, C)` by four cross attentions, the second of which runs three times."""
@@ -158,6 +175,11 @@ class VicoInit:
         super()._init_weights(module)
         if isinstance(module, VisionResolutionRouter):
             nn.init.normal_(module.query_token, std=0.02)
+        elif isinstance(module, UnusedWeights):
+            # drawn like the layer that it stands for, or a seed would give the layers behind it other values than in
+            # the published trainings
+            (nn.init.normal_ if module.weight.ndim == 2 else nn.init.ones_)(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 class VicoModel(VicoInit, VtcModel):
@@ -254,8 +276,8 @@ class VicoModel(VicoInit, VtcModel):
         for connector, chosen in ((self.multi_modal_projector, ~decisions), (self.compressed_projector, decisions)):
             tiles = chosen.nonzero().flatten()
             if len(tiles) > 0:
-                own = features if len(tiles) == len(decisions) else features[tiles.to(features.device)]
-                tokens = connector(own)
+                some = len(tiles) < len(decisions)
+                tokens = connector(features, tiles.to(features.device, non_blocking=True) if some else None)
                 pieces.append(tokens.flatten(0, 1))
                 positions.append((starts[tiles][:, None] + torch.arange(tokens.shape[1])).flatten())
             elif self.training:

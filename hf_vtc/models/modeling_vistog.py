@@ -129,11 +129,11 @@ class GroupAssignment(nn.Module):
 class GroupingMlp(nn.Module):
     """The residual branch after the merge: `(T, G, C)` to `(T, G, C)`."""
 
-    def __init__(self, width: int, ratio: int = 4):
+    def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-5)
-        self.fc1 = nn.Linear(width, ratio * width)
-        self.fc2 = nn.Linear(ratio * width, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
         self.act = nn.GELU()
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:

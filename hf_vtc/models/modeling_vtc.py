@@ -8,105 +8,24 @@ only kept tokens run through the language model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, LlamaForCausalLM, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers import AutoModel, Cache, LlamaForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .budget_vtc import Budget, budgets_per_image, largest_admissible
-from .compat_vtc import build_tower, hidden_state_of_tower, unused_modules
+from .compat_vtc import build_tower
 from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
-from .packing_vtc import PackedPrompt, keep_slots, pack_visual_tokens, rows_of_images
+from .head_vtc import full_length_logits, predicting_states
+from .outputs_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast
+from .packing_vtc import PackedPrompt, keep_slots, pack_visual_tokens, rows_of_images, shifted_positions
+from .pretrained_vtc import VtcPreTrainedModel
 from .prompt_vtc import HostPrompt, Prompt, VisionInputs, VisualTokens, tiles_of_images
-
-
-@dataclass
-class VtcModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of a base model; `last_hidden_state` is full-length, `hidden_states` and `attentions` are compact.
-
-    Args:
-        image_hidden_states (`torch.Tensor` of shape `(num_visual_tokens.sum(), D)`): kept visual tokens, prompt order.
-        router_logits (`torch.Tensor`): what the method's router said; its page gives the shape.
-        router_decisions (`torch.Tensor`): what was done, in the form that `forward(router_decisions=...)` takes.
-        kept_mask (`torch.BoolTensor` of shape `(B, L)`): positions that the language model really computed.
-        kept_index (`torch.LongTensor` of shape `(num_kept,)`): True positions of the flattened `kept_mask`.
-        num_visual_tokens (`torch.LongTensor` of shape `(num_images,)`): kept per image, on the CPU.
-    """
-
-    image_hidden_states: torch.FloatTensor | None = None
-    router_logits: torch.FloatTensor | None = None
-    router_decisions: torch.Tensor | None = None
-    kept_mask: torch.BoolTensor | None = None
-    kept_index: torch.LongTensor | None = None
-    num_visual_tokens: torch.LongTensor | None = None
-
-
-@dataclass
-class VtcCausalLMOutputWithPast(ModelOutput):
-    """Output of a model with a language modelling head; the fields of `VtcModelOutputWithPast`, and:
-
-    Args:
-        loss (`torch.Tensor` of shape `()`): next-token loss, if `labels` were given.
-        logits (`torch.Tensor` of shape `(B, L, vocab_size)`): full-length; None in training mode with `labels`.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-    router_logits: torch.FloatTensor | None = None
-    router_decisions: torch.Tensor | None = None
-    kept_mask: torch.BoolTensor | None = None
-    kept_index: torch.LongTensor | None = None
-    num_visual_tokens: torch.LongTensor | None = None
-
-
-class VtcPreTrainedModel(PreTrainedModel):
-    """Loading, saving and the flags that transformers asks for."""
-
-    config_class = VtcConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    model_tags = ["vtc", "vision-token-compression", "custom_code"]
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    # how many tokens are kept depends on the data
-    _can_compile_fullgraph = False
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        # transformers guesses from names of classes in the source; tower and decoder have the attention that is meant
-        return True
-
-    def save_pretrained(self, save_directory: str, *args: Any, save_code: bool = True, **kwargs: Any) -> None:
-        """`PreTrainedModel.save_pretrained`, and the code beside the weights.
-
-        Args:
-            save_directory (`str`): the folder.
-            save_code (`bool`): copy the model's source files and write every `auto_map` key, so that the folder loads
-                with `trust_remote_code=True` where hf_vtc is not installed. `False` writes neither.
-        """
-        if save_code:
-            self.config.auto_map = self.config.remote_code_map()
-        else:
-            # a map without files would break every load with trust_remote_code
-            vars(self.config).pop("auto_map", None)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if save_code and kwargs.get("is_main_process", True):
-            custom_object_save(self, save_directory)
+from .tower_vtc import run_tower_to, unused_modules
 
 
 class VtcModel(VtcPreTrainedModel):
@@ -144,11 +63,7 @@ class VtcModel(VtcPreTrainedModel):
 
         `prompt` is there for towers that need the sizes of the images; it is None where all are of one size.
         """
-        pixel_values, layer = pixel_values.to(self.dtype), self.config.vision_feature_layer
-        if layer == -1:
-            features = self.vision_tower(pixel_values).last_hidden_state
-        else:
-            features = hidden_state_of_tower(self.vision_tower, pixel_values, layer)
+        features = run_tower_to(self.vision_tower, pixel_values.to(self.dtype), self.config.vision_feature_layer)
         return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
     def reserved_blocks(self, host: HostPrompt, num_tiles: int) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -274,7 +189,9 @@ class VtcModel(VtcPreTrainedModel):
 
         positions = (prompt.host.placeholder_mask & keep).flatten().nonzero().flatten()
         if visual.position_shifts is not None:
-            position_ids = _shifted_positions(prompt.host.attention_mask, position_ids, positions, visual)
+            position_ids = shifted_positions(
+                prompt.host.attention_mask, position_ids, positions, visual.position_shifts
+            )
         embeds = visual.embeds.to(inputs_embeds.device, inputs_embeds.dtype)
         filled = inputs_embeds.flatten(0, 1).index_copy(0, positions.to(inputs_embeds.device), embeds)
         filled = filled.unflatten(0, inputs_embeds.shape[:2])
@@ -529,7 +446,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
                 labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
             loss = self._next_token_loss(outputs, labels, **kwargs)
         if labels is None or not self.training:
-            logits = self._full_length_logits(outputs, logits_to_keep)
+            logits = full_length_logits(self.lm_head, outputs, logits_to_keep)
         return VtcCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -545,46 +462,12 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         )
 
     def _next_token_loss(self, outputs: VtcModelOutputWithPast, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Equal to the full-length loss: a kept token predicts the next kept token of its row.
-
-        `shift_labels` `(B, L)` among `kwargs` replaces the targets: what each position of the full-length prompt
-        predicts, as trainers give it that split sequences.
-        """
-        states, kept_index = outputs.last_hidden_state, outputs.kept_index
+        """Equal to the full-length loss, from compact rows; `shift_labels` among `kwargs` replaces the targets."""
         shift_labels = kwargs.pop("shift_labels", None)
-        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
-        states = states.flatten(0, 1)
         if shift_labels is not None:
-            targets = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100).flatten()
-            predicted = (targets != -100).nonzero().flatten()
-            states, targets = states[predicted], targets[predicted]
-        elif kept_index is not None:
-            kept_labels = labels.flatten()[kept_index]
-            rows = kept_index // labels.shape[1]
-            row_goes_on = nn.functional.pad(rows[1:] == rows[:-1], (0, 1), value=False)
-            targets = nn.functional.pad(kept_labels[1:], (0, 1), value=-100).masked_fill(~row_goes_on, -100)
-            states = states[kept_index]
+            shift_labels = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100)
+        states, targets = predicting_states(outputs, labels, shift_labels)
         vocab_size = self.config.text_config.vocab_size
         return self.loss_function(
             logits=self.lm_head(states), labels=None, vocab_size=vocab_size, shift_labels=targets, **kwargs
         )
-
-    def _full_length_logits(self, outputs: VtcModelOutputWithPast, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        states, kept_index = outputs.last_hidden_state, outputs.kept_index
-        if kept_index is None or not isinstance(logits_to_keep, int) or logits_to_keep > 0:
-            rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            return self.lm_head(states[:, rows])
-        # the head runs on kept rows only; dropped positions repeat them
-        repeats = (outputs.kept_mask.flatten().cumsum(0) - 1).clamp(min=0)
-        return self.lm_head(states.flatten(0, 1)[kept_index])[repeats].unflatten(0, outputs.kept_mask.shape)
-
-
-def _shifted_positions(
-    attention_mask: torch.Tensor, position_ids: torch.Tensor | None, slots: torch.Tensor, visual: VisualTokens
-) -> torch.LongTensor:
-    """Positions `(B, L)` of a full-length prompt, those of its kept placeholders `slots` (flat) shifted."""
-    shifts = visual.position_shifts
-    if position_ids is None:
-        position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0).to(shifts.device, non_blocking=True)
-    positions = position_ids.expand(attention_mask.shape).flatten()
-    return positions.index_add(0, slots.to(shifts.device), shifts).unflatten(0, attention_mask.shape)

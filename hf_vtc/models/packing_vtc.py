@@ -199,3 +199,21 @@ def pack_visual_tokens(
         expand_index=expand_index.to(device, non_blocking=True),
         kept_index=kept_mask.flatten().nonzero().flatten().to(device, non_blocking=True),
     )
+
+
+def shifted_positions(
+    attention_mask: torch.Tensor, position_ids: torch.Tensor | None, slots: torch.Tensor, shifts: torch.Tensor
+) -> torch.LongTensor:
+    """Positions `(B, L)` of a full-length prompt whose kept placeholders stand `shifts` further on than their slots.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(B, L)`): on the CPU.
+        position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): the caller's. Default: those of the text
+            without padding.
+        slots (`torch.LongTensor` of shape `(num_kept,)`): of kept placeholders, indices of the flattened prompt.
+        shifts (`torch.LongTensor` of shape `(num_kept,)`): on the device.
+    """
+    if position_ids is None:
+        position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0).to(shifts.device, non_blocking=True)
+    positions = position_ids.expand(attention_mask.shape).flatten()
+    return positions.index_add(0, slots.to(shifts.device), shifts).unflatten(0, attention_mask.shape)

@@ -267,6 +267,36 @@ def refuse_empty_map(image_size: Sequence[int], kept: Sequence[int]) -> None:
         )
 
 
+def refuse_no_pixels(image_sizes: torch.Tensor) -> None:
+    """Raise for `image_sizes` `(num_images, 2)` on the CPU with a side of no pixel."""
+    if bool((image_sizes < 1).any()):
+        raise ValueError(f"`image_sizes` must be at least 1 pixel each, got {image_sizes.tolist()} (height, width).")
+
+
+def refuse_wrong_tiles(
+    image_sizes: torch.Tensor, grids: torch.Tensor, kept: torch.Tensor, num_tiles: Sequence[int]
+) -> None:
+    """Raise where an `"anyres"` image of several tiles has others than its size asks for, or nothing left of its map.
+
+    Args:
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): (height, width) in pixels, on the CPU.
+        grids (`torch.LongTensor` of shape `(num_images, 2)`): (rows, columns) of tiles.
+        kept (`torch.LongTensor` of shape `(num_images, 2)`): from `unpadded_grids`.
+        num_tiles (`Sequence[int]`): tiles of each image that were given; an image of one has no map.
+    """
+    for image_idx, given in enumerate(num_tiles):
+        if given == 1:
+            continue
+        size, (rows, columns) = image_sizes[image_idx].tolist(), grids[image_idx].tolist()
+        if given != 1 + rows * columns:
+            raise ValueError(
+                f"Image {image_idx} of {size[0]} x {size[1]} pixels (height x width) needs {rows} x {columns} tiles "
+                f"and the base tile, but has {given}. Use an image processor with `tiling='anyres'` and the model's "
+                "`image_grid_pinpoints`."
+            )
+        refuse_empty_map(size, kept[image_idx].tolist())
+
+
 def joined_order(grid: tuple[int, int], tokens: tuple[int, int], kept: tuple[int, int]) -> torch.LongTensor:
     """Which token of an `"anyres"` image stands where: the base tile, then the map of the others without padding.
 

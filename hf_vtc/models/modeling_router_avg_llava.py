@@ -1,0 +1,160 @@
+"""AVG-LLaVA's router: the text that concerns an image, and logits over granularities from both.
+
+Paper: arXiv 2410.02745. Upstream: DeepLearnXMU/AVG-LLaVA@3685bc8, `llava/model/llava_arch.py` (`TextFilterCosine`) and
+`llava/model/multimodal_router/builder.py` (Apache-2.0). The text filter never builds patches x text similarities; one
+pass serves all images of a batch; votes are summed and normalised in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_avg_llava import AvgLlavaConfig
+
+
+def text_similarity(base_features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Mean cosine similarity of each text row to the patches of each image.
+
+    The mean over patches is taken first, of the normalised patches: no tensor of patches x rows is built.
+
+    Args:
+        base_features (`torch.Tensor` of shape `(num_images, N, D)`): projected tokens of the whole views.
+        text (`torch.Tensor` of shape `(R, D)`).
+
+    Returns:
+        `(num_images, R)`.
+
+    Source: `TextFilterCosine`.
+    """
+    directions = F.normalize(base_features, dim=-1, eps=1e-8).mean(1)  # (num_images, D)
+    return directions @ text.T / text.norm(dim=-1).clamp(min=1e-8)
+
+
+def filter_text(
+    base_features: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    text_mask: torch.Tensor,
+    rows: torch.Tensor,
+    num_rows: int,
+) -> torch.Tensor:
+    """The text that is most similar to each image, most similar first.
+
+    Args:
+        base_features (`torch.Tensor` of shape `(num_images, N, D)`): projected tokens of the whole views.
+        inputs_embeds (`torch.Tensor` of shape `(B, L, D)`): embeddings of the prompts.
+        text_mask (`torch.BoolTensor` of shape `(B, L)`): True at real text.
+        rows (`torch.LongTensor` of shape `(num_images,)`): whose text it is, -1 for none.
+        num_rows (`int`): K, text rows that are kept.
+
+    Returns:
+        `(num_images, K, D)`, zero where a prompt has less text.
+    """
+    batch_size, length, _ = inputs_embeds.shape
+    embeds = inputs_embeds.flatten(0, 1)
+    similarity = text_similarity(base_features, embeds)
+    own_row = torch.arange(batch_size, device=rows.device).repeat_interleave(length) == rows[:, None]
+    similarity = similarity.masked_fill(~(own_row & text_mask.flatten()), float("-inf"))
+    values, indices = similarity.topk(min(num_rows, similarity.shape[1]), dim=-1)
+    chosen = embeds[indices].masked_fill(values.isneginf()[..., None], 0)
+    return F.pad(chosen, (0, 0, 0, num_rows - chosen.shape[1]))
+
+
+class RouterLayer(nn.Module):
+    """`torch.nn.TransformerEncoderLayer` with ReLU and LayerNorm after each branch, for tokens of tiles.
+
+    Attention runs over the tokens of each tile, or, as released, over the tiles of each image, every place of the
+    sequence for itself.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float, across_tiles: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.across_tiles = across_tiles
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, width)
+        self.norm_1 = nn.LayerNorm(width, eps=1e-5)
+        self.norm_2 = nn.LayerNorm(width, eps=1e-5)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: torch.Tensor, image_of_tile: torch.Tensor) -> torch.Tensor:
+        """`(T, L, D)` states of all tiles, of which tile `t` belongs to image `image_of_tile[t]`."""
+        states = self.norm_1(states + self.dropout(self.attend(states, image_of_tile)))
+        inner = self.dropout(self.linear_1(states).relu())
+        return self.norm_2(states + self.dropout(self.linear_2(inner)))
+
+    def attend(self, states: torch.Tensor, image_of_tile: torch.Tensor) -> torch.Tensor:
+        """Multi-head self-attention along one axis of `(T, L, D)`."""
+        mask = None
+        if self.across_tiles:
+            states = states.transpose(0, 1)
+            mask = image_of_tile[:, None] == image_of_tile
+        queries, keys, values = (
+            project(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.dropout.p if self.training else 0.0
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+        attended = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return attended.transpose(0, 1) if self.across_tiles else attended
+
+
+class GranularityRouter(nn.Module):
+    """Logits over granularities, one row per image, from all granularities and the filtered text.
+
+    Each token of each tile casts a vote per granularity, which a learnt weight of its place in the sequence scales;
+    votes are summed over tokens, averaged over tiles and normalised over granularities.
+
+    Source: `multimodal_router/builder.py`.
+    """
+
+    def __init__(self, config: AvgLlavaConfig):
+        super().__init__()
+        width, num_granularities = config.text_config.hidden_size, len(config.vis_token_granularity)
+        length = sum(config.vis_token_granularity) + config.filtered_text_num
+        self.merger = RouterLayer(
+            width, config.router_num_heads, config.router_dropout, config.router_attention == "tiles"
+        )
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, num_granularities)
+        self.act = nn.GELU()
+        self.voter = nn.Parameter(torch.empty(length, 1))
+        self.norm = nn.LayerNorm(num_granularities, eps=1e-5)
+
+    def forward(
+        self, pyramid: list[torch.Tensor], text: torch.Tensor, image_of_tile: torch.Tensor, num_tiles: torch.Tensor
+    ) -> torch.Tensor:
+        """Route images.
+
+        Args:
+            pyramid (`list[torch.Tensor]`): `(T, g, D)` tokens of every tile at each granularity, coarse to fine.
+            text (`torch.Tensor` of shape `(num_images, K, D)`): from `filter_text`.
+            image_of_tile (`torch.LongTensor` of shape `(T,)`): the image of each tile.
+            num_tiles (`torch.LongTensor` of shape `(num_images,)`): tiles of each image.
+
+        Returns:
+            `(num_images, E)`, float32.
+        """
+        votes = self.votes(pyramid, text[image_of_tile], image_of_tile)
+        # a product and no scattered sum, whose order a GPU leaves open
+        images = torch.arange(len(num_tiles), device=num_tiles.device)
+        members = (images[:, None] == image_of_tile).to(votes.dtype)
+        mean_votes = members @ votes / num_tiles.clamp(min=1)[:, None]
+        norm = self.norm
+        return F.layer_norm(mean_votes, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+
+    def token_logits(
+        self, pyramid: list[torch.Tensor], text: torch.Tensor, image_of_tile: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits `(T, L, E)` of each token of each tile; `text` is `(T, K, D)`."""
+        states = torch.cat([*pyramid, text], dim=1).to(self.voter.dtype)
+        states = self.merger(states, image_of_tile)
+        return self.linear_2(self.act(self.linear_1(states)))
+
+    def votes(self, pyramid: list[torch.Tensor], text: torch.Tensor, image_of_tile: torch.Tensor) -> torch.Tensor:
+        """Weighted votes `(T, E)` of each tile, float32."""
+        logits = self.token_logits(pyramid, text, image_of_tile)
+        return torch.einsum("tle,l->te", logits.float(), self.voter[:, 0].float())
