@@ -6,18 +6,10 @@ import pytest
 import torch
 from factories import random_batch, tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments
+from trainer_helpers import arguments, changed, gradients, model_without_dropout, snapshot
 
 from hf_vtc.trainers import AvgLlavaGranularityTrainer, AvgLlavaRouterTrainer
 from hf_vtc.trainers.losses import best_granularity_loss, granularity_ranking_loss
-
-
-def model_without_dropout():
-    model = tiny_model("avg_llava")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def records_of(model, images_per_row=(1, 2, 0, 1), seed=0):
@@ -54,22 +46,9 @@ def collate(records):
 
 
 def trainer_of(trainer_class, model, folder, records=None, trainer_options=None, **options):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 2,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
     return trainer_class(
         model,
-        TrainingArguments(str(folder), **{**defaults, **options}),
+        arguments(folder, **options),
         train_dataset=records,
         eval_dataset=records,
         data_collator=collate,
@@ -77,20 +56,8 @@ def trainer_of(trainer_class, model, folder, records=None, trainer_options=None,
     )
 
 
-def snapshot(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def changed(model, before):
-    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-
-
 def without(model, *parts):
     return {name for name, _ in model.named_parameters() if not set(parts) & set(name.split("."))}
-
-
-def gradients(model):
-    return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
 
 
 # the losses by hand
@@ -140,7 +107,7 @@ def expected_loss(model, batch):
 
 @pytest.mark.parametrize("train_vision_tower", (False, True))
 def test_granularity_trainer_one_graph_at_a_time_gives_the_gradients_of_the_mean(tmp_path, train_vision_tower):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     options = {"train_vision_tower": train_vision_tower}
     trainer = trainer_of(AvgLlavaGranularityTrainer, model, tmp_path, trainer_options=options)
     trainer.create_optimizer()
@@ -158,11 +125,11 @@ def test_granularity_trainer_one_graph_at_a_time_gives_the_gradients_of_the_mean
 
 
 def test_granularity_trainer_keeps_one_graph_and_runs_the_tower_once(tmp_path):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     trainer = trainer_of(AvgLlavaGranularityTrainer, model, tmp_path)
     trainer.create_optimizer()
     order, num_granularities = [], len(model.config.vis_token_granularity)
-    model.model.vision_tower.register_forward_hook(lambda *args: order.append("tower"))
+    model.model.vision_tower.embeddings.register_forward_hook(lambda *args: order.append("tower"))
     model.model.register_forward_hook(lambda *args: order.append("forward"))
     model.lm_head.weight.register_hook(lambda gradient: order.append("backward"))
     model.model.router.register_forward_hook(lambda *args: order.append("router"))
@@ -172,7 +139,7 @@ def test_granularity_trainer_keeps_one_graph_and_runs_the_tower_once(tmp_path):
 
 
 def test_granularity_trainer_moves_all_but_router_and_tower(tmp_path):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     before = snapshot(model)
     trainer = trainer_of(AvgLlavaGranularityTrainer, model, tmp_path, records_of(model))
     trainer.train()
@@ -183,7 +150,7 @@ def test_granularity_trainer_moves_all_but_router_and_tower(tmp_path):
 
 
 def test_granularity_trainer_accumulation_equals_the_large_batch(tmp_path):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     records, steps = records_of(model), []
     for batch_size, accumulation in ((4, 1), (1, 4)):
         policy = copy.deepcopy(model)
@@ -205,7 +172,7 @@ def test_granularity_trainer_accumulation_equals_the_large_batch(tmp_path):
 
 
 def test_granularity_trainer_text_only_batch_is_the_plain_loss(tmp_path):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     trainer = trainer_of(AvgLlavaGranularityTrainer, model, tmp_path)
     trainer.create_optimizer()
     batch = collate(records_of(model, (0, 0)))
@@ -215,7 +182,7 @@ def test_granularity_trainer_text_only_batch_is_the_plain_loss(tmp_path):
 
 
 def test_granularity_trainer_evaluates_all_granularities(tmp_path):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     records = records_of(model)
     trainer = trainer_of(AvgLlavaGranularityTrainer, model, tmp_path, records)
     first, second = trainer.evaluate(), trainer.evaluate()
@@ -224,7 +191,7 @@ def test_granularity_trainer_evaluates_all_granularities(tmp_path):
 
 
 def test_granularity_trainer_trains_an_adapter(tmp_path):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     records = records_of(model)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
     before = snapshot(adapted)
@@ -250,11 +217,11 @@ def test_router_trainer_moves_the_router_only(tmp_path):
 
 
 def test_router_trainer_measures_what_full_passes_measure(tmp_path):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     records = records_of(model)
     trainer = trainer_of(AvgLlavaRouterTrainer, model, tmp_path)
     batch, calls = collate(records), []
-    model.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
+    model.model.vision_tower.embeddings.register_forward_hook(lambda *args: calls.append(1))
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     losses, image_rows = trainer.measure(model.eval(), batch["labels"], inputs)
     assert len(calls) == 1 and image_rows == [0, 1, 1, 3]
@@ -271,7 +238,7 @@ def test_router_trainer_measures_what_full_passes_measure(tmp_path):
 
 def test_router_trainer_routes_by_instructions_as_inference_does(tmp_path):
     """Answers in the batch do not change what the router says, and without them it is the router of `generate`."""
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     trainer = trainer_of(AvgLlavaRouterTrainer, model, tmp_path)
     records = records_of(model, (1, 2))
     batch = collate(records)
@@ -289,7 +256,7 @@ def test_router_trainer_routes_by_instructions_as_inference_does(tmp_path):
 
 @pytest.mark.parametrize("ranking", ("released", "paper"))
 def test_router_trainer_accumulation_equals_the_large_batch(tmp_path, ranking):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     records, steps = records_of(model), []
     for batch_size, accumulation in ((4, 1), (1, 4)):
         policy = copy.deepcopy(model)
@@ -313,7 +280,7 @@ def test_router_trainer_accumulation_equals_the_large_batch(tmp_path, ranking):
 
 
 def test_router_trainer_reaches_the_same_parameters_whatever_a_batch_holds(tmp_path):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     trainer = trainer_of(AvgLlavaRouterTrainer, model, tmp_path)
     trainer.create_optimizer()
     unanswered = collate(records_of(model, (1,)))
@@ -337,7 +304,7 @@ def test_router_trainer_evaluates_without_dropout_and_repeatably(tmp_path):
 
 
 def test_router_trainer_learns_the_best_granularity(tmp_path):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     records = records_of(model, (1, 1))
     trainer = trainer_of(AvgLlavaRouterTrainer, model, tmp_path, records, max_steps=20, per_device_train_batch_size=2)
     before = trainer.evaluate()
@@ -348,7 +315,7 @@ def test_router_trainer_learns_the_best_granularity(tmp_path):
 
 
 def test_router_trainer_tolerance_prefers_the_coarsest_of_equals(tmp_path):
-    model = model_without_dropout()
+    model = model_without_dropout("avg_llava")
     trainer = trainer_of(AvgLlavaRouterTrainer, model, tmp_path, trainer_options={"loss_tolerance": 0.1})
     logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
     losses = torch.tensor([[0.58, 0.55, 0.5, 0.56, 0.9], [0.3, 0.2, 0.05, 0.1, 0.14]])

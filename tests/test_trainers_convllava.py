@@ -7,7 +7,8 @@ import torch
 from factories import images_of, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForImageTextToText, TrainingArguments
+from trainer_helpers import arguments, changed, snapshot
+from transformers import AutoModelForImageTextToText
 
 from hf_vtc.trainers import ConvllavaTrainer
 from hf_vtc.trainers.convllava import RECIPES, add_stage
@@ -53,23 +54,13 @@ def trainer_of(model, records, folder, **options):
         for name in ("stage", "tower_stages", "first_block", "freeze_lm_head")
         if name in options
     }
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    args = TrainingArguments(output_dir=str(folder), **(defaults | options))
-    return ConvllavaTrainer(model, args, **own, train_dataset=records, data_collator=collate)
+    return ConvllavaTrainer(model, arguments(folder, **options), **own, train_dataset=records, data_collator=collate)
 
 
 def moved_by(trainer, model) -> set[str]:
-    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    before = snapshot(model)
     trainer.train()
-    return {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+    return changed(model, before)
 
 
 STAGE = "model.vision_tower.encoder.stages."

@@ -6,8 +6,8 @@ import pytest
 import torch
 from factories import tiny_model
 from peft import LoraConfig, get_peft_model
-from test_trainers import arguments, changed, collate, make_records, snapshot
 from torch import nn
+from trainer_helpers import arguments, changed, collate, make_records, snapshot
 
 from hf_vtc.trainers import SCHEMES, LlavoltaTrainer, Stage, stages_of
 from hf_vtc.trainers.schedule import boundaries, released_stage, stage_at

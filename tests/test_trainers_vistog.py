@@ -8,8 +8,8 @@ import torch
 from factories import tiny_model, tiny_processor
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from test_trainers import arguments, changed, collate, make_records, snapshot
 from torch import nn
+from trainer_helpers import arguments, changed, collate, make_records, snapshot
 
 from hf_vtc.data import VtcCollator
 from hf_vtc.trainers import VistogTrainer

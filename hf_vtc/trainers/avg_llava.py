@@ -5,7 +5,6 @@ Paper: arXiv 2410.02745. Upstream: DeepLearnXMU/AVG-LLaVA@3685bc8, `llava/model/
 losses and gradients are those of the released code.
 """
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..models.packing_vtc import rows_of_images
-from .base import Responses, VtcTrainer, black_tile
+from .base import Responses, VtcTrainer, black_tile, freeze, train_router_alone
 from .losses import (
     IGNORE_INDEX,
     best_granularity_loss,
@@ -57,10 +56,7 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         train_vision_tower: bool = False,
         **kwargs: Any,
     ):
-        frozen = {"router"} if train_vision_tower else {"router", "vision_tower"}
-        for name, parameter in model.named_parameters():
-            if frozen & set(name.split(".")):
-                parameter.requires_grad_(False)
+        freeze(model, "router", *(() if train_vision_tower else ("vision_tower",)))
         # a PeftModel hands it on
         model.config.router_select = False
         super().__init__(model, args, **kwargs)
@@ -120,7 +116,7 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
                 losses.append(self._granularity_loss(model, responses, inputs | override, num_items_in_batch))
                 self._record_loss(f"loss_{scales[each]}", losses[-1], responses, num_items_in_batch)
             loss = torch.stack(losses).sum() / len(scales)
-        loss = self.across_processes(loss) if num_items_in_batch is not None else loss
+        loss = self.across_processes(loss, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     def _encode(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
@@ -206,12 +202,7 @@ class AvgLlavaRouterTrainer(VtcTrainer):
                 raise ValueError(f"`{name}` must not be negative, got {value}.")
         if ranking not in ("released", "paper"):
             raise ValueError(f"`ranking` must be 'released' or 'paper', got {ranking!r}.")
-        if isinstance(model, PeftModel):
-            raise ValueError(
-                "`model` must not be a `PeftModel`, since the router trains as it is. Call `model.merge_and_unload()`."
-            )
-        model.requires_grad_(False)
-        model.model.router.requires_grad_(True)
+        train_router_alone(model)
         model.config.router_select = True
         super().__init__(model, args, **kwargs)
         self.margin = margin
@@ -220,15 +211,9 @@ class AvgLlavaRouterTrainer(VtcTrainer):
         self.ranking = ranking
         self.loss_tolerance = loss_tolerance
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor]:
-        """The micro-batches of one optimizer step, and their number of images in place of their number of tokens."""
-        batch_samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_images = torch.tensor(sum(images_in(batch) for batch in batch_samples)).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            num_images = self.accelerator.gather(num_images).sum()
-        return batch_samples, num_images
+    def count_items(self, batches: list[dict[str, Any]]) -> int:
+        """Images."""
+        return sum(images_in(batch) for batch in batches)
 
     def compute_loss(
         self,
@@ -252,7 +237,7 @@ class AvgLlavaRouterTrainer(VtcTrainer):
         else:
             # text has nothing to teach, but the router takes part with weight zero, as on every other process
             loss = 0 * self._run_router(model, black_tile(self.unwrap(model)), training).sum()
-        loss = self.across_processes(loss) if num_images is not None else loss
+        loss = self.across_processes(loss, num_images)
         return (loss, {}) if return_outputs else loss
 
     @torch.no_grad()

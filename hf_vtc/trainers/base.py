@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .losses import IGNORE_INDEX
@@ -63,6 +63,27 @@ def black_tile(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "pixel_values": pixel_values, "num_tiles": torch.ones(1, dtype=torch.long)}
 
 
+def freeze(model: nn.Module, *parts: str) -> None:
+    """Freeze every parameter that has one of `parts` in its dotted name, inside of a `PeftModel` too."""
+    for name, parameter in model.named_parameters():
+        if set(parts) & set(name.split(".")):
+            parameter.requires_grad_(False)
+
+
+def train_router_alone(model: PreTrainedModel) -> None:
+    """Say by `requires_grad` that the router of a model trains, and nothing else.
+
+    Raises:
+        ValueError: `model` is a `PeftModel`.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "`model` must not be a `PeftModel`, since the router trains as it is. Call `model.merge_and_unload()`."
+        )
+    model.requires_grad_(False)
+    model.model.router.requires_grad_(True)
+
+
 class VtcTrainer(Trainer):
     """Base of our trainers. Abstract: `compute_loss` is the objective.
 
@@ -76,7 +97,10 @@ class VtcTrainer(Trainer):
         kwargs: the other arguments of `transformers.Trainer`.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, args=None, **kwargs: Any):
+    def __init__(self, model: PreTrainedModel | PeftModel, args: TrainingArguments | None = None, **kwargs: Any):
+        if args is not None and args.ddp_broadcast_buffers is None:
+            # no buffer of ours changes, and those of ViCO's router are megabytes
+            args.ddp_broadcast_buffers = False
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -129,9 +153,11 @@ class VtcTrainer(Trainer):
         with self.accelerator.autocast():
             return own.get_output_embeddings()(states), outputs
 
-    def across_processes(self, loss: torch.Tensor) -> torch.Tensor:
-        """Undo the mean over processes that gradient synchronisation takes: all items are already counted."""
-        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+    def across_processes(self, loss: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+        """Undo the mean over processes that gradient synchronisation takes, where `num_items` counts all of theirs."""
+        if num_items is None or not self.args.average_tokens_across_devices:
+            return loss
+        return loss * self.accelerator.num_processes
 
     def draw(self, count: int, training: bool) -> torch.Tensor:
         """Uniform numbers in [0, 1) for the next `count` tiles, on the CPU.
@@ -146,12 +172,26 @@ class VtcTrainer(Trainer):
         self._num_drawn += count
         return torch.from_numpy(numbers)
 
+    def count_items(self, batches: list[dict[str, Any]]) -> int | None:
+        """Hook: the items in the micro-batches of one optimizer step of this process that its loss is the mean of.
+
+        None for supervised tokens, which Trainer counts.
+        """
+        return None
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """The micro-batches of one optimizer step; draws start anew."""
+        """The micro-batches of one optimizer step, and their items over all processes; draws start anew."""
         self._num_drawn = 0
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counted = self.count_items(batches)
+        if counted is None:
+            return batches, num_items
+        num_items = torch.tensor(counted).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            num_items = self.accelerator.gather(num_items).sum()
+        return batches, num_items
 
     def record(self, name: str, value: torch.Tensor | float, weight: float = 1.0) -> None:
         """Add to a metric; its mean since the last log, weighted, is logged under `name`."""

@@ -172,5 +172,5 @@ class ConvllavaTrainer(VtcTrainer):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
         if outputs.num_visual_tokens is not None:
             self.record("visual_tokens", outputs.num_visual_tokens.float().mean(), len(outputs.num_visual_tokens))
-        loss = self.across_processes(outputs.loss) if num_items_in_batch is not None else outputs.loss
+        loss = self.across_processes(outputs.loss, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss

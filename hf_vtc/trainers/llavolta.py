@@ -85,8 +85,7 @@ class LlavoltaTrainer(VtcTrainer):
         loss = mean_over_items(token_cross_entropy(logits, responses.targets), num_items_in_batch)
         if outputs.num_visual_tokens is not None:
             self.record("visual_tokens", outputs.num_visual_tokens.float().mean(), len(outputs.num_visual_tokens))
-        if num_items_in_batch is not None:
-            loss = self.across_processes(loss)
+        loss = self.across_processes(loss, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 
 

@@ -5,7 +5,6 @@ objectives are theirs, and each choice that they do not publish is called ours w
 """
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .base import Responses, VtcTrainer, black_tile
+from .base import Responses, VtcTrainer, black_tile, freeze, train_router_alone
 from .losses import (
     IGNORE_INDEX,
     SlidingWindowPercentile,
@@ -41,24 +40,6 @@ def tile_rows(input_ids: torch.Tensor, image_token_id: int, image_seq_length: in
     """
     tiles_per_row = (input_ids == image_token_id).sum(1) // image_seq_length
     return [row for row, tiles in enumerate(tiles_per_row.tolist()) for _ in range(tiles)]
-
-
-def live_parameters(router: nn.Module, width: int) -> list[nn.Parameter]:
-    """The parameters that the router's output depends on.
-
-    Official routers carry two attention layers that nothing uses; they must load, but cannot learn.
-
-    Args:
-        router (`nn.Module`): maps features `(T, N, C)` to logits `(T, 2)`.
-        width (`int`): C.
-    """
-    parameters = list(router.parameters())
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    probe = torch.zeros(1, 1, width, device=parameters[0].device, dtype=parameters[0].dtype)
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(router(probe).sum(), parameters, allow_unused=True)
-    return [parameter for parameter, gradient in zip(parameters, gradients) if gradient is not None]
 
 
 class VicoConsistencyTrainer(VtcTrainer):
@@ -108,9 +89,7 @@ class VicoConsistencyTrainer(VtcTrainer):
         reference_model = copy.deepcopy(model) if reference_model is None else reference_model
         if not isinstance(model, PeftModel):
             model.requires_grad_(True)
-        for name, parameter in model.named_parameters():
-            if "router" in name.split("."):
-                parameter.requires_grad_(False)
+        freeze(model, "router")
         super().__init__(model, args, **kwargs)
         self.reference_model = self.place_reference(reference_model)
         self.compress_probabilities = None if routed else chances
@@ -149,7 +128,7 @@ class VicoConsistencyTrainer(VtcTrainer):
             num_reserved = len(compress) * self.unwrap(model).config.image_seq_length
             self.record("compressed_tiles", compress.float().mean(), len(compress))
             self.record("kept_tokens", float(outputs.num_visual_tokens.sum()) / num_reserved, num_reserved)
-        loss = self.across_processes(loss) if num_items_in_batch is not None else loss
+        loss = self.across_processes(loss, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     def draw_decisions(self, input_ids: torch.Tensor, training: bool) -> torch.Tensor:
@@ -258,15 +237,7 @@ class VicoRouterTrainer(VtcTrainer):
                 "`ratio_loss='kl'` compares with a frozen model, but `reference_model` is None. Pass the model that "
                 "stage 1 started from, or use `ratio_loss='cross_entropy'`."
             )
-        if isinstance(model, PeftModel):
-            raise ValueError(
-                "`model` must not be a `PeftModel`, since the router trains as it is. Call `model.merge_and_unload()`."
-            )
-        model.requires_grad_(False)
-        live = live_parameters(model.model.router, model.config.vision_config.hidden_size)
-        model.requires_grad_(False)
-        for parameter in live:
-            parameter.requires_grad_(True)
+        train_router_alone(model)
         super().__init__(model, args, **kwargs)
         self.reference_model = None if ratio_loss == "cross_entropy" else self.place_reference(reference_model)
         self.ratio_loss = ratio_loss
@@ -283,16 +254,9 @@ class VicoRouterTrainer(VtcTrainer):
         callbacks = self.callback_handler.callbacks
         return next(callback for callback in callbacks if isinstance(callback, RatioWindow)).window
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor]:
-        """The micro-batches of one optimizer step, and their number of tiles in place of their number of tokens."""
-        batch_samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_tiles = torch.tensor(sum(len(batch["pixel_values"]) for batch in batch_samples if "pixel_values" in batch))
-        num_tiles = num_tiles.to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            num_tiles = self.accelerator.gather(num_tiles).sum()
-        return batch_samples, num_tiles
+    def count_items(self, batches: list[dict[str, Any]]) -> int:
+        """Tiles."""
+        return sum(len(batch["pixel_values"]) for batch in batches if "pixel_values" in batch)
 
     def compute_loss(
         self,
@@ -321,7 +285,7 @@ class VicoRouterTrainer(VtcTrainer):
             loss = self.router_loss(router_logits, ratios, num_tiles, training)
         if training and self.accelerator.sync_gradients:
             self._close_step()
-        loss = self.across_processes(loss) if num_tiles is not None else loss
+        loss = self.across_processes(loss, num_tiles)
         return (loss, {}) if return_outputs else loss
 
     def router_loss(
