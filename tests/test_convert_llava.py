@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
+import struct
+from fnmatch import fnmatch
 
 import pytest
 import torch
 from factories import tiny_tokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -17,8 +20,10 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     SiglipVisionConfig,
 )
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from hf_vtc.convert import convert, from_base, llava_hf, llava_official, load_official
+from hf_vtc.convert.assets import load_tokenizer
 from hf_vtc.convert.plan import Renamed, with_rows_for
 from hf_vtc.models.processing_vtc import chat_template_for
 
@@ -81,7 +86,7 @@ def next_prompt(model):
     padded = torch.zeros(2, 5, 3, 32, 32)
     padded[0, :4], padded[1] = pixels[:4], pixels[4:]
     with torch.no_grad():
-        features = model.get_image_features(padded, sizes, vision_feature_layer=-2)
+        features = model.get_image_features(padded, sizes, vision_feature_layer=model.config.vision_feature_layer)
     features = features if isinstance(features, (list, tuple)) else features.pooler_output
     counts = [len(image) for image in features]
     ids = [1, *[IMAGE_TOKEN_ID] * counts[0], 3, *[IMAGE_TOKEN_ID] * counts[1], 4]
@@ -124,6 +129,19 @@ def test_towers_and_decoders(tower, text_type):
     with torch.no_grad():
         model = from_base(base, "llavolta", compress_layer_idx=1, compress_stride=4)
         assert torch.equal(model(**inputs, vtc_budget="full").logits, base(**inputs).logits)
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("layer", (-1, -2, 2))
+@pytest.mark.parametrize("tower", ("clip", "siglip"))
+@pytest.mark.parametrize("kind", ("llava", "llava_next"))
+def test_towers_are_read_as_transformers_reads_them(kind, tower, layer):
+    """The output of an encoder layer, without the norm behind the last one."""
+    base = stock_model(kind, tower, vision_feature_layer=layer)
+    theirs, ours = next_prompt(base) if kind == "llava_next" else (prompt(),) * 2
+    model = from_base(base, "llavolta", compress_layer_idx=1, compress_stride=4)
+    with torch.no_grad():
+        assert torch.equal(model(**ours, vtc_budget="full").logits, base(**theirs).logits)
 
 
 @pytest.mark.window
@@ -307,6 +325,83 @@ def test_a_tower_elsewhere_is_found_when_it_is_named(tmp_path):
         load_official(folder, "llavolta")
 
 
+def test_a_tower_that_nobody_has_is_asked_for(tmp_path):
+    """By the name of the argument, here and on the command line; without a network, the Hub delivers nothing."""
+    folder = write_official(tmp_path / "llava", stock_model(), "beside", mm_vision_tower="nobody/has-this-tower")
+    with pytest.raises(
+        FileNotFoundError, match="'nobody/has-this-tower', which is needed.*`vision_tower`.*--vision-tower"
+    ):
+        convert(folder, tmp_path / "dst", "llavolta", image_token_id=IMAGE_TOKEN_ID)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_tower_that_is_not_needed_is_refused(tmp_path):
+    base = stock_model()
+    base.save_pretrained(tmp_path / "hf")
+    with pytest.raises(ValueError, match="`vision_tower` is of no use"):
+        convert(tmp_path / "hf", tmp_path / "dst", "llavolta", vision_tower=tmp_path / "hf")
+    for source in (base, tmp_path / "hf"):
+        with pytest.raises(ValueError, match="`vision_tower` is of no use"):
+            from_base(source, "llavolta", vision_tower=tmp_path / "hf")
+
+
+class FakeHub:
+    """Stands in for downloads: gives the files of a folder that the patterns name, and counts what it sent."""
+
+    def __init__(self, monkeypatch, folder, repositories):
+        self.folder, self.repositories, self.sent = folder, repositories, []
+        monkeypatch.setattr("hf_vtc.convert.folders.snapshot_download", self.download)
+
+    def download(self, repository, allow_patterns):
+        target = self.folder / repository.replace("/", "--")
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted(self.repositories[repository].iterdir()):
+            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                if not (target / file.name).exists():
+                    self.sent.append(f"{repository}/{file.name}")
+                    shutil.copy(file, target / file.name)
+        return str(target)
+
+
+def as_pickle(folder):
+    """The weights of a folder as published ConvLLaVA repositories have them, beside files of no use."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    for name in ("optimizer.bin", "mm_projector.bin", "training_args.bin"):
+        (folder / name).write_bytes(b"nobody should ask for this")
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("kinds", ({"bin"}, {"safetensors"}, {"bin", "safetensors"}), ids=sorted)
+def test_repositories_of_the_hub_are_read_with_the_weights_that_they_have(tmp_path, monkeypatch, kinds):
+    base = stock_model()
+    folder = write_official(tmp_path / "llava", base, "beside", mm_vision_tower="owner/tower")
+    for each in (folder, tmp_path / "tower"):
+        as_pickle(each)
+        if "safetensors" not in kinds:
+            (each / "model.safetensors").unlink()
+        if "bin" not in kinds:
+            (each / "pytorch_model.bin").unlink()
+    repositories = {"owner/llava": folder, "owner/tower": tmp_path / "tower"}
+    hub = FakeHub(monkeypatch, tmp_path / "cache", repositories)
+    convert("owner/llava", tmp_path / "dst", "llavolta", image_token_id=IMAGE_TOKEN_ID)
+    inputs = prompt()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "dst")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, vtc_budget="full").logits, base(**inputs).logits)
+    weights = "model.safetensors" if "safetensors" in kinds else "pytorch_model.bin"
+    sent = [name for name in hub.sent if not name.endswith(".json")]
+    assert sorted(sent) == [f"owner/llava/{weights}", f"owner/tower/{weights}"]
+
+
+def test_weights_of_a_tower_that_the_checkpoint_has_are_not_fetched(tmp_path, monkeypatch):
+    folder = write_official(tmp_path / "llava", stock_model(), mm_vision_tower="owner/tower")
+    tower = (folder / "tower").rename(tmp_path / "elsewhere")
+    (tower / "model.safetensors").write_bytes(b"nobody should ask for this")
+    hub = FakeHub(monkeypatch, tmp_path / "cache", {"owner/llava": folder, "owner/tower": tower})
+    load_official("owner/llava", "llavolta", image_token_id=IMAGE_TOKEN_ID)
+    assert "owner/tower/config.json" in hub.sent and "owner/tower/model.safetensors" not in hub.sent
+
+
 def test_known_towers_need_no_folder():
     config = llava_official.tower_config(llava_official.KNOWN_TOWERS["openai/clip-vit-large-patch14-336"])
     assert (config.hidden_size, config.num_hidden_layers, config.image_size, config.patch_size) == (1024, 24, 336, 14)
@@ -352,6 +447,76 @@ def test_rows_are_added_to_vocabularies_only():
     assert same is rows
     plain = with_rows_for(llava_official.rename, text, 66)
     assert plain is llava_official.rename
+
+
+def write_sentencepiece(folder, words):
+    """`tokenizer.model` of Llama's kind, byte by byte, so that no library is needed to make it; returns its size."""
+
+    def number(value):
+        low, rest = value & 127, value >> 7
+        return bytes([low | 128]) + number(rest) if rest else bytes([low])
+
+    def part(idx, content):
+        return number(idx << 3 | 2) + number(len(content)) + content
+
+    def setting(idx, value):
+        return number(idx << 3) + number(value)
+
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    pieces += [(word, -float(rank), 1) for rank, word in enumerate(words)]
+    content = b"".join(
+        part(1, part(1, word.encode()) + number(2 << 3 | 5) + struct.pack("<f", score) + setting(3, kind))
+        for word, score, kind in pieces
+    )
+    # byte-pair encoding with bytes to fall back on; a space before the text, spaces kept
+    content += part(2, setting(3, 2) + setting(4, len(pieces)) + setting(35, 1))
+    content += part(3, part(1, b"identity") + setting(3, 1) + setting(4, 0) + setting(5, 1))
+    (folder / "tokenizer.model").write_bytes(content)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return len(pieces)
+
+
+SENTENCEPIECE_WORDS = ["\u2581", *"abehlnot", "\u2581t", "he", "\u2581the"]
+needs_sentencepiece = pytest.mark.skipif(
+    not (is_sentencepiece_available() and is_protobuf_available()),
+    reason="a tokenizer.model is read by sentencepiece and protobuf, which hf_vtc does not need otherwise",
+)
+
+
+@pytest.mark.window
+@needs_sentencepiece
+def test_a_sentencepiece_tokenizer_is_converted(tmp_path):
+    base = stock_model()
+    folder = write_official(tmp_path / "llava", base, vocab_size=len(SENTENCEPIECE_WORDS) + 259)
+    base.resize_token_embeddings(write_sentencepiece(folder, SENTENCEPIECE_WORDS))
+    save_file(official_state(base), folder / "model.safetensors", metadata={"format": "pt"})
+    convert(folder, tmp_path / "dst", "llavolta")
+    # 4.57 copies it; nobody needs it any more
+    (tmp_path / "dst" / "tokenizer.model").unlink(missing_ok=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "dst")
+    tokenizer, model = processor.tokenizer, AutoModelForImageTextToText.from_pretrained(tmp_path / "dst")
+    assert processor.image_token_id == model.config.image_token_id == len(SENTENCEPIECE_WORDS) + 259
+    ids = tokenizer("the hello<image>")["input_ids"]
+    pieces = ["<s>", "\u2581the", "\u2581", "he", "l", "l", "o", "<image>"]
+    assert tokenizer.convert_ids_to_tokens(ids) == pieces
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the hello"
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("absent", (["sentencepiece"], ["protobuf"], ["sentencepiece", "protobuf"]), ids=" ".join)
+def test_a_sentencepiece_tokenizer_that_cannot_be_read_names_the_remedy(tmp_path, monkeypatch, absent):
+    folder = write_official(tmp_path / "llava", stock_model())
+    write_sentencepiece(folder, SENTENCEPIECE_WORDS)
+    for name in ("sentencepiece", "protobuf"):
+        monkeypatch.setattr(f"hf_vtc.convert.assets.is_{name}_available", lambda name=name: name not in absent)
+    with pytest.raises(ImportError, match=f"`pip install {' '.join(absent)}`.*image_token_id"):
+        convert(folder, tmp_path / "dst", "llavolta")
+    # with the other file nothing more is needed
+    tiny_tokenizer().save_pretrained(folder)
+    assert load_tokenizer(folder) is not None
 
 
 @pytest.mark.window

@@ -14,8 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
@@ -30,7 +28,8 @@ from .assets import (
     image_processor_settings,
     load_tokenizer,
 )
-from .plan import Match, Plan, Source, fresh_tensors, match
+from .folders import local_folder, tower_folder
+from .plan import Plan, Renamed, Source, fresh_tensors, match
 from .shards import CheckpointReader, ShardWriter, read_json, replacing_folder, write_json
 from .targets import Target
 
@@ -59,9 +58,6 @@ _IN_MEMORY: tuple[ModuleType, ...] = (internvl_hf, llava_hf)
 
 # names of a tower that lies in a folder of its own, as if it were part of the checkpoint
 _TOWER_PREFIX = "model.vision_tower.vision_tower."
-
-# what a conversion reads of a repository on the Hub
-_HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass
@@ -174,6 +170,7 @@ def from_base(
         ValueError: the base is compressed already, does not fit the method, or a field is unknown.
     """
     if isinstance(model_or_path, PreTrainedModel):
+        _refuse_tower(vision_tower, type(model_or_path).__name__)
         if dtype is None:
             dtype = model_or_path.dtype
         return _from_model(model_or_path, method, image_token_id, _checked_dtype(dtype), config_overrides)
@@ -202,9 +199,10 @@ def convert(
 ) -> ConversionReport:
     """Convert a published checkpoint folder to a folder that `from_pretrained` loads.
 
-    Shards are read and written one after the other, so that memory holds about one shard of `max_shard_size`, never
-    the model. Everything is checked before the first weight is read. The destination appears at the end as a whole: a
-    failure or an interruption leaves nothing behind, and an existing destination as it was.
+    Shards are read and written one after the other, so that memory holds about one shard of the source, never the
+    model; a written shard has at most `max_shard_size`, and never parts of two shards of the source. Everything is
+    checked before the first weight is read. The destination appears at the end as a whole: a failure or an
+    interruption leaves nothing behind, and an existing destination as it was.
 
     Args:
         src (`str` or `os.PathLike`): checkpoint folder, or the id of a repository on the Hub.
@@ -237,8 +235,8 @@ def convert(
         dtype = dtype or checkpoint.reader.main_dtype()
 
         writer = ShardWriter(partial, max_shard_size)
-        for name, tensor in _streamed(checkpoint.reader, matched, dtype):
-            writer.add(name, tensor)
+        for names in checkpoint.reader.by_shard(matched.used):
+            _copy_shard(checkpoint.reader, writer, {name: matched.used[name] for name in names}, dtype)
         num_fresh = 0
         for name, tensor in fresh_tensors(matched, dtype):
             num_fresh += tensor.numel()
@@ -302,7 +300,7 @@ class _Checkpoint:
         matched = match(plan, self.shapes(), str(self.folder))
         dtype = dtype or self.reader.main_dtype()
         # copied, since a mapped tensor would lean on the file for as long as the model lives
-        state = {name: tensor.clone() for name, tensor in _streamed(self.reader, matched, dtype)}
+        state = {name: tensor.clone() for name, tensor in _streamed(self.reader, matched.used, dtype)}
         model = _build(plan, state | dict(fresh_tensors(matched, dtype)), dtype)
         if matched.unused or matched.missing:
             logger.warning("%s: not used: %s; missing: %s", self.folder, matched.unused, matched.missing)
@@ -322,7 +320,7 @@ def _open(
     folder: str | os.PathLike, method: str | None, image_token_id: int | None, vision_tower: str | os.PathLike | None
 ) -> _Checkpoint:
     """Find out what a folder is. Raises as the public functions say."""
-    folder = _local_folder(folder)
+    folder = local_folder(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint. Give a model's folder.")
     config = read_json(folder / "config.json")
@@ -331,12 +329,15 @@ def _open(
     method, target = _target_of(layout.methods(config, reader.tensors), folder, method)
     tower, image_processor = {}, image_processor_settings(folder)
     name = layout.tower_name(config, reader.tensors)
-    if name is not None:
-        tower_folder = _tower_folder(name, folder, vision_tower)
-        tower = read_json(tower_folder / "config.json")
-        image_processor = image_processor_settings(tower_folder) or image_processor
-        if not any(name.startswith(_TOWER_PREFIX) for name in reader.tensors):
-            reader.add(CheckpointReader(tower_folder), _TOWER_PREFIX)
+    if name is None:
+        _refuse_tower(vision_tower, folder)
+    else:
+        has_tower = any(name.startswith(_TOWER_PREFIX) for name in reader.tensors)
+        beside = tower_folder(name, folder, vision_tower, has_tower)
+        tower = read_json(beside / "config.json")
+        image_processor = image_processor_settings(beside) or image_processor
+        if not has_tower:
+            reader.add(CheckpointReader(beside), _TOWER_PREFIX)
     tokenizer = load_tokenizer(folder)
     token_id = find_image_token_id(
         tokenizer,
@@ -349,40 +350,9 @@ def _open(
     return _Checkpoint(folder, layout, method, target, config, reader, tokenizer, token_id, tower, image_processor)
 
 
-def _tower_folder(name: str, folder: Path, given: str | os.PathLike | None) -> Path:
-    """The folder of a tower that `config.json` of `folder` calls `name`."""
-    if given is not None:
-        return _local_folder(given)
-    # a file from a stranger must not make us read anywhere: inside of its folder, beside it, or the Hub
-    inside = folder / name
-    if inside.is_dir() and inside.resolve().is_relative_to(folder.resolve()):
-        return inside
-    beside = folder.parent / Path(name).name
-    if Path(name).name not in ("", "..") and beside.is_dir():
-        return beside
-    if Path(name).is_absolute() or len(Path(name).parts) != 2 or ".." in Path(name).parts:
-        raise FileNotFoundError(
-            f"config.json of {folder} names the vision tower {name!r}, which is neither inside of the folder nor "
-            "beside it. Give its folder as `vision_tower`."
-        )
-    return _local_folder(name)
-
-
-def _local_folder(folder: str | os.PathLike) -> Path:
-    path = Path(folder)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise FileNotFoundError(f"{path} is a file. Give the folder that holds config.json and the weights.")
-    if len(path.parts) != 2 or path.is_absolute():
-        raise FileNotFoundError(f"{path} does not exist. Give a checkpoint folder, or 'owner/name' of the Hub.")
-    try:
-        return Path(snapshot_download(os.fspath(folder), allow_patterns=list(_HUB_PATTERNS)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{path} is no folder here, and the Hub did not deliver it ({type(error).__name__}: {error}). Check the "
-            "path."
-        ) from error
+def _refuse_tower(vision_tower: str | os.PathLike | None, source: Path | str) -> None:
+    if vision_tower is not None:
+        raise ValueError(f"`vision_tower` is of no use for {source}, which has its tower. Leave it out.")
 
 
 def _layout_of(config: Mapping[str, Any], folder: Path) -> ModuleType:
@@ -464,10 +434,21 @@ def _build(plan: Plan, state: dict[str, torch.Tensor], dtype: torch.dtype, **kwa
     return model.eval()
 
 
-def _streamed(reader: CheckpointReader, matched: Match, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _copy_shard(
+    reader: CheckpointReader, writer: ShardWriter, used: Mapping[str, Renamed], dtype: torch.dtype
+) -> None:
+    """Write what comes from one shard; when this returns, nothing leans on its mapped file any more."""
+    for name, tensor in _streamed(reader, used, dtype):
+        writer.add(name, tensor)
+    writer.flush()
+
+
+def _streamed(
+    reader: CheckpointReader, used: Mapping[str, Renamed], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The new tensors that come from the source, shard by shard."""
-    for name, tensor in reader.read(matched.used):
-        renamed = matched.used[name]
+    for name, tensor in reader.read(used):
+        renamed = used[name]
         for new, part in zip(renamed.names, renamed.transform(tensor), strict=True):
             yield new, part.to(dtype) if part.is_floating_point() else part
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from ..models.image_processing_vtc import VtcImageProcessor
 from ..models.processing_vtc import VtcProcessor
@@ -23,9 +24,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
     Raises:
         ValueError: its files cannot be read.
+        ImportError: there is a sentencepiece model alone, and nothing to read it with.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        _require_sentencepiece(folder)
     file = folder / "tokenizer_config.json"
     settings = read_json(file) if file.is_file() else {}
     try:
@@ -43,6 +47,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
             f"The tokenizer of {folder} cannot be loaded ({type(error).__name__}: {error}). Repair its files, or move "
             "them away and give `image_token_id` to convert the model alone."
         ) from error
+
+
+def _require_sentencepiece(folder: Path) -> None:
+    installed = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    absent = [name for name, found in installed.items() if not found]
+    if absent:
+        raise ImportError(
+            f"The tokenizer of {folder} is a sentencepiece model (`tokenizer.model`) without `tokenizer.json`. To "
+            f"convert it, once, {' and '.join(absent)} must be installed: `pip install {' '.join(absent)}`. Or move "
+            "the tokenizer's files away and give `image_token_id` to convert the model alone."
+        )
 
 
 def find_image_token_id(

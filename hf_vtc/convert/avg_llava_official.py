@@ -13,17 +13,17 @@ from .llava_official import (
     IMAGE_TOKEN,
     KNOWN_TOWERS,
     anyres_fields,
+    decoder_of,
     feature_fields,
     growing_vocab_size,
     processor_settings,
     stored_image_token_id,
-    text_config,
     tower_config,
     tower_name,
 )
 from .llava_official import matches as is_llava
 from .llava_official import rename as rename_llava
-from .plan import Plan, ProcessorSettings, Renamed, Source, in_thirds, is_tied, with_rows_for
+from .plan import Plan, ProcessorSettings, Renamed, Source, in_thirds, with_rows_for
 from .targets import TARGETS, Target
 
 __all__ = [
@@ -88,17 +88,15 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
     Raises:
         ValueError: a tower, projector, decoder or setting that has no counterpart here.
     """
-    config, stored = source.config, source.stored
-    head = "lm_head.weight" if "lm_head.weight" in stored else None
-    tied = is_tied(source, config, head, "model.embed_tokens.weight")
+    config = source.config
     tower = tower_config(source.tower or KNOWN_TOWERS[config["mm_vision_tower"]])
-    text = text_config(config, tied)
-    has_router = any(name.startswith(_ROUTER) for name in stored)
+    text, ignored = decoder_of(source)
+    has_router = any(name.startswith(_ROUTER) for name in source.stored)
     fields = {
         "vision_config": tower,
         "text_config": text,
         "image_token_id": source.image_token_id,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": text.tie_word_embeddings,
         **feature_fields(config, tower),
         **anyres_fields(config),
         "vis_token_granularity": list(config["vis_token_granularity"]),
@@ -126,7 +124,7 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
         processor=ProcessorSettings(
             processor.images, {**processor.fields, "count_rule": f"unpad_{new_config.unpad_rule}"}
         ),
-        ignored={head: "equal to the input embeddings"} if tied and head else {},
+        ignored=ignored,
         fresh_modules=() if has_router else target.new_modules,
         notes=notes,
     )

@@ -10,10 +10,9 @@ files.
 from collections.abc import Mapping
 from typing import Any
 
-from ..models.processing_vtc import chat_template_for
 from . import llava_official
-from .llava_official import CLIP_MEAN, CLIP_STD, IMAGE_TOKEN, growing_vocab_size, stored_image_token_id
-from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, is_tied, with_rows_for
+from .llava_official import IMAGE_TOKEN, growing_vocab_size, stored_image_token_id
+from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, with_rows_for
 from .targets import TARGETS, Target
 
 __all__ = [
@@ -71,28 +70,26 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
     Raises:
         ValueError: a tower, projector, decoder or setting that has no counterpart here.
     """
-    config, stored = source.config, source.stored
+    config = source.config
     if source.tower.get("model_type") != "convnext":
         raise ValueError(
             f"The vision tower {config['mm_vision_tower']!r} must be a ConvNeXt, got `model_type` "
             f"{source.tower.get('model_type')!r}. Give the folder of the ConvNeXt as `vision_tower`."
         )
-    head = "lm_head.weight" if "lm_head.weight" in stored else None
-    tied = is_tied(source, config, head, "model.embed_tokens.weight")
-    text = llava_official.text_config(config, tied)
+    text, ignored = llava_official.decoder_of(source)
     images = image_settings(source)
     vision = target.config({**architecture_fields(source.tower), "image_size": images["size"]}).vision_config
     fields = {
         "vision_config": vision,
         "text_config": text,
         "image_token_id": source.image_token_id,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": text.tie_word_embeddings,
         **llava_official.feature_fields(config, vision),
     }
     # before the configuration is built: the vocabulary may grow by the placeholder
     renamed = with_rows_for(rename, text, source.image_token_id)
     new_config = target.config(**fields | overrides)
-    pooled_norm = {name: "ConvLLaVA reads no pooled vector" for name in stored if name.startswith(_POOLED_NORM)}
+    pooled_norm = [name for name in source.stored if name.startswith(_POOLED_NORM)]
     return Plan(
         layout="official ConvLLaVA",
         config=new_config,
@@ -100,15 +97,9 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
         rename=renamed,
         processor=ProcessorSettings(
             images={**images, "token_stride": new_config.token_stride},
-            fields={
-                "image_token": IMAGE_TOKEN,
-                "image_start_token": None,
-                "image_end_token": None,
-                "chat_template": source.chat_template or chat_template_for(text.model_type, IMAGE_TOKEN),
-                "count_rule": "stride",
-            },
+            fields=llava_official.prompt_fields(source, text, "stride"),
         ),
-        ignored=pooled_norm | ({head: "equal to the input embeddings"} if tied and head else {}),
+        ignored=ignored | dict.fromkeys(pooled_norm, "ConvLLaVA reads no pooled vector"),
         notes=["Images are padded to squares as in training; `tiling='keep_aspect'` is the paper's other way."],
     )
 
@@ -119,9 +110,6 @@ def image_settings(source: Source) -> dict[str, Any]:
     if ratio == "anyres":
         raise ValueError("`image_aspect_ratio` 'anyres' does not work with ConvLLaVA's tower. Set it to 'pad'.")
     size = settings.get("size", source.tower.get("image_size"))
-    images = {"tiling": "pad" if ratio == "pad" else "crop", "size": size}
     if isinstance(size, Mapping):
-        images["size"] = size["shortest_edge"] if "shortest_edge" in size else size["height"]
-    images["image_mean"] = settings.get("image_mean", CLIP_MEAN)
-    images["image_std"] = settings.get("image_std", CLIP_STD)
-    return images
+        size = size["shortest_edge"] if "shortest_edge" in size else size["height"]
+    return {"tiling": "pad" if ratio == "pad" else "crop", "size": size, **llava_official.normalization(source)}

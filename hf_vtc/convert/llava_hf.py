@@ -5,15 +5,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..models.image_processing_vtc import LLAVA_NEXT_PINPOINTS
-from ..models.processing_vtc import chat_template_for
 from .internvl_hf import decoder_config, head_name, one_layer, require_object
-from .llava_official import CLIP_MEAN, CLIP_STD, merge_fields, tower_config
-from .plan import Plan, ProcessorSettings, Renamed, Source, is_tied
+from .llava_official import IMAGE_TOKEN, llava_processor, merge_fields, tower_config
+from .plan import Plan, Renamed, Source, is_tied
 from .targets import Target, plan_base, targets_of
+
+__all__ = [
+    "IMAGE_TOKEN",
+    "MODEL_CLASSES",
+    "TITLE",
+    "growing_vocab_size",
+    "matches",
+    "methods",
+    "plan",
+    "rename",
+    "stored_image_token_id",
+    "tower_name",
+]
 
 TITLE = "LLaVA and LLaVA-NeXT of transformers, `llava-hf` (`model_type` 'llava', 'llava_next')"
 MODEL_CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
-IMAGE_TOKEN = "<image>"
 
 _PREFIXES = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
@@ -81,7 +92,6 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
     tied = is_tied(source, text, head, f"{prefix}embed_tokens.weight")
     tower = tower_config(require_object(config, "vision_config"))
     decoder = decoder_config(text, "llama", tied)
-    images = source.image_processor
     return plan_base(
         target,
         overrides,
@@ -98,22 +108,7 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
             **merge_fields(anyres, "true_aspect"),
         },
         rename=rename,
-        processor=ProcessorSettings(
-            images={
-                "tiling": "anyres" if anyres else "pad",
-                "size": tower.image_size,
-                "image_mean": images.get("image_mean", CLIP_MEAN),
-                "image_std": images.get("image_std", CLIP_STD),
-                **anyres,
-            },
-            fields={
-                "image_token": IMAGE_TOKEN,
-                "image_start_token": None,
-                "image_end_token": None,
-                "chat_template": source.chat_template or chat_template_for(decoder.model_type, IMAGE_TOKEN),
-                "count_rule": "unpad_true_aspect" if anyres else "tiles",
-            },
-        ),
+        processor=llava_processor(source, tower, decoder, anyres, "true_aspect"),
         ignored={head: "equal to the input embeddings"} if tied and head else {},
         notes=[] if anyres else ["Images are padded to squares, as in training; transformers crops them by default."],
     )

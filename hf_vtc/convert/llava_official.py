@@ -111,11 +111,9 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
     Raises:
         ValueError: a tower, projector, decoder or setting that has no counterpart here.
     """
-    config, stored = source.config, source.stored
-    head = "lm_head.weight" if "lm_head.weight" in stored else None
-    tied = is_tied(source, config, head, "model.embed_tokens.weight")
+    config = source.config
     tower = tower_config(source.tower or KNOWN_TOWERS[config["mm_vision_tower"]])
-    text = text_config(config, tied)
+    text, ignored = decoder_of(source)
     return plan_base(
         target,
         overrides,
@@ -124,14 +122,14 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
             "vision_config": tower,
             "text_config": text,
             "image_token_id": source.image_token_id,
-            "tie_word_embeddings": tied,
+            "tie_word_embeddings": text.tie_word_embeddings,
             **feature_fields(config, tower),
             **compression_fields(config, target, text.num_hidden_layers),
             **merge_fields(anyres_fields(config), "token_grid"),
         },
         rename=rename,
         processor=processor_settings(source, tower, text),
-        ignored={head: "equal to the input embeddings"} if tied and head else {},
+        ignored=ignored,
         notes=["The chat template is chosen by the decoder, since official files name none: check that it fits."],
     )
 
@@ -148,15 +146,20 @@ def tower_config(fields: Mapping[str, Any]) -> PretrainedConfig:
     return CONFIG_MAPPING[_TOWER_TYPES[model_type]](**architecture_fields(fields))
 
 
-def text_config(config: Mapping[str, Any], tied: bool) -> PretrainedConfig:
-    """The decoder's part of an official `config.json`, which holds everything on one level."""
+def decoder_of(source: Source) -> tuple[PretrainedConfig, dict[str, str]]:
+    """The decoder's part of an official `config.json`, which holds everything on one level, and the tensors that its
+    tied head makes superfluous, with the reason."""
+    config = source.config
+    head = "lm_head.weight" if "lm_head.weight" in source.stored else None
+    tied = is_tied(source, config, head, "model.embed_tokens.weight")
     architecture = (config.get("architectures") or [config.get("model_type")])[0]
     if architecture not in _DECODERS:
         raise ValueError(f"The language model must be one of {', '.join(_DECODERS)}, got {architecture!r}.")
     # the settings of towers, projectors and trainers are none of the decoder's
     known = CONFIG_MAPPING[_DECODERS[architecture]]().to_dict().keys() | {"head_dim", "rope_theta", "rope_scaling"}
     fields = {name: value for name, value in config.items() if name in known}
-    return CONFIG_MAPPING[_DECODERS[architecture]](**architecture_fields(fields), tie_word_embeddings=tied)
+    text = CONFIG_MAPPING[_DECODERS[architecture]](**architecture_fields(fields), tie_word_embeddings=tied)
+    return text, {head: "equal to the input embeddings"} if tied and head else {}
 
 
 def feature_fields(config: Mapping[str, Any], tower: PretrainedConfig) -> dict[str, Any]:
@@ -211,26 +214,38 @@ def merge_fields(pinpoints: Mapping[str, Any], unpad_rule: str) -> dict[str, Any
 
 def processor_settings(source: Source, tower: PretrainedConfig, text: PretrainedConfig) -> ProcessorSettings:
     """How the original code prepares images and prompts."""
-    config, images = source.config, source.image_processor
-    anyres = anyres_fields(config)
+    config, anyres = source.config, anyres_fields(source.config)
     if not anyres and config.get("image_aspect_ratio") != "pad":
         raise ValueError(
             f"`image_aspect_ratio` must be 'pad' or 'anyres', got {config.get('image_aspect_ratio')!r}: central crops "
             "have no counterpart here."
         )
+    return llava_processor(source, tower, text, anyres, "token_grid")
+
+
+def llava_processor(
+    source: Source, tower: PretrainedConfig, text: PretrainedConfig, pinpoints: Mapping[str, Any], unpad_rule: str
+) -> ProcessorSettings:
+    """One padded tile per image, or with the `pinpoints` of `anyres_fields` the tiles of LLaVA-NeXT."""
+    tiling = "anyres" if pinpoints else "pad"
     return ProcessorSettings(
-        images={
-            "tiling": "anyres" if anyres else "pad",
-            "size": tower.image_size,
-            "image_mean": images.get("image_mean", CLIP_MEAN),
-            "image_std": images.get("image_std", CLIP_STD),
-            **anyres,
-        },
-        fields={
-            "image_token": IMAGE_TOKEN,
-            "image_start_token": None,
-            "image_end_token": None,
-            "chat_template": source.chat_template or chat_template_for(text.model_type, IMAGE_TOKEN),
-            "count_rule": "unpad_token_grid" if anyres else "tiles",
-        },
+        images={"tiling": tiling, "size": tower.image_size, **normalization(source), **pinpoints},
+        fields=prompt_fields(source, text, f"unpad_{unpad_rule}" if pinpoints else "tiles"),
     )
+
+
+def normalization(source: Source) -> dict[str, Any]:
+    """Mean and spread of the pixels, CLIP's where a checkpoint names none."""
+    images = source.image_processor
+    return {"image_mean": images.get("image_mean", CLIP_MEAN), "image_std": images.get("image_std", CLIP_STD)}
+
+
+def prompt_fields(source: Source, text: PretrainedConfig, count_rule: str) -> dict[str, Any]:
+    """Fields of `VtcProcessor`: an image is its placeholders, with nothing around them."""
+    return {
+        "image_token": IMAGE_TOKEN,
+        "image_start_token": None,
+        "image_end_token": None,
+        "chat_template": source.chat_template or chat_template_for(text.model_type, IMAGE_TOKEN),
+        "count_rule": count_rule,
+    }

@@ -276,8 +276,7 @@ def with_rows_for(
     text_config.vocab_size = image_token_id + 1
 
     def grown(tensor: torch.Tensor) -> tuple[torch.Tensor]:
-        mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
-        return (torch.cat([tensor, mean.expand(num_rows, -1)]),)
+        return (torch.cat([tensor, _mean_row(tensor).expand(num_rows, -1)]),)
 
     def rename_and_grow(name: str) -> Renamed | None:
         renamed = rename(name)
@@ -285,6 +284,15 @@ def with_rows_for(
         return Renamed(renamed.names, grown) if has_vocabulary else renamed
 
     return rename_and_grow
+
+
+def _mean_row(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean of the rows of `(V, D)`, `(1, D)`, summed in float32 without a float32 copy of the whole."""
+    total = tensor.new_zeros(1, tensor.shape[1], dtype=torch.float32)
+    buffer = tensor.new_empty(1024, tensor.shape[1], dtype=torch.float32)
+    for rows in tensor.split(len(buffer)):
+        total += buffer[: len(rows)].copy_(rows).sum(0, keepdim=True)
+    return (total / len(tensor)).to(tensor.dtype)
 
 
 def _misfits(name: str, shape: Shape, renamed: Renamed, expected: Mapping[str, Shape]) -> list[str]:

@@ -67,15 +67,18 @@ class CheckpointReader:
 
         A tensor may be a view of the mapped file: clone what must outlive the file.
         """
-        wanted = self.tensors.keys() if names is None else names
-        by_file: dict[Path, list[str]] = {}
-        for name, stored in self.tensors.items():
-            if name in wanted:
-                by_file.setdefault(stored.file, []).append(name)
-        for file, names_here in by_file.items():
-            with _open_shard(file) as shard:
+        for names_here in self.by_shard(self.tensors if names is None else names):
+            with _open_shard(self.tensors[names_here[0]].file) as shard:
                 for name in names_here:
                     yield name, shard.read(self.tensors[name].name)
+
+    def by_shard(self, names: Collection[str]) -> list[list[str]]:
+        """`names` as they lie together in files, in the order of these."""
+        by_file: dict[Path, list[str]] = {}
+        for name, stored in self.tensors.items():
+            if name in names:
+                by_file.setdefault(stored.file, []).append(name)
+        return list(by_file.values())
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same values. They are mapped, not loaded."""
@@ -96,7 +99,7 @@ class CheckpointReader:
 class ShardWriter:
     """Write tensors to `model.safetensors`, or to shards and an index if they exceed `max_shard_size`.
 
-    At most one shard is held in memory. Call `close` at the end.
+    At most one shard is held in memory, less if `flush` is called before it is full. Call `close` at the end.
 
     Args:
         folder (`Path`): an existing folder.
@@ -114,14 +117,14 @@ class ShardWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Queue one tensor under its final name."""
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
-            self._flush()
+            self.flush()
         self._pending[name] = tensor.contiguous()
         self._pending_bytes += tensor.nbytes
         self.total_bytes += tensor.nbytes
 
     def close(self) -> None:
         """Write what is left, give the shards their final names and write the index."""
-        self._flush()
+        self.flush()
         total = len(self._shards)
         if total == 1:
             self._part(0).rename(self.folder / "model.safetensors")
@@ -134,7 +137,8 @@ class ShardWriter:
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         write_json(self.folder / _INDEX_NAMES[0], index)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write a shard of what was added since the last one."""
         if self._pending:
             file = self._part(len(self._shards))
             file.touch()
@@ -337,6 +341,7 @@ def _num_bytes(size: int | str) -> int:
     return size
 
 
-def _some(names: list[str], limit: int = 8) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+def _some(names: list[str]) -> str:
+    """At most eight names, for a message."""
+    shown, num_hidden = ", ".join(names[:8]), len(names) - 8
+    return f"{shown} and {num_hidden} more" if num_hidden > 0 else shown
