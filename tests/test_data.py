@@ -160,6 +160,7 @@ def test_collator_needs_a_template_that_only_appends():
         ({"messages": [user(IMAGE, "?"), assistant("!")]}, "has no image"),
         ({"messages": [user(IMAGE, "?"), assistant("!")], "images": [image(), image()]}, "1 of 2 are left over"),
         ({"messages": [user("?")]}, "nothing to learn"),
+        (["no mapping"], "must be a mapping"),
         ({"messages": [user({"type": "video"}), assistant("!")]}, "got 'video'"),
         ({"messages": [user("<IMG_CONTEXT>"), assistant("!")]}, "wrote 1 times <IMG_CONTEXT> for 0 images"),
         ({"messages": [assistant("!")], "images": [image()]}, "role `user`"),
@@ -173,3 +174,68 @@ def test_collator_names_the_record(record, message):
 def test_collator_checks_the_padding_side():
     with pytest.raises(ValueError, match="`padding_side`"):
         VtcCollator(tiny_processor("vico"), padding_side="middle")
+
+
+def numbers(text, count):
+    return " ".join([text] * count)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_collator_cuts_text_from_the_end(padding_side):
+    processor = tiny_processor("vico")
+    long = {"messages": [user(IMAGE, "How many?"), assistant(numbers("three", 40))], "images": [image()]}
+    (whole,) = VtcCollator(processor)([long])["input_ids"]
+    limit = len(whole) - 30
+    batch = VtcCollator(processor, padding_side, max_length=limit)([long, TEXT_ONLY])
+    assert batch["input_ids"].shape[1] == limit
+    assert torch.equal(batch["input_ids"][0], whole[:limit])
+    assert batch["labels"][0, -1] == whole[limit - 1]
+    # a row that is short enough stays whole
+    assert supervised_text(processor, batch, 1) == "hi there<|im_end|>"
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 16 * len(batch["pixel_values"])
+
+
+def test_collator_never_cuts_an_image():
+    """For every limit: the row keeps all of its images whole, or is an error that says where the last one ends."""
+    processor = tiny_processor("vico")
+    (ids,) = VtcCollator(processor)([TWO_TURNS])["input_ids"].tolist()
+    last_end = max(idx for idx, token in enumerate(ids) if token == processor.image_token_id) + 2
+    assert processor.tokenizer.convert_ids_to_tokens(ids[last_end - 1]) == processor.image_end_token
+    for limit in range(1, len(ids) + 2):
+        collator = VtcCollator(processor, max_length=limit)
+        if limit < last_end:
+            with pytest.raises(ValueError, match=f"the last one ends at token {last_end}, after the limit of {limit}"):
+                collator([TWO_TURNS])
+        else:
+            batch = collator([TWO_TURNS])
+            assert batch["input_ids"].tolist() == [ids[:limit]]
+            assert ids[:limit].count(processor.image_token_id) == 16 * len(batch["pixel_values"])
+
+
+def test_collator_wants_something_to_learn():
+    processor = tiny_processor("vico")
+    (labels,) = VtcCollator(processor)([TEXT_ONLY])["labels"]
+    first = int((labels != -100).nonzero()[0])
+    with pytest.raises(ValueError, match=f"first answer begins after {first} tokens, the limit is {first}"):
+        VtcCollator(processor, max_length=first)([TEXT_ONLY])
+    assert (VtcCollator(processor, max_length=first + 1)([TEXT_ONLY])["labels"] != -100).sum() == 1
+    with pytest.raises(ValueError, match="`max_length` counts tokens"):
+        VtcCollator(processor, max_length=0)
+
+
+@pytest.mark.window
+def test_collator_check_counts_as_batches_do(method):
+    processor, generator = tiny_processor(method), np.random.default_rng(0)
+    for _ in range(20):
+        height, width = (int(side) for side in generator.integers(20, 100, size=2))
+        record = {"messages": [user("see", IMAGE), assistant("yes")], "images": [image(width, height)]}
+        conversation = Conversation.from_record(record)
+        length = VtcCollator(processor)([record])["input_ids"].shape[1]
+        VtcCollator(processor, max_length=length).check(conversation.messages, [(height, width)])
+        # the error says where the image ends
+        short = VtcCollator(processor, max_length=5)
+        with pytest.raises(ValueError) as by_check:
+            short.check(conversation.messages, [(height, width)])
+        with pytest.raises(ValueError) as by_call:
+            short([record])
+        assert str(by_call.value) == f"Record 0 of the batch: {by_check.value}"

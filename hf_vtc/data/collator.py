@@ -2,81 +2,16 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import ProcessorMixin
 
+from .conversation import Conversation
+
 # the label of everything that is not learned, as in torch and transformers
 IGNORE_INDEX = -100
-# where a content part may carry its image: HF chats and OpenAI messages
-_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 _PADDING_SIDES = ("left", "right")
-
-
-@dataclass
-class Conversation:
-    """One record as chat templates take it: `messages` with bare image parts, and their `images` in order."""
-
-    messages: list[dict[str, Any]]
-    images: list[Any]
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> "Conversation":
-        """Read `messages`, and `images` for those image parts that carry none.
-
-        Args:
-            record (`dict`): `messages`, each with `role` and `content`: a string, or parts of type `text`, `image`
-                (HF) or `image_url` (OpenAI). `images` (*optional*): PIL images, paths, URLs or data URIs. If no part
-                is an image, they come before the text of the first user message.
-
-        Raises:
-            ValueError: image parts and images do not match, or a part has another type.
-        """
-        given = list(record.get("images") or [])
-        messages, images, left = [], [], iter(given)
-        for message in record["messages"]:
-            content = message["content"]
-            if not isinstance(content, str):
-                content = [_bare_part(part, left, images) for part in content]
-            messages.append({"role": message["role"], "content": content})
-        if given and not images:
-            _put_first(messages, len(given))
-            return cls(messages, given)
-        surplus = len(list(left))
-        if surplus:
-            raise ValueError(
-                f"`images` must hold one image per image part, but {surplus} of {len(given)} are left over. Give each "
-                "a part `{'type': 'image'}` where it belongs in the text."
-            )
-        return cls(messages, images)
-
-
-def _bare_part(part: dict[str, Any], left: Any, images: list[Any]) -> dict[str, Any]:
-    if part["type"] == "text":
-        return {"type": "text", "text": part["text"]}
-    if part["type"] not in ("image", "image_url"):
-        raise ValueError(f"Content parts must be of type `text`, `image` or `image_url`, got {part['type']!r}.")
-    # data sets that are stored as tables fill the keys that a part lacks with None
-    source = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
-    if isinstance(source, dict):
-        source = source["url"]
-    if source is None:
-        source = next(left, None)
-    if source is None:
-        raise ValueError("An image part has no image. Put it in the part, or add it to `images` of the record.")
-    images.append(source)
-    return {"type": "image"}
-
-
-def _put_first(messages: list[dict[str, Any]], num_images: int) -> None:
-    user = next((message for message in messages if message["role"] == "user"), None)
-    if user is None:
-        raise ValueError("`images` need a message with role `user` that they belong to, but the record has none.")
-    content = user["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    user["content"] = [{"type": "image"} for _ in range(num_images)] + parts
 
 
 class VtcCollator:
@@ -86,19 +21,28 @@ class VtcCollator:
     conversation is tokenized turn by turn, cut where generation would start, so that the model learns to continue
     exactly the tokens that it will be given.
 
+    Images are opened as they are named. Records of unknown origin come from `load_records`, which opens none outside
+    of one folder.
+
     Args:
         processor (`VtcProcessor`): its chat template must grow: each further message only appends text.
         padding_side (`str`): `"right"` or `"left"`. The models do not mind.
+        max_length (`int`, *optional*): most tokens of a row. A longer conversation loses its end, which may be in the
+            middle of an answer, but text only: images are never cut or left out. A record whose last image ends
+            beyond, or whose first answer begins beyond, is an error.
 
     Raises:
-        ValueError: `padding_side` is neither.
+        ValueError: `padding_side` is neither, or `max_length` is not positive.
     """
 
-    def __init__(self, processor: ProcessorMixin, padding_side: str = "right"):
+    def __init__(self, processor: ProcessorMixin, padding_side: str = "right", max_length: int | None = None):
         if padding_side not in _PADDING_SIDES:
             raise ValueError(f"`padding_side` must be one of {', '.join(_PADDING_SIDES)}, got {padding_side!r}.")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"`max_length` counts tokens, must be positive or None, got {max_length}.")
         self.processor = processor
         self.padding_side = padding_side
+        self.max_length = max_length
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch.
@@ -118,7 +62,7 @@ class VtcCollator:
             try:
                 conversations.append(Conversation.from_record(record))
             except ValueError as error:
-                raise ValueError(f"Record {idx} of the batch: {error}") from error
+                raise ValueError(f"{_place(records, idx)}: {error}") from error
         images = [image for conversation in conversations for image in conversation.images]
         image_inputs = dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
 
@@ -129,9 +73,21 @@ class VtcCollator:
             try:
                 rows.append(self._tokenize(conversation.messages, replacements))
             except ValueError as error:
-                raise ValueError(f"Record {idx} of the batch: {error}") from error
+                raise ValueError(f"{_place(records, idx)}: {error}") from error
             first = last
         return {**self._pad(rows), **image_inputs}
+
+    def check(self, messages: list[dict[str, Any]], image_sizes: Sequence[tuple[int, int]]) -> None:
+        """Raise the `ValueError` that a batch with this conversation would raise for its text and its length.
+
+        Args:
+            messages (`list[dict]`): of a `Conversation`.
+            image_sizes (`Sequence[tuple[int, int]]`): (height, width) in pixels of its upright images.
+        """
+        inputs = {"image_sizes": image_sizes}
+        self._tokenize(
+            messages, [self.processor.replace_image_token(inputs, image) for image in range(len(image_sizes))]
+        )
 
     def _tokenize(self, messages: list[dict[str, Any]], replacements: list[str]) -> tuple[list[int], list[int]]:
         """Token ids and labels of one conversation, with `replacements` in place of its image placeholders."""
@@ -151,7 +107,27 @@ class VtcCollator:
             ids += piece_ids
             labels += piece_ids[:num_supervised] + [IGNORE_INDEX] * (len(piece_ids) - num_supervised)
         image_token_id = self.processor.image_token_id
-        return ids, [IGNORE_INDEX if token == image_token_id else label for token, label in zip(ids, labels)]
+        labels = [IGNORE_INDEX if token == image_token_id else label for token, label in zip(ids, labels)]
+        if self.max_length is not None and len(ids) > self.max_length:
+            self._check_cut(ids, labels)
+        return ids[: self.max_length], labels[: self.max_length]
+
+    def _check_cut(self, ids: list[int], labels: list[int]) -> None:
+        """Raise a `ValueError` if `max_length` would cut images, or everything that is supervised."""
+        image_end = _up_to_last(self.processor.image_token_id, ids) if self.processor.image_token_id in ids else 0
+        if image_end and self.processor.image_end_token is not None:
+            image_end += 1
+        if image_end > self.max_length:
+            raise ValueError(
+                f"`max_length` must not cut images, but the last one ends at token {image_end}, after the limit of "
+                f"{self.max_length}. Raise it, let the image processor make fewer tiles, or leave the record out."
+            )
+        first = next(idx for idx, label in enumerate(labels) if label != IGNORE_INDEX)
+        if first >= self.max_length:
+            raise ValueError(
+                f"`max_length` leaves nothing to learn: the first answer begins after {first} tokens, the limit is "
+                f"{self.max_length}. Raise it, or leave the record out."
+            )
 
     def _pieces(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
         """The rendered conversation, cut into prompts and answers: `(text, whether it is supervised)`."""
@@ -168,8 +144,6 @@ class VtcCollator:
                 )
             pieces += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
             done = whole
-        if not pieces:
-            raise ValueError("`messages` hold nothing to learn, since no message has the role `assistant`. Add one.")
         whole = self._render(messages)
         return [*pieces, (whole[len(done) :], False)] if len(whole) > len(done) else pieces
 
@@ -188,6 +162,12 @@ class VtcCollator:
             batch["attention_mask"][row, where] = 1
             batch["labels"][row, where] = torch.tensor(labels)
         return batch
+
+
+def _place(records: Sequence[Any], idx: int) -> str:
+    """Which record of a batch it is, and where that comes from if the record knows."""
+    origin = records[idx].get("origin") if isinstance(records[idx], dict) else None
+    return f"Record {idx} of the batch" + (f" ({origin})" if isinstance(origin, str) else "")
 
 
 def _up_to_last(token_id: int, ids: list[int]) -> int:
