@@ -1,4 +1,4 @@
-"""`hf-vtc`: see what compression does, convert and export checkpoints, estimate and measure what is saved.
+"""`hf-vtc`: see what compression does, convert, export and push checkpoints, estimate and measure what is saved.
 
 Commands check their arguments before they import what they run, since that loads torch; `hf_vtc_cli.py` starts this
 file.
@@ -56,6 +56,14 @@ _Dtype = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the warnings of transformers.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
+_Check = Annotated[bool, typer.Option(help="Prove in a new process that the folder works without hf_vtc.")]
+_BaseModel = Annotated[
+    str | None, typer.Option("--base-model", metavar="ID", help="Repository that the weights come from, for the card.")
+]
+_License = Annotated[
+    str | None, typer.Option("--license", metavar="ID", help="Licence of the weights as the Hub spells it.")
+]
+_MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest file of weights.")]
 
 
 def _reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -168,6 +176,10 @@ def convert(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     method: Annotated[str | None, typer.Option(help="Such as vico; needed only where several fit.")] = None,
     image_token_id: Annotated[int | None, typer.Option(help="Placeholder, where SRC has no tokenizer.")] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_ID", help="Folder or Hub id of the tower, if SRC names one that is not here."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: as stored.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, which bounds the memory too.")] = "2GB",
     code: Annotated[bool, typer.Option(help="Copy the code beside the weights, for trust_remote_code.")] = True,
@@ -187,6 +199,7 @@ def convert(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             save_code=code,
+            vision_tower=vision_tower,
         )
     typer.echo(report.summary())
 
@@ -196,7 +209,10 @@ def convert(
 def export(
     src: Annotated[str, typer.Argument(metavar="SRC", help="Model of hf_vtc: a folder, or an id of the Hub.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
-    check: Annotated[bool, typer.Option(help="Prove in a new process that the folder works without hf_vtc.")] = True,
+    check: _Check = True,
+    base_model: _BaseModel = None,
+    license: _License = None,
+    max_shard_size: _MaxShardSize = "5GB",
     overwrite: _Overwrite = False,
     debug: _Debug = False,
 ) -> None:
@@ -209,9 +225,56 @@ def export(
     # before anything is loaded or written
     config_of(path)
     with _status(f"Exporting {src} ..."):
-        folder = export_folder(path, dst, check=check, overwrite=overwrite)
+        folder = export_folder(
+            path,
+            dst,
+            check=check,
+            base_model=base_model,
+            license=license,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
     proof = "proven in a process without hf_vtc" if check else "not checked"
     typer.echo(f"{folder} ({proof})")
+
+
+@app.command()
+@_reporting_errors
+def push(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Model of hf_vtc: a folder, or an id of the Hub.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Repository on the Hub: name or owner/name.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Visibility of a new repository; of an old one it stays.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch, made if it does not exist.")] = None,
+    message: Annotated[str, typer.Option(help="First line of the commit.")] = "Upload model, processor and code",
+    check: _Check = True,
+    base_model: _BaseModel = None,
+    license: _License = None,
+    max_shard_size: _MaxShardSize = "5GB",
+    debug: _Debug = False,
+) -> None:
+    """Export and upload as one commit; prints the address of that commit. Needs `hf auth login` or HF_TOKEN."""
+    path = _checkpoint_path(src)
+
+    from .answers import config_of
+    from .hub import push as push_folder
+
+    # before anything is loaded or written
+    config_of(path)
+    with _status(f"Pushing {src} to {repo_id} ..."):
+        address = push_folder(
+            path,
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=message,
+            check=check,
+            base_model=base_model,
+            license=license,
+            max_shard_size=max_shard_size,
+        )
+    typer.echo(address)
 
 
 @app.command()

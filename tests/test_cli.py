@@ -369,7 +369,8 @@ def test_export_checks_unless_told_otherwise(shipped, folder, monkeypatch, flag,
     calls = []
     monkeypatch.setattr(hf_vtc.hub, "export", lambda *args, **kwargs: calls.append((args, kwargs)) or args[1])
     output_of("export", folder, "out", "--overwrite", *flag)
-    assert calls == [((str(folder), Path("out")), {"check": check, "overwrite": True})]
+    card = {"base_model": None, "license": None, "max_shard_size": "5GB"}
+    assert calls == [((str(folder), Path("out")), {"check": check, "overwrite": True, **card})]
 
 
 def test_convert_hands_its_options_on(shipped, monkeypatch):
@@ -380,12 +381,14 @@ def test_convert_hands_its_options_on(shipped, monkeypatch):
             return "done"
 
     monkeypatch.setattr(hf_vtc.convert, "convert", lambda *args, **kwargs: calls.append((args, kwargs)) or Report())
-    assert output_of("convert", "a", "b", "--image-token-id", 7, "--max-shard-size", "5MB") == "done\n"
+    options = ("--image-token-id", 7, "--max-shard-size", "5MB", "--vision-tower", "owner/tower")
+    assert output_of("convert", "a", "b", *options) == "done\n"
     expected = {
         "image_token_id": 7,
         "dtype": None,
         "max_shard_size": "5MB",
         "overwrite": False,
         "save_code": True,
+        "vision_tower": "owner/tower",
     }
     assert calls == [(("a", Path("b"), None), expected)]

@@ -2,11 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 
 import factories
 import pytest
 import torch
-from huggingface_hub import ModelCard, RepoUrl
+from huggingface_hub import CommitOperationAdd, ModelCard, ModelInfo, RepoUrl
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_vtc import hub
@@ -163,6 +164,75 @@ def test_card_that_is_given_is_kept(parts, tmp_path, form):
     assert written.data.tags[0] == "mine" and "custom_code" in written.data.tags
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_card_says_where_the_weights_come_from(parts, tmp_path, given):
+    card = CARD if given else None
+    hub.export(*parts, tmp_path / "tiny", card=card, base_model="them/their-7b", license="llama2", check=False)
+    written = ModelCard.load(tmp_path / "tiny" / "README.md")
+    assert written.data.base_model == "them/their-7b" and written.data.license == "llama2"
+    if not given:
+        assert "Weights: `llama2`" in written.text and "Apache-2.0" in written.text
+        assert "(https://huggingface.co/them/their-7b)" in written.text
+
+
+def test_card_that_knows_no_licence_says_so(exported):
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.license is None and card.data.base_model is None
+    assert "Weights: not stated here" in card.text
+
+
+def test_card_has_the_token_table_of_estimate(method, parts, exported):
+    from hf_vtc.report import default_budget, estimate
+
+    model, processor = parts
+    text = ModelCard.load(exported / "README.md").text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| \d+ x \d+ ", line)]
+    assert len(rows) == 3
+    for size, reserved, kept, *_, speedup in rows:
+        image_size = tuple(map(int, size.split(" x ")))
+        costs = estimate(
+            model.config,
+            image_size,
+            vtc_budget=default_budget(model.config),
+            image_processor=processor.image_processor,
+        )
+        assert (reserved, kept) == (f"{costs.num_reserved:,}", f"{costs.num_kept:,}")
+        assert speedup == f"{costs.ttft_speedup:.2f}"
+    # the prompt that the table is about has as many placeholders
+    counted = processor._get_num_multimodal_tokens(image_sizes=[image_size])["num_image_tokens"]
+    assert counted == [costs.num_reserved]
+
+
+@pytest.mark.window
+def test_export_in_shards(parts, tmp_path):
+    model, _ = parts
+    folder = hub.export(*parts, tmp_path / "tiny", max_shard_size="100KB", check=False)
+    assert not (folder / "model.safetensors").exists()
+    shards = sorted(folder.glob("model-*.safetensors"))
+    largest = max(tensor.nbytes for tensor in model.state_dict().values())
+    assert len(shards) > 2 and all(file.stat().st_size < max(largest, 10**5) + 10**4 for file in shards)
+    weights = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_export_runs_no_code_of_a_pickled_checkpoint(exported, tmp_path):
+    (exported / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Trap(tmp_path / "sprung")}, exported / "pytorch_model.bin")
+    with pytest.raises(Exception, match="weights_only|Weights only"):
+        hub.export(exported, tmp_path / "copy", check=False)
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "copy").exists()
+
+
 @needs_remote_code_from_folder
 def test_check_finds_code_that_computes_something_else(exported):
     reference = json.loads((exported / "config.json").read_text())["auto_map"]["AutoModelForImageTextToText"]
@@ -223,12 +293,18 @@ def test_check_says_which_transformers_it_needs(exported):
 
 
 class FakeHub:
-    """Stands in for the network side of `HfApi` and remembers what it was asked."""
+    """Stands in for the network side of `HfApi` and remembers what it was asked.
 
-    def __init__(self, monkeypatch):
+    Args:
+        files (`tuple[str, ...]`): what the repository holds already.
+        private (`bool`): visibility of the repository.
+    """
+
+    def __init__(self, monkeypatch, files=(".gitattributes",), private=False):
         self.calls = []
-        self.files = set()
-        for name in ("create_repo", "create_branch", "upload_folder"):
+        self.files, self.private = files, private
+        self.added, self.deleted, self.card = {}, set(), None
+        for name in ("whoami", "create_repo", "model_info", "create_branch", "create_commit"):
             monkeypatch.setattr(hub.HfApi, name, self.method(name))
 
     def method(self, name):
@@ -238,34 +314,105 @@ class FakeHub:
 
         return call
 
+    def named(self, name):
+        """Arguments of the calls of one method."""
+        return [(args, kwargs) for called, args, kwargs, _ in self.calls if called == name]
+
+    def whoami(self):
+        return {"name": "me"}
+
     def create_repo(self, repo_id, **kwargs):
         return RepoUrl(f"https://huggingface.co/{repo_id}")
 
     def create_branch(self, repo_id, **kwargs):
         return None
 
-    def upload_folder(self, *, folder_path, **kwargs):
-        self.files = {path.name for path in folder_path.iterdir()}
+    def model_info(self, repo_id, revision=None):
+        siblings = [{"rfilename": name} for name in self.files]
+        return ModelInfo(id=repo_id, sha=f"head of {revision}", private=self.private, siblings=siblings)
+
+    def create_commit(self, repo_id, *, operations, **kwargs):
+        operations = list(operations)
+        added = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+        # read now: the folder is temporary
+        files = {operation.path_in_repo: Path(operation.path_or_fileobj) for operation in added}
+        self.added = {name: path.stat().st_size for name, path in files.items()}
+        self.card = files["README.md"].read_text(encoding="utf-8")
+        self.deleted = {operation.path_in_repo for operation in operations} - self.added.keys()
         return type("Commit", (), {"oid": "abc123"})
 
 
 def test_push_makes_one_commit(method, parts, monkeypatch):
-    fake = FakeHub(monkeypatch)
+    fake = FakeHub(monkeypatch, private=True)
     url = hub.push(*parts, "someone/tiny", private=True, commit_message="First", token="secret", check=False)
     assert url == "https://huggingface.co/someone/tiny/tree/abc123"
-    assert [name for name, *_ in fake.calls] == ["create_repo", "upload_folder"]
-    (_, created, create_options, token), (_, _, upload_options, _) = fake.calls
+    assert [name for name, *_ in fake.calls] == ["create_repo", "model_info", "create_commit"]
+    assert {token for *_, token in fake.calls} == {"secret"}
+    ((created, create_options),) = fake.named("create_repo")
     assert created == ("someone/tiny",) and create_options["private"] is True and create_options["exist_ok"] is True
-    assert token == "secret"
-    assert upload_options["repo_id"] == "someone/tiny" and upload_options["commit_message"] == "First"
-    assert {"config.json", "model.safetensors", "README.md", f"modeling_{method}.py"} <= fake.files
+    (((repo_id,), options),) = fake.named("create_commit")
+    assert repo_id == "someone/tiny" and options["commit_message"] == "First"
+    # what was looked at is what is replaced, or nothing is
+    assert options["parent_commit"] == "head of None"
+    assert {"config.json", "model.safetensors", "README.md", f"modeling_{method}.py"} <= fake.added.keys()
+    assert all(fake.added.values()) and not fake.deleted
 
 
 def test_push_to_a_branch_from_a_path(exported, monkeypatch):
     fake = FakeHub(monkeypatch)
     hub.push(exported, "someone/tiny", revision="candidate", check=False)
-    assert [name for name, *_ in fake.calls] == ["create_repo", "create_branch", "upload_folder"]
-    assert fake.calls[1][2]["branch"] == fake.calls[2][2]["revision"] == "candidate"
+    assert fake.named("create_branch") == [(("someone/tiny",), {"branch": "candidate", "exist_ok": True})]
+    ((_, options),) = fake.named("create_commit")
+    assert options["revision"] == "candidate" and options["parent_commit"] == "head of candidate"
+
+
+def test_push_asks_whose_a_bare_name_is(parts, monkeypatch):
+    fake = FakeHub(monkeypatch)
+    hub.push(*parts, "tiny", check=False)
+    assert fake.named("create_commit")[0][0] == ("me/tiny",)
+    assert 'path = "me/tiny"' in fake.card
+
+
+def test_push_removes_what_loading_would_read_beside_the_new_files(parts, monkeypatch):
+    kept = ("results/model.safetensors", "plot.png", "LICENSE", "model.fp16.safetensors", "notes.json")
+    stale = (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.json",
+        "vocab.json",
+    )
+    fake = FakeHub(monkeypatch, files=(*kept, *stale, "config.json", "model.safetensors"))
+    hub.push(*parts, "someone/tiny", check=False)
+    assert fake.deleted == set(stale)
+
+
+def test_push_replaces_a_single_file_by_shards(parts, monkeypatch):
+    fake = FakeHub(monkeypatch, files=("model.safetensors",))
+    hub.push(*parts, "someone/tiny", max_shard_size="100KB", check=False)
+    # loading prefers the single file, which would be the old weights
+    assert fake.deleted == {"model.safetensors"}
+    assert "model.safetensors.index.json" in fake.added
+    assert len([name for name in fake.added if name.startswith("model-0")]) > 2
+
+
+def test_push_of_what_is_private_spares_a_public_repository(parts, monkeypatch):
+    fake = FakeHub(monkeypatch, private=False)
+    with pytest.raises(ValueError, match="already and public"):
+        hub.push(*parts, "someone/tiny", private=True, revision="hidden", check=False)
+    assert not fake.named("create_commit") and not fake.named("create_branch")
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "", "/tiny", "someone/"])
+def test_push_refuses_what_is_no_name_before_it_does_anything(parts, monkeypatch, name):
+    fake = FakeHub(monkeypatch)
+    monkeypatch.setattr(hub, "export", lambda *args, **kwargs: pytest.fail("exported"))
+    with pytest.raises(ValueError, match="owner/name"):
+        hub.push(*parts, name)
+    assert fake.calls == []
 
 
 @needs_remote_code_from_folder
@@ -275,7 +422,14 @@ def test_push_uploads_nothing_that_fails_the_check(parts, monkeypatch):
     def fail(folder):
         raise RuntimeError("differs")
 
-    monkeypatch.setattr(hub, "_check", fail)
+    monkeypatch.setattr(hub.proof, "check", fail)
     with pytest.raises(RuntimeError, match="differs"):
         hub.push(*parts, "someone/tiny")
     assert fake.calls == []
+
+
+def test_push_leaves_no_temporary_folder(parts, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    FakeHub(monkeypatch)
+    hub.push(*parts, "someone/tiny", check=False)
+    assert not list(tmp_path.iterdir())

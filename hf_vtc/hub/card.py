@@ -1,0 +1,126 @@
+"""Model cards: what is given is kept, what is absent is written from the config."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..report import default_budget, estimate
+from ..report.render import binary_bytes, count, flops
+
+_TAGS = ("vtc", "vision-token-compression", "custom_code")
+_CODE_LICENSE = "Apache-2.0"
+# height and width in pixels: a thumbnail, a photo, a page
+_IMAGE_SIZES = ((336, 336), (768, 1024), (1344, 896))
+
+
+def card_beside(model: PreTrainedModel | str | os.PathLike) -> Path | None:
+    """The `README.md` of a model's folder, None where there is none."""
+    if isinstance(model, str | os.PathLike) and (Path(model) / "README.md").is_file():
+        return Path(model) / "README.md"
+    return None
+
+
+def complete_card(
+    card: ModelCard | str | os.PathLike | None,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    title: str,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """The given card, or a new one, with the metadata that the Hub needs.
+
+    Args:
+        card: a `ModelCard`, its text, its path (a string without a line break), or None for a new one.
+        model (`PreTrainedModel`), processor (`ProcessorMixin`): what it describes.
+        title (`str`): name of the folder or repository, for a new card.
+        base_model (`str`, *optional*): repository that the weights come from; replaces what the card says.
+        license (`str`, *optional*): identifier of the weights' licence; replaces what the card says.
+    """
+    if card is None:
+        card = _new_card(model, processor, title, base_model, license)
+    elif isinstance(card, os.PathLike) or (isinstance(card, str) and "\n" not in card):
+        card = Path(card).read_text(encoding="utf-8")
+    card = ModelCard(str(card))
+    card.data.library_name = card.data.library_name or "transformers"
+    card.data.pipeline_tag = card.data.pipeline_tag or "image-text-to-text"
+    card.data.base_model = base_model or card.data.base_model
+    card.data.license = license or card.data.license
+    method = model.config.model_type.removeprefix("vtc_")
+    card.data.tags = list(dict.fromkeys((*(card.data.tags or ()), *_TAGS, method)))
+    return card
+
+
+def _new_card(
+    model: PreTrainedModel, processor: ProcessorMixin, title: str, base_model: str | None, license: str | None
+) -> str:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    origin = f", made from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
+    weights = f"`{license}`" if license else "not stated here; that of the checkpoint they come from applies"
+    return f"""---
+library_name: transformers
+---
+
+# {title}
+
+A vision-language model with vision-token compression (`{model.config.model_type}`) and {parameters / 1e6:,.1f} million
+parameters{origin}.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+path = "{title}"  # this repository, or a folder that holds its files
+revision = "main"  # better the commit whose code you have read: it runs on your machine
+model = AutoModelForImageTextToText.from_pretrained(path, revision=revision, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=True)
+image = {{"type": "image", "url": "page.png"}}
+messages = [{{"role": "user", "content": [image, {{"type": "text", "text": "What is shown?"}}]}}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=32, vtc_budget="auto")
+print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+```
+
+`vtc_budget` is `"auto"` (the method's own decision), `"full"` (no compression), a share of the reserved tokens such as
+`0.5`, or the largest number of visual tokens per image.
+
+## Tokens
+
+{_token_table(model, processor)}
+
+## Licence
+
+Code (`*.py`): {_CODE_LICENSE}, a copy of what it needs of the Python package `hf_vtc`, which has training, LoRA and
+measurements besides. Weights: {weights}.
+"""
+
+
+def _token_table(model: PreTrainedModel, processor: ProcessorMixin) -> str:
+    """What compression can save, by image size, from the config alone."""
+    budget, rows = default_budget(model.config), []
+    for height, width in _IMAGE_SIZES:
+        costs = estimate(model.config, (height, width), vtc_budget=budget, image_processor=processor.image_processor)
+        cells = (
+            f"{height} x {width}",
+            count(costs.num_reserved),
+            count(costs.num_kept),
+            f"{binary_bytes(costs.full_kv_cache_bytes)} / {binary_bytes(costs.kv_cache_bytes)}",
+            f"{flops(costs.full_prefill_flops)} / {flops(costs.prefill_flops)}",
+            f"{costs.ttft_speedup:.2f}",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    header = "| image, px | visual tokens | kept | KV cache, full / kept | prefill FLOPs, full / kept | speed-up |"
+    return "\n".join(
+        [
+            f"Counted from the config for `vtc_budget={budget!r}`, {costs.num_text_tokens} text tokens, batch 1, 16 "
+            "bits a value: what compression can save at best, not a measurement. The speed-up is the ideal one of the "
+            "first token, tower included.",
+            "",
+            header,
+            "|---|---|---|---|---|---|",
+            *rows,
+        ]
+    )

@@ -1,0 +1,93 @@
+"""One folder, one commit: what is on the Hub is the whole of the new model or the whole of the old one."""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+# What loading reads beside the new files, if an earlier upload left it there: other shards, an adapter that was
+# merged since, a tokenizer of another kind.
+_READ_BY_LOADERS = (
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-?????-of-?????.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_config.json",
+    "adapter_model.*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+
+
+def full_name(api: HfApi, repo_id: str) -> str:
+    """`repo_id` with its owner: a bare name belongs to who holds the token.
+
+    Raises:
+        ValueError: it is no name of a repository.
+        huggingface_hub.errors.LocalTokenNotFoundError, HfHubHTTPError: there is no token, or the Hub refuses it.
+    """
+    parts = repo_id.split("/")
+    if len(parts) > 2 or not all(parts):
+        raise ValueError(f"`repo_id` must be 'name' or 'owner/name', got {repo_id!r}.")
+    return repo_id if len(parts) == 2 else f"{api.whoami()['name']}/{repo_id}"
+
+
+def upload(
+    api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None, commit_message: str
+) -> str:
+    """Create the repository and the branch if needed, and commit a folder to it.
+
+    Args:
+        api (`HfApi`): with the token to use.
+        folder (`Path`): what the branch is to hold.
+        repo_id (`str`): `"owner/name"`.
+        private (`bool`, *optional*): visibility of a new repository. True also refuses to write to a public one.
+        revision (`str`, *optional*): branch, made from the main branch if it does not exist.
+        commit_message (`str`): first line of the commit.
+
+    Returns:
+        Address of the repository's files at the new commit.
+
+    Raises:
+        ValueError: `private` is True and the repository is public.
+        huggingface_hub.errors.HfHubHTTPError: the network or the rights forbid it, or somebody else has committed to
+            the branch meanwhile. The branch is then as it was; a repository that was made for it stays, empty.
+    """
+    repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    before = api.model_info(repo_id)
+    if private and not before.private:
+        raise ValueError(
+            f"`private=True`, but {repo_id} is there already and public. Make it private in its settings on the Hub, "
+            "or push to another name."
+        )
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        before = api.model_info(repo_id, revision=revision)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    present = [sibling.rfilename for sibling in before.siblings]
+    # not `upload_folder`, which may split what takes long into several commits
+    commit = api.create_commit(
+        repo_id,
+        operations=[
+            *(CommitOperationDelete(name) for name in present if name not in files and _is_read_by_loaders(name)),
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
+        ],
+        commit_message=commit_message,
+        revision=revision,
+        parent_commit=before.sha,
+    )
+    return f"{repository}/tree/{commit.oid}"
+
+
+def _is_read_by_loaders(name: str) -> bool:
+    # in the top folder only: a pattern's star must not reach into others
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in _READ_BY_LOADERS)
