@@ -9,7 +9,7 @@ from .auto import AutoModelForVision2Seq, install_vision2seq
 __version__ = "0.1.0"
 
 # loaded on first use, so that loading a model costs neither peft, matplotlib nor the trainers
-_SUBMODULES = ("convert", "data", "hub", "plot", "report", "trainers")
+_SUBMODULES = ("convert", "data", "hub", "lora", "plot", "report", "trainers")
 _REPORT_FUNCTIONS = ("bench", "estimate")
 
 __all__ = ["AutoModelForVision2Seq", "install_vision2seq", "models", *_REPORT_FUNCTIONS, *_SUBMODULES]
