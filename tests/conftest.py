@@ -39,7 +39,18 @@ def method(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def saved(method: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a tiny model, its processor and their code; shared, so tests that change it copy it first."""
-    folder = tmp_path_factory.mktemp("saved") / f"{method}-tiny"
+    return save_tiny(method, tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture(scope="session")
+def every_saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Such a folder for each method."""
+    parent = tmp_path_factory.mktemp("every_saved")
+    return [save_tiny(entry.config.model_type.removeprefix("vtc_"), parent) for entry in METHODS]
+
+
+def save_tiny(method: str, parent: Path) -> Path:
+    folder = parent / f"{method}-tiny"
     torch.manual_seed(0)
     factories.tiny_model(method).save_pretrained(folder)
     factories.tiny_processor(method).save_pretrained(folder)

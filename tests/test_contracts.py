@@ -464,7 +464,7 @@ def assert_rows_equal_alone(model, batch, budget, permutation):
         assert torch.equal(generated[row, length:], new)
 
 
-@pytest.mark.parametrize("chunk", range(8))
+@pytest.mark.parametrize("chunk", [0, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in range(1, 8))])
 def test_rows_do_not_depend_on_their_batch(model, chunk):
     """200 random batches: 1-5 rows, 0-3 images a row, tilings, padding sides, orders of rows."""
     generator = torch.Generator().manual_seed(100 + chunk)

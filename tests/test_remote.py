@@ -69,13 +69,14 @@ LOAD_SEVERAL_TIMES = """
 import sys
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-folder, package = sys.argv[1:]
+package, *folders = sys.argv[1:]
 if package == "hf_vtc":
     import hf_vtc
-for auto_class in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor):
-    classes = [type(auto_class.from_pretrained(folder, trust_remote_code=True)) for _ in range(3)]
-    assert len(set(classes)) == 1, classes
-    assert classes[0].__module__.startswith(package + "."), classes
+for folder in folders:
+    for auto_class in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor):
+        classes = [type(auto_class.from_pretrained(folder, trust_remote_code=True)) for _ in range(3)]
+        assert len(set(classes)) == 1, classes
+        assert classes[0].__module__.startswith(package + "."), classes
 assert package == "hf_vtc" or sys.modules.get("hf_vtc") is None
 """
 
@@ -217,8 +218,8 @@ def test_remote_code_survives_being_saved_again(saved, inputs, expected, answer,
         pytest.param(True, "hf_vtc", id="imported"),
     ],
 )
-def test_repeated_loads_give_the_same_class(saved, run_python, installed, package):
-    run_python(LOAD_SEVERAL_TIMES, saved, package, installed=installed)
+def test_repeated_loads_give_the_same_class(every_saved, run_python, installed, package):
+    run_python(LOAD_SEVERAL_TIMES, package, *every_saved, installed=installed)
 
 
 @needs_other_python
