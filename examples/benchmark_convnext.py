@@ -23,7 +23,6 @@ import copy
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -34,6 +33,7 @@ from transformers import ConvNextModel, PretrainedConfig
 
 from hf_vtc.models.configuration_convllava import ConvllavaConfig
 from hf_vtc.models.modeling_convllava import ConvNextTower
+from hf_vtc.report.measured import in_turns
 
 GOAL = 1.02
 TOLERANCE = 1e-5
@@ -82,30 +82,6 @@ def build_variants(
         program = torch.compile(both)
         variants["compiled"] = lambda: program(pixels_last)[0]
     return variants
-
-
-@torch.inference_mode()
-def in_turns(
-    variants: dict[str, Callable[[], torch.Tensor]], device: torch.device, repeats: int, warmup: int
-) -> dict[str, list[float]]:
-    """Seconds of every measured call; each round starts with another variant."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for round_idx in range(warmup + repeats):
-        shift = round_idx % len(names)
-        for name in names[shift:] + names[:shift]:
-            _wait(device)
-            start = time.perf_counter()
-            variants[name]()
-            _wait(device)
-            if round_idx >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.inference_mode()
@@ -175,7 +151,8 @@ def main() -> None:
 
     variants = build_variants(stock, tower, pixel_values, compiled=not arguments.no_compile)
     difference = differences(variants)
-    seconds = in_turns(variants, device, arguments.repeats, arguments.warmup)
+    with torch.inference_mode():
+        seconds = in_turns(variants, device, arguments.repeats, arguments.warmup)
     results = report(seconds, difference)
     num_parameters = sum(parameter.numel() for parameter in tower.parameters())
     met = results["ours"]["ratio"] <= GOAL and all(row["equal"] for row in results.values())

@@ -306,8 +306,7 @@ def evaluate(folder: str | Path, base_folder: str | Path, num_questions: int, co
 
     rows = [Measurement("ViT base", score(items, base_answers), base_tokens)]
     for name, size in (("ConvLLaVA", SHORT_SIDE), ("half the resolution", SHORT_SIDE // 2)):
-        answers, counts = answer_all(model, processor, items, size=size)
-        rows.append(Measurement(name, score(items, answers), float(np.mean(counts))))
+        rows.append(Measurement.of(name, items, answer_all(model, processor, items, size=size)))
     console.print(as_table(rows, num_questions))
     stride_16 = float(np.mean(fields)) * (FIELD_SIZE * ZOOM // 16) ** 2
     facts = {

@@ -10,15 +10,14 @@ compresses when it answers, lightly, so that there is something to see; `vtc_bud
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from digit_forms import evaluation_set, score
+from digit_forms import evaluation_set
 from digit_forms.measure import Measurement, answer, as_table
-from digit_forms.training import training_arguments
+from digit_forms.training import comparison_parser, run_comparison, save_rounded, training_arguments
 from rich.console import Console
 from train_vico import EVALUATION_SEED, PageDataset, build_processor, load, run_stage
 from transformers import AutoTokenizer, set_seed
@@ -42,25 +41,24 @@ def pages(steps: int, seed: int) -> PageDataset:
     return PageDataset(steps * BATCH_SIZE, TUNING_PAGES_SEED + seed, max_questions=QUESTIONS_PER_PAGE)
 
 
-def train(base: Path, output: Path, work: Path, stages, inference: tuple[int, int], steps: int, seed: int, console):
+def train(args: argparse.Namespace, output: Path, staged: bool, console: Console) -> None:
     """Tune the shared base, and write the folder with the rounded weights; language model and connector learn."""
-    set_seed(seed)
-    model = hf_vtc.convert.from_base(base, "llavolta", dtype=torch.float32, compress_stride=1)
-    processor = build_processor(AutoTokenizer.from_pretrained(base))
+    set_seed(args.seed)
+    model = hf_vtc.convert.from_base(args.base, "llavolta", dtype=torch.float32, compress_stride=1)
+    processor = build_processor(AutoTokenizer.from_pretrained(args.base))
+    work = args.work / ("staged_training" if staged else "single_training")
     trainer = LlavoltaTrainer(
         model,
-        training_arguments(work, steps, BATCH_SIZE, LEARNING_RATE, seed),
-        stages=stages,
-        train_dataset=pages(steps, seed),
+        training_arguments(work, args.steps, BATCH_SIZE, LEARNING_RATE, args.seed),
+        stages=STAGED if staged else SINGLE,
+        train_dataset=pages(args.steps, args.seed),
         data_collator=VtcCollator(processor),
     )
     start = time.perf_counter()
-    run_stage(trainer, console, "staged" if len(stages) > 1 else "uncompressed")
-    console.print(f"{(time.perf_counter() - start) / steps:.3f} s per step of {BATCH_SIZE} pages")
-    model.config.set_compression(*inference)
-    model.requires_grad_(True).to(torch.bfloat16).save_pretrained(output, save_code=False)
-    processor.save_pretrained(output, save_code=False)
-    console.print(f"wrote {output}")
+    run_stage(trainer, console, "staged" if staged else "uncompressed")
+    console.print(f"{(time.perf_counter() - start) / args.steps:.3f} s per step of {BATCH_SIZE} pages")
+    model.config.set_compression(*(args.inference if staged else SINGLE[0][:2]))
+    save_rounded(model, processor, output, console)
 
 
 def seconds_per_step(model, processor, rounds: int) -> dict[str, float]:
@@ -86,29 +84,26 @@ def seconds_per_step(model, processor, rounds: int) -> dict[str, float]:
     return {name: float(np.median(values[1:])) for name, values in times.items()}
 
 
-def evaluate(staged: str, uncompressed: str, num_questions: int, rounds: int, console: Console) -> dict:
+def evaluate(args: argparse.Namespace, staged: str, uncompressed: str, console: Console) -> dict:
     """Measure, print the table and the paper's claims beside it, and return both."""
     (model, processor), (plain, plain_processor) = load(staged), load(uncompressed)
-    items = evaluation_set(num_questions, EVALUATION_SEED)
-
-    def row(name: str, result: tuple[list[str], list[int]]) -> Measurement:
-        return Measurement(name, score(items, result[0]), float(np.mean(result[1])))
-
+    items = evaluation_set(args.questions, EVALUATION_SEED)
     inference = (model.config.compress_layer_idx, model.config.compress_stride)
-    rows = [
-        row("uncompressed training", answer(plain, plain_processor, items, budget="full")),
-        row("staged training", answer(model, processor, items, budget="full")),
-    ]
+    results = {
+        "uncompressed training": answer(plain, plain_processor, items, budget="full"),
+        "staged training": answer(model, processor, items, budget="full"),
+    }
     for layer_idx, stride in (inference, (2, 8), (1, 8)):
         model.config.set_compression(layer_idx, stride)
         name = f"staged, answers at layer {layer_idx}, stride {stride}"
-        rows.append(row(name, answer(model, processor, items, budget="auto")))
+        results[name] = answer(model, processor, items, budget="auto")
     # without the training: what pooling costs a model that has never seen it
     plain.config.set_compression(2, 8)
-    rows.append(row("uncompressed, answers at layer 2, stride 8", answer(plain, plain_processor, items)))
-    console.print(as_table(rows, num_questions))
+    results["uncompressed, answers at layer 2, stride 8"] = answer(plain, plain_processor, items)
+    rows = [Measurement.of(name, items, result) for name, result in results.items()]
+    console.print(as_table(rows, args.questions))
 
-    seconds = seconds_per_step(model, processor, rounds)
+    seconds = seconds_per_step(model, processor, args.rounds)
     step = sum(stage.share * seconds[str(stage[:2])] for stage in STAGED)
     saved = 1 - step / seconds[str(SINGLE[0][:2])]
     single, ours = (rows[idx].accuracy["all"] for idx in (0, 1))
@@ -119,38 +114,13 @@ def evaluate(staged: str, uncompressed: str, num_questions: int, rounds: int, co
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="checkpoint folder to write")
-    parser.add_argument("--base", type=Path, default=Path("model_cards/base-tiny"), help="folder of train_base.py")
-    parser.add_argument("--work", type=Path, default=Path("outputs/llavolta-tiny"), help="trainer checkpoints and log")
+    parser = comparison_parser(__doc__, "llavolta-tiny")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument(
         "--inference", type=int, nargs=2, default=(2, 2), metavar=("LAYER", "STRIDE"), help="of the shipped model"
     )
-    parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the evaluation")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps per setting")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--uncompressed", type=Path, help="finished model to compare with; trained if not given")
-    parser.add_argument("--evaluate", metavar="FOLDER", help="only measure a finished checkpoint")
-    args = parser.parse_args()
-    console = Console()
-    if args.evaluate is None and args.output is None:
-        parser.error("--output is needed, or --evaluate")
-    if args.evaluate is not None and args.uncompressed is None:
-        parser.error("--evaluate needs --uncompressed, the model to compare with")
-
-    if args.evaluate is None:
-        args.work.mkdir(parents=True, exist_ok=True)
-        inference, shared = tuple(args.inference), (args.steps, args.seed, console)
-        train(args.base, args.output, args.work / "staged_training", STAGED, inference, *shared)
-        if args.uncompressed is None:
-            args.uncompressed = args.work / "single"
-            train(args.base, args.uncompressed, args.work / "single_training", SINGLE, SINGLE[0][:2], *shared)
-    # what is shipped is what is measured: the rounded weights
-    measured = evaluate(
-        str(args.evaluate or args.output), str(args.uncompressed), args.questions, args.rounds, console
-    )
-    console.print_json(json.dumps(measured))
+    run_comparison(parser, train, evaluate, uncompressed="single")
 
 
 if __name__ == "__main__":

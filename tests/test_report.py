@@ -406,7 +406,7 @@ def test_bench_figures_by_hand(model, batch):
 def test_rounds_rotate():
     order = []
     variants = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    seconds = measured._in_turns(variants, torch.device("cpu"), repeats=2, warmup=1)
+    seconds = measured.in_turns(variants, torch.device("cpu"), repeats=2, warmup=1)
     assert "".join(order) == "abcbcacab"
     assert all(len(values) == 2 for values in seconds.values())
 

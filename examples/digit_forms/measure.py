@@ -24,6 +24,12 @@ class Measurement:
     accuracy: dict[str, float]
     mean_tokens: float
 
+    @classmethod
+    def of(cls, name: str, items: Sequence[EvaluationItem], result: tuple[list[str], list[int]]) -> "Measurement":
+        """From what `answer` gives for `items`."""
+        answers, counts = result
+        return cls(name, score(items, answers), float(np.mean(counts)))
+
 
 @torch.no_grad()
 def answer(
@@ -75,10 +81,6 @@ def measure(
     """Four rows: `full`, `auto`, and at the mean token count of `auto`, image by image, the baselines `random tiles`
     (as many tiles compressed, chosen at random) and `smaller image` (fewer tiles, none compressed)."""
 
-    def row(name: str, result: tuple[list[str], list[int]]) -> Measurement:
-        answers, counts = result
-        return Measurement(name, score(items, answers), float(np.mean(counts)))
-
     rng = np.random.default_rng(seed)
     full = answer(model, processor, items, budget="full")
     auto = answer(model, processor, items, budget="auto")
@@ -91,7 +93,8 @@ def measure(
         decisions.append(compress)
     randomly = answer(model, processor, items, decisions=decisions)
     smaller = _smaller_images(model, processor, items, auto[1], rng)
-    return [row("full", full), row("auto", auto), row("random tiles", randomly), row("smaller image", smaller)]
+    results = {"full": full, "auto": auto, "random tiles": randomly, "smaller image": smaller}
+    return [Measurement.of(name, items, result) for name, result in results.items()]
 
 
 def _smaller_images(model, processor, items, allowed: Sequence[int], rng) -> tuple[list[str], list[int]]:

@@ -197,7 +197,7 @@ def bench(
         "measured": lambda: ours(vtc_budget=vtc_budget),
         "oracle": ideal,
     }
-    seconds = _in_turns(variants, model.device, repeats, warmup)
+    seconds = in_turns(variants, model.device, repeats, warmup)
     return BenchReport(
         **{name: Timing(values) for name, values in seconds.items()},
         ideal_speedup=oracle.ideal_speedup(),
@@ -354,10 +354,17 @@ def _tower_flops(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) 
     return sum(tower_of(config, tuple(size)).flops() for size in sizes)
 
 
-def _in_turns(
+def in_turns(
     variants: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, warmup: int
 ) -> dict[str, list[float]]:
-    """Seconds of each variant per round; the order rotates, so that none always follows the same other."""
+    """Seconds of each variant per round; the order rotates, so that none always follows the same other.
+
+    Args:
+        variants (`Mapping[str, Callable]`): what is measured, by name.
+        device (`torch.device`): that is waited for before and after each call.
+        repeats (`int`): rounds that count.
+        warmup (`int`): rounds before, which do not.
+    """
     names, seconds = list(variants), {name: [] for name in variants}
     for round_idx in range(warmup + repeats):
         shift = round_idx % len(names)
