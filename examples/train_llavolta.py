@@ -115,7 +115,7 @@ def evaluate(args: argparse.Namespace, staged: str, uncompressed: str, console: 
 
 def main() -> None:
     parser = comparison_parser(__doc__, "llavolta-tiny")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument(
         "--inference", type=int, nargs=2, default=(2, 2), metavar=("LAYER", "STRIDE"), help="of the shipped model"
     )
