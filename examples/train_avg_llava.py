@@ -1,4 +1,4 @@
-"""Make `model_cards/avg-llava-tiny`: training at all granularities, router training, evaluation, checkpoint folder.
+"""Make `model_cards/avg-llava-tiny`: training at all granularities, router training, adaptation, checkpoint folder.
 
     python examples/train_avg_llava.py --output model_cards/avg-llava-tiny      # from model_cards/base-tiny
     python examples/train_avg_llava.py --evaluate model_cards/avg-llava-tiny    # the numbers of the card
@@ -6,7 +6,9 @@
 Stages 3 and 4 of AVG-LLaVA (arXiv 2410.02745) are those of `hf_vtc.trainers`; its stages 1 and 2 are the base model.
 The tiny base gives 16 tokens per tile, so that granularities are 16, 8, 4, 2 and 1. What is chosen here: step counts,
 learning rates, one question per page in stage 4 (a page with questions of all kinds needs the finest granularity of
-them), and the tolerance within which losses count as equal, since nothing else in RGLF asks for fewer tokens.
+them), the tolerance within which losses count as equal, since nothing else in RGLF asks for fewer tokens, and a weight
+of 1 for the cross-entropy: with the released 0.1 the router does not tell coarse questions from middling ones. A last
+round, ours, tunes the language model at the granularities that the router chooses.
 """
 
 import argparse
@@ -16,22 +18,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digit_forms import EVALUATED_KINDS, EvaluationItem, draw_page, evaluation_set, page_rng, score
+from digit_forms import EVALUATED_KINDS, EvaluationItem, draw_page, evaluation_set, page_rng
 from digit_forms.measure import Measurement, answer, as_table
-from digit_forms.training import training_arguments
+from digit_forms.training import save_rounded, training_arguments
 from rich.console import Console
 from train_vico import EVALUATION_SEED, PageDataset, build_processor, load, run_stage
 from transformers import AutoTokenizer, set_seed
 
 import hf_vtc
-from hf_vtc.data import VtcCollator
-from hf_vtc.trainers import AvgLlavaGranularityTrainer, AvgLlavaRouterTrainer
+from hf_vtc.data import IGNORE_INDEX, VtcCollator
+from hf_vtc.trainers import AvgLlavaGranularityTrainer, AvgLlavaRouterTrainer, VtcTrainer
 
 # pages of the base model's training have seed 0, evaluation has 1234
 GRANULARITY_PAGES_SEED = 600
 ROUTER_PAGES_SEED = 700
+ADAPTATION_PAGES_SEED = 800
 SAME_PAGE_SEED = 1235
 GRANULARITY_BATCH, ROUTER_BATCH = 16, 48
+CE_LOSS_WEIGHT = 1.0
 # the abstract: on AI2D, 85.3 % fewer visual tokens; the accuracy of most benchmarks rises
 PAPER_FEWER_TOKENS = 0.853
 
@@ -86,10 +90,43 @@ def train_router(
         model,
         training_arguments(folder / "router", steps, ROUTER_BATCH, learning_rate, seed),
         loss_tolerance=tolerance,
+        ce_loss_weight=CE_LOSS_WEIGHT,
         train_dataset=QuestionDataset(steps * ROUTER_BATCH, ROUTER_PAGES_SEED + seed),
         data_collator=VtcCollator(processor),
     )
     return timed_stage(trainer, console, "router", steps)
+
+
+class RoutedTrainer(VtcTrainer):
+    """Next-token loss at the granularities that the router chooses from the question alone."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        own = self.unwrap(model)
+        # Trainer switches the whole model to training mode; the router's choice shall be that of inference
+        own.model.router.eval()
+        with torch.no_grad():
+            features = own.model.encode(inputs.pop("pixel_values"))
+            prompt = inputs["attention_mask"] * (inputs["labels"] == IGNORE_INDEX)
+            unanswered = {"input_ids": inputs["input_ids"], "num_tiles": inputs["num_tiles"], "attention_mask": prompt}
+            routed = own.model(**unanswered, image_features=features, use_cache=False)
+        inputs |= {"image_features": features, "router_decisions": routed.router_decisions}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def adapt_to_router(
+    model, processor, folder: Path, steps: int, learning_rate: float, seed: int, console: Console
+) -> float:
+    """The round after stage 4, in place; tower and router stay as they are. Returns seconds per step."""
+    model.requires_grad_(True)
+    for frozen in (model.model.vision_tower, model.model.router):
+        frozen.requires_grad_(False)
+    trainer = RoutedTrainer(
+        model,
+        training_arguments(folder / "adaptation", steps, ROUTER_BATCH, learning_rate, seed),
+        train_dataset=QuestionDataset(steps * ROUTER_BATCH, ADAPTATION_PAGES_SEED + seed),
+        data_collator=VtcCollator(processor),
+    )
+    return timed_stage(trainer, console, "adaptation", steps)
 
 
 def timed_stage(trainer, console: Console, stage: str, steps: int) -> float:
@@ -127,17 +164,16 @@ def evaluate(model, processor, num_questions: int, console: Console) -> dict:
     def forced(indices) -> tuple[list[str], list[int]]:
         return answer(model, processor, items, decisions=[torch.tensor([int(idx)]) for idx in indices])
 
-    def row(name: str, result: tuple[list[str], list[int]]) -> Measurement:
-        return Measurement(name, score(items, result[0]), float(np.mean(result[1])))
-
     full = answer(model, processor, items, budget="full")
     auto = answer(model, processor, items, budget="auto")
     # tokens per tile that each image got, which no two granularities share
     tiles = np.array(full[1]) // scales[-1]
     chosen = np.searchsorted(scales, np.array(auto[1]) // tiles)
-    rows = [row("full", full), row("auto", auto)]
-    rows.append(row("random choice", forced(np.random.default_rng(0).permutation(chosen))))
-    rows += [row(f"{scale} per tile", forced([idx] * len(items))) for idx, scale in enumerate(scales[:-1])]
+    results = {"full": full, "auto": auto}
+    results["random choice"] = forced(np.random.default_rng(0).permutation(chosen))
+    for idx, scale in enumerate(scales[:-1]):
+        results[f"{scale} per tile"] = forced([idx] * len(items))
+    rows = [Measurement.of(name, items, result) for name, result in results.items()]
     console.print(as_table(rows, num_questions))
 
     kept, reserved = tokens_by_kind(items, auto[1]), tokens_by_kind(items, full[1])
@@ -170,8 +206,9 @@ def main() -> None:
     )
     parser.add_argument("--granularity-steps", type=int, default=700, help="of stage 3")
     parser.add_argument("--router-steps", type=int, default=250, help="of stage 4")
-    parser.add_argument("--learning-rates", type=float, nargs=2, default=(5e-4, 1e-3), help="of the two stages")
-    parser.add_argument("--tolerance", type=float, default=0.03, help="nats per token within which losses are equal")
+    parser.add_argument("--adaptation-steps", type=int, default=300, help="of the last round")
+    parser.add_argument("--learning-rates", type=float, nargs=3, default=(5e-4, 4e-3, 3e-4), help="of the rounds")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="nats per token within which losses are equal")
     parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage-3", type=Path, help="folder after stage 3, to train the router only")
@@ -195,15 +232,18 @@ def main() -> None:
         )
         console.print(f"stage 3: {seconds:.2f} s per step of {GRANULARITY_BATCH} pages")
         model.save_pretrained(args.work / "after_stage_3", save_code=False)
+        processor.save_pretrained(args.work / "after_stage_3", save_code=False)
     else:
         model, _ = load(str(args.stage_3))
     seconds = train_router(
         model, processor, args.work, args.router_steps, args.learning_rates[1], args.tolerance, *shared
     )
     console.print(f"stage 4: {seconds:.2f} s per step of {ROUTER_BATCH} pages")
-    model.requires_grad_(True).to(torch.bfloat16).save_pretrained(args.output, save_code=False)
-    processor.save_pretrained(args.output, save_code=False)
-    console.print(f"wrote {args.output}")
+    model.save_pretrained(args.work / "after_stage_4", save_code=False)
+    processor.save_pretrained(args.work / "after_stage_4", save_code=False)
+    seconds = adapt_to_router(model, processor, args.work, args.adaptation_steps, args.learning_rates[2], *shared)
+    console.print(f"adaptation: {seconds:.2f} s per step of {ROUTER_BATCH} pages")
+    save_rounded(model, processor, args.output, console)
     # what is shipped is what is measured: the rounded weights
     console.print_json(json.dumps(evaluate(*load(str(args.output)), args.questions, console)))
 

@@ -1,23 +1,24 @@
-"""Make `model_cards/vistog-tiny`: two stages of VisToG, the uncompressed model beside it, and what both can do.
+"""Make `model_cards/vistog-tiny`: the stages of VisToG, the uncompressed model beside it, and what both can do.
 
     python examples/train_vistog.py --output model_cards/vistog-tiny              # from model_cards/base-tiny
     python examples/train_vistog.py --evaluate model_cards/vistog-tiny --uncompressed outputs/vistog-tiny/uncompressed
 
 VisToG (arXiv 2411.17773) compares with a model that gives every patch to the language model. The tiny base folds four
 patches into one token, so that model has to be made as well: it gets a plain projector, the same stages and pages and
-as many steps, without grouping. No recipe of the paper is public: all numbers below are chosen here.
+as many steps, without grouping. No recipe of the paper is public: all numbers below are chosen here, and a last round
+is ours, like stage 2 without the Gumbel noise: it teaches the assignments that inference will make.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from digit_forms import FIELD_SIZE, MAX_TILES, evaluation_set, score
+from digit_forms import FIELD_SIZE, MAX_TILES, evaluation_set
 from digit_forms.measure import MAX_ANSWER_TOKENS, Measurement, answer, as_table
-from digit_forms.training import training_arguments
+from digit_forms.training import comparison_parser, run_comparison, save_rounded, training_arguments
 from rich.console import Console
 from train_vico import EVALUATION_SEED, PageDataset, load, run_stage
 from transformers import AutoTokenizer, set_seed
@@ -31,6 +32,7 @@ from hf_vtc.trainers import VistogTrainer
 # pages of the base model's training have seed 0, evaluation has 1234
 ALIGNMENT_PAGES_SEED = 400
 TUNING_PAGES_SEED = 500
+NOISELESS_PAGES_SEED = 600
 BATCH_SIZE = 16
 PAPER_KEPT = 0.981
 PAPER_TIME_SAVED = 0.27
@@ -42,44 +44,56 @@ def build_processor(tokenizer, image_seq_length: int) -> VtcProcessor:
     return VtcProcessor(image_processor, tokenizer, image_seq_length=image_seq_length)
 
 
-def train_stage(
-    model, processor, folder: Path, stage: int, grouping: bool, steps: int, seed: int, console: Console
-) -> float:
-    """One stage, in place; returns seconds per step. New parts learn faster than the language model."""
-    learning_rate = 2e-3 if stage == 1 else 1e-3
+class Round(NamedTuple):
+    """Part of the training; `learning_rate` is that of the new parts, the language model gets half of it."""
+
+    stage: int
+    noisy: bool
+    learning_rate: float
+    pages_seed: int
+
+
+ROUNDS = (
+    Round(1, True, 2e-3, ALIGNMENT_PAGES_SEED),
+    Round(2, True, 1e-3, TUNING_PAGES_SEED),
+    Round(2, False, 5e-4, NOISELESS_PAGES_SEED),
+)
+
+
+def train_round(
+    model, processor, folder: Path, idx: int, grouping: bool, steps: int, seed: int, console: Console
+) -> None:
+    """One of `ROUNDS`, in place. New parts learn faster than the language model."""
+    stage, noisy, learning_rate, pages_seed = ROUNDS[idx]
     base = model.model
+    base.grouping.assign.noisy = noisy
     new = [base.semantic_tokens, base.grouping, base.multi_modal_projector]
     groups = [{"params": [each for part in new for each in part.parameters()], "lr": learning_rate}]
     if stage == 2:
         groups.append({"params": list(base.language_model.parameters()), "lr": learning_rate / 2})
-    pages_seed = (ALIGNMENT_PAGES_SEED if stage == 1 else TUNING_PAGES_SEED) + seed
     trainer = VistogTrainer(
         model,
-        training_arguments(folder / f"stage_{stage}", steps, BATCH_SIZE, learning_rate, seed),
+        training_arguments(folder / f"round_{idx + 1}", steps, BATCH_SIZE, learning_rate, seed),
         stage=stage,
         grouping=grouping,
-        train_dataset=PageDataset(steps * BATCH_SIZE, pages_seed, max_questions=8),
+        train_dataset=PageDataset(steps * BATCH_SIZE, pages_seed + seed, max_questions=8),
         data_collator=VtcCollator(processor),
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.01), None),
     )
     start = time.perf_counter()
-    run_stage(trainer, console, f"{'VisToG' if grouping else 'uncompressed'}, stage {stage}")
-    return (time.perf_counter() - start) / steps
+    run_stage(trainer, console, f"{'VisToG' if grouping else 'uncompressed'}, round {idx + 1}")
+    console.print(f"round {idx + 1}: {(time.perf_counter() - start) / steps:.2f} s per step of {BATCH_SIZE} pages")
 
 
-def train(
-    base: Path, output: Path, work: Path, grouping: bool, num_groups: int, steps: tuple[int, int], seed, console
-):
-    """Both stages from the shared base, and the folder with the rounded weights."""
-    set_seed(seed)
-    model = hf_vtc.convert.from_base(base, "vistog", dtype=torch.float32, num_semantic_tokens=num_groups)
-    processor = build_processor(AutoTokenizer.from_pretrained(base), model.config.image_seq_length)
-    for stage, stage_steps in enumerate(steps, start=1):
-        seconds = train_stage(model, processor, work, stage, grouping, stage_steps, seed, console)
-        console.print(f"stage {stage}: {seconds:.2f} s per step of {BATCH_SIZE} pages")
-    model.requires_grad_(True).to(torch.bfloat16).save_pretrained(output, save_code=False)
-    processor.save_pretrained(output, save_code=False)
-    console.print(f"wrote {output}")
+def train(args: argparse.Namespace, output: Path, grouping: bool, console: Console) -> None:
+    """All rounds from the shared base, and the folder with the rounded weights."""
+    set_seed(args.seed)
+    model = hf_vtc.convert.from_base(args.base, "vistog", dtype=torch.float32, num_semantic_tokens=args.groups)
+    processor = build_processor(AutoTokenizer.from_pretrained(args.base), model.config.image_seq_length)
+    work = args.work / ("vistog_training" if grouping else "uncompressed_training")
+    for idx, steps in enumerate(args.steps):
+        train_round(model, processor, work, idx, grouping, steps, args.seed, console)
+    save_rounded(model, processor, output, console)
 
 
 def random_groups(model, counts: list[int], seed: int = 0) -> list[torch.Tensor]:
@@ -120,23 +134,20 @@ def seconds_to_answer(runs: dict[str, tuple], items, rounds: int = 5) -> dict[st
     return {name: float(np.median(values[1:])) for name, values in times.items()}
 
 
-def evaluate(vistog: str, uncompressed: str, num_questions: int, console: Console) -> dict:
+def evaluate(args: argparse.Namespace, vistog: str, uncompressed: str, console: Console) -> dict:
     """Measure, print the table and the paper's claims beside it, and return both."""
     (model, processor), (plain, plain_processor) = load(vistog), load(uncompressed)
-    items = evaluation_set(num_questions, EVALUATION_SEED)
-
-    def row(name: str, result: tuple[list[str], list[int]]) -> Measurement:
-        return Measurement(name, score(items, result[0]), float(np.mean(result[1])))
-
+    items = evaluation_set(args.questions, EVALUATION_SEED)
     grouped = answer(model, processor, items, budget="auto")
-    rows = [
-        row("uncompressed", answer(plain, plain_processor, items, budget="full")),
-        row("VisToG", grouped),
-        row("random groups", answer(model, processor, items, decisions=random_groups(model, grouped[1]))),
+    results = {
+        "uncompressed": answer(plain, plain_processor, items, budget="full"),
+        "VisToG": grouped,
+        "random groups": answer(model, processor, items, decisions=random_groups(model, grouped[1])),
         # one view of the whole page has about as many patches as VisToG has tokens
-        row("smaller image", answer(plain, plain_processor, items, budget="full", max_tiles=1)),
-    ]
-    console.print(as_table(rows, num_questions))
+        "smaller image": answer(plain, plain_processor, items, budget="full", max_tiles=1),
+    }
+    rows = [Measurement.of(name, items, result) for name, result in results.items()]
+    console.print(as_table(rows, args.questions))
     runs = {"uncompressed": (plain, plain_processor, "full"), "VisToG": (model, processor, "auto")}
     seconds = seconds_to_answer(runs, items[:: max(len(items) // 48, 1)][:48])
     kept = rows[1].accuracy["all"] / max(rows[0].accuracy["all"], 1e-9)
@@ -147,33 +158,10 @@ def evaluate(vistog: str, uncompressed: str, num_questions: int, console: Consol
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="checkpoint folder to write")
-    parser.add_argument("--base", type=Path, default=Path("model_cards/base-tiny"), help="folder of train_base.py")
-    parser.add_argument("--work", type=Path, default=Path("outputs/vistog-tiny"), help="trainer checkpoints and log")
+    parser = comparison_parser(__doc__, "vistog-tiny")
     parser.add_argument("--groups", type=int, default=8, help="semantic tokens per tile of 64 patches")
-    parser.add_argument("--steps", type=int, nargs=2, default=(200, 800), help="of stage 1 and stage 2")
-    parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the evaluation")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--uncompressed", type=Path, help="finished model to compare with; trained if not given")
-    parser.add_argument("--evaluate", metavar="FOLDER", help="only measure a finished checkpoint")
-    args = parser.parse_args()
-    console = Console()
-    if args.evaluate is None and args.output is None:
-        parser.error("--output is needed, or --evaluate")
-    if args.evaluate is not None and args.uncompressed is None:
-        parser.error("--evaluate needs --uncompressed, the model to compare with")
-
-    if args.evaluate is None:
-        args.work.mkdir(parents=True, exist_ok=True)
-        shared = (args.groups, tuple(args.steps), args.seed, console)
-        train(args.base, args.output, args.work / "vistog_training", True, *shared)
-        if args.uncompressed is None:
-            args.uncompressed = args.work / "uncompressed"
-            train(args.base, args.uncompressed, args.work / "uncompressed_training", False, *shared)
-    # what is shipped is what is measured: the rounded weights
-    measured = evaluate(str(args.evaluate or args.output), str(args.uncompressed), args.questions, console)
-    console.print_json(json.dumps(measured))
+    parser.add_argument("--steps", type=int, nargs=3, default=(150, 500, 150), help="of the three rounds")
+    run_comparison(parser, train, evaluate, uncompressed="uncompressed")
 
 
 if __name__ == "__main__":
