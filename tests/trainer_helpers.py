@@ -7,9 +7,9 @@ from transformers import TrainingArguments
 TEXT_TOKENS = (10, 40)
 
 
-def model_without_dropout(method):
+def model_without_dropout(method, **overrides):
     """A tiny model; its dropout would draw differently for four micro-batches of one than for one of four."""
-    model = tiny_model(method)
+    model = tiny_model(method, **overrides)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

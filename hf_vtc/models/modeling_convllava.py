@@ -39,7 +39,7 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class ConvNextStem(nn.Module):
-    """Patches of `patch_size` pixels to maps of the first stage's width."""
+    """Patches of `patch_size` pixels to maps of the first stage's width, for all sizes of a batch at once."""
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
@@ -47,8 +47,9 @@ class ConvNextStem(nn.Module):
         self.patch_embeddings = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch)
         self.layernorm = ChannelLayerNorm(width)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.layernorm(self.patch_embeddings(pixel_values))
+    def forward(self, *batches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One `(B, 3, H, W)` batch of pixels per size, to `(B, C, H // patch, W // patch)` each."""
+        return tuple(self.layernorm(self.patch_embeddings(pixel_values)) for pixel_values in batches)
 
 
 class DropPath(nn.Module):
@@ -165,7 +166,7 @@ class ConvNextTower(nn.Module):
 
     def forward(self, *batches: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One `(B, 3, H, W)` batch of pixels per size, to the last stage's `(B, C, H // 64, W // 64)` each."""
-        return self.encoder(*[self.embeddings(pixel_values) for pixel_values in batches])
+        return self.encoder(*self.embeddings(*batches))
 
     def fold_layer_scale(self) -> "ConvNextTower":
         """Fold every layer scale into weights, in place: the same outputs, a pass over memory less in each block.

@@ -193,7 +193,8 @@ class VtcModel(VtcPreTrainedModel):
                 prompt.host.attention_mask, position_ids, positions, visual.position_shifts
             )
         embeds = visual.embeds.to(inputs_embeds.device, inputs_embeds.dtype)
-        filled = inputs_embeds.flatten(0, 1).index_copy(0, positions.to(inputs_embeds.device), embeds)
+        on_device = positions.to(inputs_embeds.device, non_blocking=True)
+        filled = inputs_embeds.flatten(0, 1).index_copy(0, on_device, embeds)
         filled = filled.unflatten(0, inputs_embeds.shape[:2])
         renumber = visual.position_shifts is None
         packed = pack_visual_tokens(filled, keep, prompt.host.attention_mask, position_ids, align_left, renumber)
@@ -310,9 +311,10 @@ class VtcModel(VtcPreTrainedModel):
         no_text = Prompt(pixel_values.new_zeros(1, 0, 1), torch.zeros(1, 0, dtype=torch.bool), None, vision)
         no_text.to_host()
         num_reserved, _ = self.reserved_blocks(no_text.host, pixel_values.shape[0])
-        ids = torch.full((1, int(num_reserved.sum())), self.config.image_token_id, device=self.device)
-        embeds, placeholder_mask = self.find_placeholders(ids, None)
-        return Prompt(embeds, placeholder_mask, None, vision)
+        # nobody reads them, and a look-up would be one more call of a module that other ranks do not make
+        shape = (1, int(num_reserved.sum()), self.config.text_config.hidden_size)
+        embeds = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        return Prompt(embeds, torch.ones(shape[:2], dtype=torch.bool, device=self.device), None, vision)
 
     @can_return_tuple
     def get_image_features(

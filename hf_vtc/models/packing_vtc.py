@@ -216,4 +216,5 @@ def shifted_positions(
     if position_ids is None:
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0).to(shifts.device, non_blocking=True)
     positions = position_ids.expand(attention_mask.shape).flatten()
-    return positions.index_add(0, slots.to(shifts.device), shifts).unflatten(0, attention_mask.shape)
+    on_device = slots.to(shifts.device, non_blocking=True)
+    return positions.index_add(0, on_device, shifts).unflatten(0, attention_mask.shape)

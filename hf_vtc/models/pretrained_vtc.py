@@ -30,6 +30,13 @@ class VtcPreTrainedModel(PreTrainedModel):
         # transformers guesses from names of classes in the source; tower and decoder have the attention that is meant
         return True
 
+    def post_init(self) -> None:
+        super().post_init()
+        parts = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+        names = {name for part in parts for name in part._no_split_modules or ()}
+        # of all parts, which transformers 4 does not collect, and none that is not here, which FSDP would miss
+        self._no_split_modules = sorted(names & {type(module).__name__ for module in self.modules()})
+
     def save_pretrained(self, save_directory: str, *args: Any, save_code: bool = True, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`, and the code beside the weights.
 

@@ -124,8 +124,9 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         if "pixel_values" not in inputs:
             return None
         with_gradients = self.train_vision_tower and torch.is_grad_enabled()
+        base = self.unwrap(model).model
         with torch.set_grad_enabled(with_gradients), self.compute_loss_context_manager():
-            return self.unwrap(model).model.encode(inputs["pixel_values"])
+            return self.in_forward(model, lambda: base.encode(inputs["pixel_values"]))
 
     def _granularity_loss(
         self,
@@ -255,7 +256,8 @@ class AvgLlavaRouterTrainer(VtcTrainer):
             `(B, E)`, means over the supervised tokens, NaN for a sample without; and the sample of each image.
         """
         responses = Responses.from_labels(labels)
-        inputs["image_features"] = model.model.encode(inputs.pop("pixel_values"))
+        pixel_values = inputs.pop("pixel_values")
+        inputs["image_features"] = self.in_forward(model, lambda: model.model.encode(pixel_values))
         losses = []
         for idx in range(len(model.config.vis_token_granularity)):
             decisions = torch.full((images_in(inputs),), idx)

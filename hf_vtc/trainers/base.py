@@ -1,17 +1,25 @@
 """What the trainers of all methods share: supervised positions, metrics, scaling, and draws that survive resume."""
 
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from .losses import IGNORE_INDEX
+
+# written into a checkpoint when all else is there
+COMPLETE = "complete"
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -63,6 +71,61 @@ def black_tile(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "pixel_values": pixel_values, "num_tiles": torch.ones(1, dtype=torch.long)}
 
 
+def with_black_tile(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch of text with one more row, a black tile without labels: losses are those of the text.
+
+    Args:
+        model ([`PreTrainedModel`]): our own model, not a wrapper.
+        inputs (`dict`): a batch without images, `input_ids` `(B, L)` and what belongs to them.
+    """
+    tile = black_tile(model)
+    placeholders, ids = tile.pop("input_ids"), inputs["input_ids"]
+    length = max(placeholders.shape[1], ids.shape[1])
+
+    def stacked(text: torch.Tensor, row: torch.Tensor, value: int) -> torch.Tensor:
+        padded = [nn.functional.pad(each, (length - each.shape[1], 0), value=value) for each in (text, row)]
+        return torch.cat(padded)
+
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    rows = {
+        "input_ids": stacked(ids, placeholders, 0),
+        "attention_mask": stacked(mask, torch.ones_like(placeholders), 0),
+    }
+    if "labels" in inputs:
+        nothing = torch.full_like(placeholders, IGNORE_INDEX)
+        rows["labels"] = stacked(inputs["labels"], nothing, IGNORE_INDEX)
+    return {**inputs, **rows, **tile}
+
+
+def sharded_units(model: PreTrainedModel) -> list[str]:
+    """Classes of the modules that FSDP gathers one by one; the rest of a model is gathered once for a forward pass.
+
+    Every process must run modules of these classes in the same order.
+
+    Args:
+        model ([`PreTrainedModel`]): our own model, not a wrapper.
+    """
+    names = set(model._no_split_modules)
+    if model.config.model_type == "vtc_vistog":
+        # semantic tokens run through parts of the tower's layers, which are gathered as a whole only when called so
+        names -= {type(module).__name__ for module in model.model.vision_tower.modules()}
+    if model.config.model_type == "vtc_vico":
+        # in evaluation a connector runs only if a tile needs it
+        names.discard("Connector")
+    return sorted(names)
+
+
+def complete_checkpoints(folder: str | Path) -> list[Path]:
+    """Checkpoints in a folder that were written to their end, in the order of their steps."""
+    found = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        if step and (path / COMPLETE).is_file():
+            found[int(step[1])] = path
+    return [found[step] for step in sorted(found)]
+
+
 def freeze(model: nn.Module, *parts: str) -> None:
     """Freeze every parameter that has one of `parts` in its dotted name, inside of a `PeftModel` too."""
     for name, parameter in model.named_parameters():
@@ -91,6 +154,10 @@ class VtcTrainer(Trainer):
     come back divided by the number of supervised items of the whole accumulated batch, over all processes. Metrics
     that an objective hands to `record` are logged beside the loss, as means since the last log, of this process.
 
+    A checkpoint counts when it was written to its end: a run that was killed while it wrote one resumes from the one
+    before, see `train`. Under FSDP and ZeRO a batch of text gets a row with a black tile, see `with_black_tile`: every
+    process must ask for the same parameters in the same order, whatever its batch holds.
+
     Args:
         model ([`PreTrainedModel`]): a model of hf_vtc with a language modelling head, or a `PeftModel` around one.
         args (`TrainingArguments`, *optional*): `remove_unused_columns` is switched off: collators need all columns.
@@ -113,6 +180,14 @@ class VtcTrainer(Trainer):
         # (sum, weight) of each metric since the last log
         self._metrics: dict[str, tuple[torch.Tensor | float, float]] = {}
         self._num_drawn = 0
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            units = sharded_units(self.unwrap(self.model))
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = units
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the parameters of the model are spread over processes."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def unwrap(self, model: nn.Module) -> PreTrainedModel:
         """Our own model inside the wrappers of accelerate and PEFT."""
@@ -122,12 +197,34 @@ class VtcTrainer(Trainer):
     def place_reference(self, reference_model: PreTrainedModel) -> PreTrainedModel:
         """Freeze a reference model, switch its dropout off and put it on this process's device, whole."""
         reference_model = reference_model.requires_grad_(False).eval()
-        return self.accelerator.prepare_model(reference_model, evaluation_mode=True)
+        # accelerate would leave it where it is if the policy is sharded
+        return self.accelerator.prepare_model(reference_model, device_placement=True, evaluation_mode=True)
+
+    def in_forward(self, model: nn.Module, function: Callable[[], T]) -> T:
+        """Call a function that uses parts of a model, in place of the model's `forward` if it is sharded.
+
+        Sharded parameters are whole only while the wrapper's own forward pass runs.
+
+        Args:
+            model (`nn.Module`): wrapped or not.
+            function (`Callable`): without arguments; what it returns is returned.
+        """
+        if not self.is_sharded:
+            return function()
+        own = self.unwrap(model)
+        replaced = vars(own).get("forward")
+        own.forward = lambda: function()
+        try:
+            return model()
+        finally:
+            del own.forward
+            if replaced is not None:
+                own.forward = replaced
 
     def response_logits(
         self, model: nn.Module, responses: Responses, inputs: dict[str, Any]
     ) -> tuple[torch.Tensor, Any]:
-        """Run a model and project only the states that predict supervised tokens.
+        """Run a model whose head projects only the states that predict supervised tokens.
 
         Args:
             model (`nn.Module`): wrapped or not. The wrapper's own `forward` runs, as distributed training requires.
@@ -143,15 +240,19 @@ class VtcTrainer(Trainer):
         def keep_states(module: nn.Module, args: tuple, output: Any) -> None:
             captured["states"] = output.last_hidden_state
 
-        # the head's output holds no states: take them from the base model on their way, at full length but of width D
-        handle = own.model.register_forward_hook(keep_states)
+        def choose_states(module: nn.Module, args: tuple) -> tuple[torch.Tensor]:
+            return (captured["states"][:, :-1][responses.mask],)
+
+        # inside of the forward pass, where sharded weights are whole; `forward` itself takes one set of positions for
+        # all rows
+        head = own.get_output_embeddings()
+        handles = own.model.register_forward_hook(keep_states), head.register_forward_pre_hook(choose_states)
         try:
             outputs = model(**inputs, logits_to_keep=1, use_cache=False)
         finally:
-            handle.remove()
-        states = captured["states"][:, :-1][responses.mask]
-        with self.accelerator.autocast():
-            return own.get_output_embeddings()(states), outputs
+            for handle in handles:
+                handle.remove()
+        return outputs.logits, outputs
 
     def across_processes(self, loss: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
         """Undo the mean over processes that gradient synchronisation takes, where `num_items` counts all of theirs."""
@@ -192,6 +293,63 @@ class VtcTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_items = self.accelerator.gather(num_items).sum()
         return batches, num_items
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if self.is_sharded and not {"pixel_values", "image_features"} & inputs.keys():
+            inputs = with_black_tile(self.unwrap(self.model), inputs)
+        return inputs
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`, which resumes from a complete checkpoint only; `True` is the last one of `output_dir`.
+
+        Raises:
+            ValueError: there is none, or the given one was not written to its end.
+        """
+        if isinstance(resume_from_checkpoint, bool):
+            found = complete_checkpoints(self.args.output_dir) if resume_from_checkpoint else []
+            if resume_from_checkpoint and not found:
+                raise ValueError(
+                    f"`resume_from_checkpoint` is True, but no checkpoint in {self.args.output_dir} is complete. "
+                    "Start without it."
+                )
+            resume_from_checkpoint = str(found[-1]) if found else None
+        elif resume_from_checkpoint is not None and not (Path(resume_from_checkpoint) / COMPLETE).is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint` must be a checkpoint that was written to its end, but {COMPLETE!r} is not "
+                f"among the files of {resume_from_checkpoint}. Take an earlier one, or if you know that another "
+                "trainer wrote it to its end, put an empty file of this name into it."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint of all processes, marked when it is whole; only then older ones go."""
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            # of an earlier run into the same folder
+            (checkpoint / COMPLETE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (checkpoint / COMPLETE).touch()
+            self._remove_old_checkpoints(folder, checkpoint)
+
+    def _remove_old_checkpoints(self, folder: Path, newest: Path) -> None:
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        if limit is None or limit <= 0:
+            return
+        kept = {newest.resolve()} | ({Path(best).resolve()} if best else set())
+        others = [path for path in complete_checkpoints(folder) if path.resolve() not in kept]
+        for path in others[: max(0, len(others) + len(kept) - max(limit, len(kept)))]:
+            # first, so that what is left of a deletion that was interrupted does not count
+            (path / COMPLETE).unlink()
+            shutil.rmtree(path, ignore_errors=True)
 
     def record(self, name: str, value: torch.Tensor | float, weight: float = 1.0) -> None:
         """Add to a metric; its mean since the last log, weighted, is logged under `name`."""

@@ -199,8 +199,8 @@ class VicoRouterTrainer(VtcTrainer):
             reference: its KL without compression would be 0 and the ratio without meaning.
         probe (`str`): `"one_tile"` compresses one tile at a time, all others being full. `"all_tiles"` compresses all
             tiles of a sample at once and gives them the same ratio: one pass, coarser labels. The papers do not say
-            which they use. The passes of `"one_tile"` depend on the number of tiles; use `"all_tiles"` where
-            parameters are sharded across processes, since those must make the same passes.
+            which they use. The passes of `"one_tile"` depend on the number of tiles; where parameters are sharded
+            across processes, which must make the same passes, only `"all_tiles"` works.
         probe_batch_size (`int`, *optional*): samples per pass of `"one_tile"`; by default as many as the batch has.
         window_length (`int`): ratios that the percentile looks back on, over all processes. Unpublished, ours.
         percentile (`float` in [0, 100]): k, in the long run the share of tiles labelled "compress", in percent.
@@ -209,7 +209,8 @@ class VicoRouterTrainer(VtcTrainer):
         kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: an option is none of those above, the reference is missing, or `model` is a `PeftModel`.
+        ValueError: an option is none of those above, the reference is missing, `model` is a `PeftModel`, or
+            `"one_tile"` meets sharded parameters.
     """
 
     def __init__(
@@ -239,6 +240,11 @@ class VicoRouterTrainer(VtcTrainer):
             )
         train_router_alone(model)
         super().__init__(model, args, **kwargs)
+        if probe == "one_tile" and self.is_sharded:
+            raise ValueError(
+                "`probe='one_tile'` makes as many passes as a process has tiles, but where parameters are sharded all "
+                "processes must make the same. Use `probe='all_tiles'`, or DDP."
+            )
         self.reference_model = None if ratio_loss == "cross_entropy" else self.place_reference(reference_model)
         self.ratio_loss = ratio_loss
         self.probe = probe
@@ -336,7 +342,8 @@ class VicoRouterTrainer(VtcTrainer):
             if self.reference_model is not None:
                 reference_inputs = {**inputs, "vtc_budget": "full"}
                 reference_logits, _ = self.response_logits(self.reference_model, responses, reference_inputs)
-            features = own.model.encode(inputs.pop("pixel_values"))
+            pixel_values = inputs.pop("pixel_values")
+            features = self.in_forward(model, lambda: own.model.encode(pixel_values))
         inputs["image_features"] = features
         # a budget of 1.0 compresses nothing, like "full", but lets the router speak; the rest of the model is frozen,
         # so only the router keeps a graph
