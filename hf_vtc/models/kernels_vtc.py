@@ -116,14 +116,12 @@ def _unshuffle_layernorm_gradient(ctx: Any, grad: torch.Tensor, *_: Any) -> tupl
     return grad_features, None, grad_weight.to(ctx.weight_dtype), grad_bias.to(ctx.bias_dtype), None, None, None
 
 
-def _keep_for_pool_pyramid(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    features, ctx.halvings = inputs
-    ctx.num_tiles, ctx.num_tokens = features.shape[:2]
+def _keep_for_pool_pyramid(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
+    _, ctx.halvings = inputs
 
 
-def _pool_pyramid_gradient(ctx: Any, grad: torch.Tensor) -> tuple:
-    grad = torch.ops.hf_vtc.pool_pyramid_backward(grad, ctx.halvings, ctx.num_tiles, ctx.num_tokens)
-    return grad, None
+def _pool_pyramid_gradient(ctx: Any, grads: list[torch.Tensor]) -> tuple:
+    return torch.ops.hf_vtc.pool_pyramid_backward(grads, ctx.halvings), None
 
 
 def _keep_for_assign_segment_mean(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -160,10 +158,11 @@ def _assignment_gradient(
         divisors = divisors[..., None]  # (T, G, 1)
         agreement = grad.float() @ values.float().transpose(1, 2)  # (T, G, N)
         members = group_idx[:, None] == torch.arange(counts.shape[1], device=counts.device)[:, None]
-        of_mean = (agreement * members).sum(-1, keepdim=True) / divisors
-        of_share = (agreement - of_mean) / divisors
+        # in the order of the reference's own gradient: empty groups make large terms, which cancel
+        own = (agreement * (members / divisors / divisors)).sum(-1, keepdim=True)
+        of_share = agreement / divisors - own
         soft = (logits / tau).softmax(1)
-        return soft * (of_share - (soft * of_share).sum(1, keepdim=True)) / tau
+        return torch.ops.aten._softmax_backward_data(of_share, soft, 1, torch.float32) / tau
 
 
 def _no_second_gradient(ctx: Any, *grads: Any) -> tuple:
@@ -194,12 +193,13 @@ def _unshuffle_layernorm_backward_shape(grad, features, tiles, weight, mean, rst
 
 
 def _pool_pyramid_shape(features, halvings):
-    rows = sum(features.shape[0] * (features.shape[1] // 2**level) for level in halvings)
-    return features.new_empty(rows, features.shape[2])
+    num_tiles, num_tokens, width = features.shape
+    return [features.new_empty(num_tiles, num_tokens // 2**level, width) for level in halvings]
 
 
-def _pool_pyramid_backward_shape(grad, halvings, num_tiles, num_tokens):
-    return grad.new_empty(num_tiles, num_tokens, grad.shape[1])
+def _pool_pyramid_backward_shape(grads, halvings):
+    num_tiles, num_tokens, width = grads[0].shape
+    return grads[0].new_empty(num_tiles, num_tokens * 2 ** halvings[0], width)
 
 
 def _assign_segment_mean_shape(logits, values, group_idx, eps, empty_eps, tau):
@@ -246,13 +246,13 @@ _OPS = {
         _unshuffle_layernorm_backward_shape,
     ),
     "pool_pyramid": _Op(
-        "(Tensor features, int[] halvings) -> Tensor",
+        "(Tensor features, int[] halvings) -> Tensor[]",
         _pool_pyramid_shape,
         _pool_pyramid_gradient,
         _keep_for_pool_pyramid,
     ),
     "pool_pyramid_backward": _Op(
-        "(Tensor grad, int[] halvings, SymInt num_tiles, SymInt num_tokens) -> Tensor",
+        "(Tensor[] grads, int[] halvings) -> Tensor",
         _pool_pyramid_backward_shape,
     ),
     "assign_segment_mean": _Op(

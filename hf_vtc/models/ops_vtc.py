@@ -134,7 +134,7 @@ def pool_pyramid(features: torch.Tensor, scales: Sequence[int]) -> list[torch.Te
 
     Source: DeepLearnXMU/AVG-LLaVA@3685bc8 `llava_arch.py` `matryoshka_vis_token_process`.
     """
-    num_tiles, num_tokens, _ = features.shape
+    num_tokens = features.shape[1]
     side = round(num_tokens**0.5)
     for scale in scales:
         # raises for scales that halving does not reach
@@ -143,11 +143,8 @@ def pool_pyramid(features: torch.Tensor, scales: Sequence[int]) -> list[torch.Te
     halvings = [(num_tokens // scale).bit_length() - 1 for scale in pooled_scales]
     if not halvings or max(halvings) > _MAX_HALVINGS or not _takes("pool_pyramid", features):
         return pool_pyramid_reference(features, scales)
-    pooled = torch.ops.hf_vtc.pool_pyramid(features, halvings)
-    rows = pooled.split([num_tiles * scale for scale in pooled_scales])
-    levels = {scale: level.unflatten(0, (num_tiles, scale)) for scale, level in zip(pooled_scales, rows)}
-    levels[num_tokens] = features
-    return [levels[scale] for scale in scales]
+    levels = dict(zip(pooled_scales, torch.ops.hf_vtc.pool_pyramid(features, halvings)))
+    return [features if scale == num_tokens else levels[scale] for scale in scales]
 
 
 def pool_pyramid_reference(features: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:

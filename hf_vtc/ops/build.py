@@ -16,7 +16,6 @@ import torch
 from .library import OpsUnavailable, cache_folder
 from .recipe import (
     ARCHITECTURES,
-    AVX2_FLAGS,
     CXX_FLAGS,
     NVCC_FLAGS,
     SOURCES,
@@ -88,13 +87,10 @@ def _link(compiler: Sequence[str], objects: Sequence[Path], folders: Sequence[Pa
 
 def _build_cpu(recipe: Recipe, folder: Path, strict: Sequence[str]) -> Path:
     compiler = find_compiler()
-    sets = {"baseline": ()}
-    if recipe.has_avx2:
-        sets["avx2"] = AVX2_FLAGS
-    extra = ["-DVTC_HAS_AVX2", *strict] if recipe.has_avx2 else list(strict)
+    extra = [*(["-DVTC_X86"] if "avx2" in recipe.instruction_sets else []), *strict]
     objects = [folder / "bind_cpu.o"]
     commands = [_glue(compiler, SOURCES / "bind_cpu.cpp", objects[0], extra, _TORCH / "include")]
-    for name, flags in sets.items():
+    for name, flags in recipe.instruction_sets.items():
         objects.append(folder / f"cpu_kernels_{name}.o")
         table = f"-DVTC_TABLE=kernels_{name}"
         source = str(SOURCES / "cpu_kernels.cpp")

@@ -13,7 +13,23 @@ ARCHITECTURES = ("80", "90", "100", "120")
 _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
 TORCH_FLAGS = (_STABLE_ABI,)
-AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+# kernels of a CPU are built for each of these, and the best that the machine knows is chosen when a file is loaded
+INSTRUCTION_SETS = {
+    "baseline": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    # GCC 12 finds an uninitialised variable in its own header of these
+    "avx512": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ),
+}
 NVCC_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -54,9 +70,10 @@ class Recipe:
         return tuple(SOURCES / name for name in _FILES[self.kind])
 
     @property
-    def has_avx2(self) -> bool:
-        """Whether AVX2 kernels are built beside the plain ones, to be chosen when the file is loaded."""
-        return self.kind == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
+    def instruction_sets(self) -> dict[str, tuple[str, ...]]:
+        """Compiler flags by name, of those that this machine's compiler knows."""
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        return INSTRUCTION_SETS if x86 else {"baseline": ()}
 
     @property
     def source_hash(self) -> str:
@@ -73,7 +90,8 @@ class Recipe:
         The compiler counts by the name that was asked for, so that a built file is found where it is gone.
         """
         flags = (*CXX_FLAGS, *TORCH_FLAGS, *(NVCC_FLAGS if self.kind == "cuda" else ()), *self.architectures)
-        machine = (platform.system(), platform.machine(), *platform.libc_ver(), str(self.has_avx2))
+        flags = (*flags, *(flag for each in self.instruction_sets.values() for flag in each))
+        machine = (platform.system(), platform.machine(), *platform.libc_ver())
         return hashlib.sha256("\0".join((compiler_command(), *flags, *machine)).encode()).hexdigest()[:8]
 
     @property

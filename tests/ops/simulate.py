@@ -44,6 +44,10 @@ def numbers(values: list[int]) -> ctypes.Array:
     return (c_int64 * len(values))(*values)
 
 
+def addresses(tensors: list[torch.Tensor]) -> ctypes.Array:
+    return (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
 class Kernels:
     """What `bind_cuda.cpp` does between an op and its launchers, for tensors on the CPU."""
 
@@ -127,20 +131,26 @@ class Kernels:
 
     def pool_pyramid(self, features, halvings):
         features = dense_rows(features)
-        rows = [len(features) * (features.shape[1] >> level) for level in halvings]
-        starts = [sum(rows[:idx]) for idx in range(len(rows))]
-        out = features.new_empty(sum(rows), features.shape[2])
-        levels = numbers(halvings), numbers(starts), c_int(len(halvings))
-        self.call("pool_pyramid", c_int(_DTYPES[features.dtype]), features, Grids.of(features), *levels, out)
-        return out
+        outs = [features.new_empty(len(features), features.shape[1] >> level, features.shape[2]) for level in halvings]
+        dtype = c_int(_DTYPES[features.dtype])
+        levels = numbers(halvings), addresses(outs), c_int(len(halvings))
+        self.call("pool_pyramid", dtype, features, Grids.of(features), *levels)
+        return outs
 
-    def pool_pyramid_backward(self, grad, halvings, num_tiles, num_tokens):
-        grad = grad.contiguous()
-        rows = [num_tiles * (num_tokens >> level) for level in halvings]
-        starts = [sum(rows[:idx]) for idx in range(len(rows))]
-        out = grad.new_empty(num_tiles, num_tokens, grad.shape[1])
-        levels = numbers(halvings), numbers(starts), c_int(len(halvings))
-        self.call("pool_pyramid_backward", c_int(_DTYPES[grad.dtype]), grad, Grids.of(out), *levels, out)
+    def pool_pyramid_backward(self, grads, halvings):
+        grads = [grad.contiguous() for grad in grads]
+        num_tiles, num_tokens, width = grads[0].shape
+        out = grads[0].new_empty(num_tiles, num_tokens << halvings[0], width)
+        dtype = c_int(_DTYPES[out.dtype])
+        self.call(
+            "pool_pyramid_backward",
+            dtype,
+            addresses(grads),
+            Grids.of(out),
+            numbers(halvings),
+            c_int(len(halvings)),
+            out,
+        )
         return out
 
     def assign_segment_mean(self, logits, values, group_idx, eps, empty_eps, tau):

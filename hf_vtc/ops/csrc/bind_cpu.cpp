@@ -11,9 +11,12 @@ using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 
 const CpuKernels& kernels() {
-#ifdef VTC_HAS_AVX2
+#ifdef VTC_X86
   static const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512) return kernels_avx512;
   if (avx2) return kernels_avx2;
 #endif
   return kernels_baseline;
@@ -213,44 +216,46 @@ std::tuple<Tensor, Tensor, Tensor> unshuffle_layernorm_backward(Tensor grad, Ten
 
 constexpr int64_t kMaxHalvings = 16;
 
-Levels levels_of(const Pyramid& pyramid) {
-  return {pyramid.halvings.data(), pyramid.starts.data(), static_cast<int64_t>(pyramid.halvings.size()),
-          pyramid.deepest};
+Levels levels_of(const std::vector<int64_t>& halvings, const std::vector<void*>& data, int64_t deepest) {
+  return {halvings.data(), data.data(), static_cast<int64_t>(halvings.size()), deepest};
 }
 
-Tensor pool_pyramid(Tensor features, std::vector<int64_t> halvings) {
+// One tensor per level: an allocator finds room for several in what it has kept, for a large one it asks the system.
+std::vector<Tensor> pool_pyramid(Tensor features, std::vector<int64_t> halvings) {
   Dtype dtype = dtype_of(features, "features");
   check_rank(features, 3, "features");
   features = dense_rows(features);
   int64_t num_tiles = features.size(0), num_tokens = features.size(1), width = features.size(2);
-  Pyramid pyramid(halvings, num_tiles, num_tokens, kMaxHalvings);
-  Tensor out = new_empty(features, {pyramid.rows, width});
-  if (pyramid.rows == 0) return out;
+  int64_t deepest = deepest_level(halvings, num_tokens, kMaxHalvings);
+  std::vector<Tensor> outs;
+  std::vector<void*> data;
+  for (int64_t level : halvings) {
+    outs.push_back(new_empty(features, {num_tiles, num_tokens >> level, width}));
+    data.push_back(outs.back().mutable_data_ptr());
+  }
+  if (outs.empty()) return outs;
   Grids grids = grids_of(features);
-  Levels levels = levels_of(pyramid);
-  void* to = out.mutable_data_ptr();
-  int64_t block = int64_t(1) << pyramid.deepest;
+  Levels levels = levels_of(halvings, data, deepest);
+  int64_t block = int64_t(1) << deepest;
   parallel_for(0, num_tiles * num_tokens / block, grain(2 * block * width), [&](int64_t first, int64_t last) {
-    kernels().pool_pyramid(dtype, grids, levels, first, last, to);
+    kernels().pool_pyramid(dtype, grids, levels, first, last);
   });
-  return out;
+  return outs;
 }
 
-Tensor pool_pyramid_backward(Tensor grad, std::vector<int64_t> halvings, int64_t num_tiles, int64_t num_tokens) {
-  Dtype dtype = dtype_of(grad, "grad");
-  check_rank(grad, 2, "grad");
-  grad = torch::stable::contiguous(grad);
-  int64_t width = grad.size(1);
-  Pyramid pyramid(halvings, num_tiles, num_tokens, kMaxHalvings);
-  STD_TORCH_CHECK(grad.size(0) == pyramid.rows, "`grad` must have ", pyramid.rows, " rows, got ", grad.size(0), ".");
-  if (pyramid.rows == 0) return new_zeros(grad, {num_tiles, num_tokens, width});
-  Tensor grad_x = new_empty(grad, {num_tiles, num_tokens, width});
-  Levels levels = levels_of(pyramid);
-  const void* from = grad.const_data_ptr();
+Tensor pool_pyramid_backward(std::vector<Tensor> given, std::vector<int64_t> halvings) {
+  PyramidGradients grads(given, halvings, kMaxHalvings);
+  Dtype dtype = dtype_of(grads.levels[0], "grads");
+  Tensor grad_x = new_empty(grads.levels[0], {grads.num_tiles, grads.num_tokens, grads.width});
+  std::vector<void*> data;
+  // read only, through the struct that serves the forward pass too
+  for (const Tensor& level : grads.levels) data.push_back(const_cast<void*>(level.const_data_ptr()));
+  Levels levels = levels_of(halvings, data, grads.deepest);
   void* to = grad_x.mutable_data_ptr();
-  int64_t block = int64_t(1) << pyramid.deepest, side = side_of(num_tokens);
-  parallel_for(0, num_tiles * num_tokens / block, grain(2 * block * width), [&](int64_t first, int64_t last) {
-    kernels().pool_pyramid_backward(dtype, from, levels, side, width, first, last, to);
+  int64_t block = int64_t(1) << grads.deepest, side = side_of(grads.num_tokens), width = grads.width;
+  int64_t num_blocks = grads.num_tiles * grads.num_tokens / block;
+  parallel_for(0, num_blocks, grain(2 * block * width), [&](int64_t first, int64_t last) {
+    kernels().pool_pyramid_backward(dtype, levels, side, width, first, last, to);
   });
   return grad_x;
 }

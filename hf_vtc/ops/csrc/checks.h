@@ -62,26 +62,43 @@ inline int64_t side_of(int64_t num_tokens) {
   return side;
 }
 
-// Where each level of a pyramid begins in the pooled buffer, and the deepest level.
-struct Pyramid {
-  std::vector<int64_t> halvings;
-  std::vector<int64_t> starts;
-  int64_t rows = 0;
-  int64_t deepest = 0;
+// Checks which levels of a pyramid are wanted, and returns the deepest.
+inline int64_t deepest_level(const std::vector<int64_t>& halvings, int64_t num_tokens, int64_t limit) {
+  int64_t side = side_of(num_tokens), deepest = 0;
+  uint64_t seen = 0;
+  for (int64_t level : halvings) {
+    STD_TORCH_CHECK(level >= 1 && level <= limit, "`halvings` must lie in 1 to ", limit, ", got ", level, ".");
+    STD_TORCH_CHECK(!(seen >> level & 1), "`halvings` names ", level, " twice.");
+    bool even = side % (int64_t(1) << (level / 2)) == 0 && side % (int64_t(1) << (level - level / 2)) == 0;
+    STD_TORCH_CHECK(even, "A ", side, " x ", side, " grid cannot be halved ", level, " times.");
+    seen |= uint64_t(1) << level;
+    deepest = level > deepest ? level : deepest;
+  }
+  return deepest;
+}
 
-  Pyramid(std::vector<int64_t> wanted, int64_t num_tiles, int64_t num_tokens, int64_t limit)
-      : halvings(std::move(wanted)) {
-    int64_t side = side_of(num_tokens);
-    uint64_t seen = 0;
-    for (int64_t level : halvings) {
-      STD_TORCH_CHECK(level >= 1 && level <= limit, "`halvings` must lie in 1 to ", limit, ", got ", level, ".");
-      STD_TORCH_CHECK(!(seen >> level & 1), "`halvings` names ", level, " twice.");
-      bool even = side % (int64_t(1) << (level / 2)) == 0 && side % (int64_t(1) << (level - level / 2)) == 0;
-      STD_TORCH_CHECK(even, "A ", side, " x ", side, " grid cannot be halved ", level, " times.");
-      seen |= uint64_t(1) << level;
-      starts.push_back(rows);
-      rows += num_tiles * (num_tokens >> level);
-      deepest = level > deepest ? level : deepest;
+// Gradients of all levels, contiguous, and the shape (T, N, C) of what was pooled.
+struct PyramidGradients {
+  std::vector<Tensor> levels;
+  int64_t num_tiles;
+  int64_t num_tokens;
+  int64_t width;
+  int64_t deepest;
+
+  PyramidGradients(const std::vector<Tensor>& grads, const std::vector<int64_t>& halvings, int64_t limit) {
+    STD_TORCH_CHECK(!grads.empty() && grads.size() == halvings.size(), "`grads` must have one tensor per level.");
+    for (const Tensor& grad : grads) {
+      check_rank(grad, 3, "grads");
+      STD_TORCH_CHECK(grad.scalar_type() == grads[0].scalar_type(), "`grads` must all have one dtype.");
+      levels.push_back(torch::stable::contiguous(grad));
+    }
+    num_tiles = grads[0].size(0), width = grads[0].size(2);
+    num_tokens = grads[0].size(1) << halvings[0];
+    deepest = deepest_level(halvings, num_tokens, limit);
+    for (size_t idx = 0; idx < halvings.size(); ++idx) {
+      bool agrees = grads[idx].size(0) == num_tiles && grads[idx].size(1) == num_tokens >> halvings[idx] &&
+                    grads[idx].size(2) == width;
+      STD_TORCH_CHECK(agrees, "`grads` must be levels of one grid, but number ", idx, " is not.");
     }
   }
 };

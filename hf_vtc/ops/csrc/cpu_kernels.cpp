@@ -17,12 +17,14 @@ namespace {
 #define VTC_INLINE inline __attribute__((always_inline))
 
 // as wide as a register, no wider: compilers take conversions of longer vectors apart element by element
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int64_t kChunk = 256;  // columns of a pyramid that are worked on at a time: all levels stay in the L1 cache
+constexpr int64_t kChunk = 512;  // columns of a pyramid that are worked on at a time: all levels stay in the L1 cache
 constexpr int kMaxHalvings = 16;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -76,13 +78,22 @@ struct BF16 {
 struct F16 {
   typedef uint16_t stored;
 #if defined(__AVX2__) && defined(__F16C__)
+  static constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(__AVX512F__)
+  static VTC_INLINE Floats load(const stored* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static VTC_INLINE void store(stored* to, Floats values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(values, kNearestEven));
+  }
+#else
   static VTC_INLINE Floats load(const stored* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
   static VTC_INLINE void store(stored* to, Floats values) {
-    __m128i packed = _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(values, kNearestEven));
   }
+#endif
 #else
   static VTC_INLINE float widened(uint16_t half) {
     uint32_t magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
@@ -103,7 +114,7 @@ struct F16 {
     return sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13);
   }
   static VTC_INLINE Floats load(const stored* from) {
-    Floats values;
+    Floats values = {};
     for (int lane = 0; lane < kLanes; ++lane) values[lane] = widened(from[lane]);
     return values;
   }
@@ -148,12 +159,73 @@ VTC_INLINE void for_columns(int64_t width, Body body) {
   if (column < width) body(column, Part{width - column});
 }
 
+constexpr int kSums = 4;
+
+// Sums that do not wait for each other: one addition takes as long as several that overlap.
+struct Sums {
+  Floats parts[kSums] = {};
+
+  VTC_INLINE float total() const { return sum_of((parts[0] + parts[1]) + (parts[2] + parts[3])); }
+};
+
+// body(column, which of kSums sums, Whole or Part) over a row
+template <class Body>
+VTC_INLINE void for_columns_summing(int64_t width, Body body) {
+  int64_t column = 0;
+  for (; column + kSums * kLanes <= width; column += kSums * kLanes) {
+    body(column, 0, Whole{});
+    body(column + kLanes, 1, Whole{});
+    body(column + 2 * kLanes, 2, Whole{});
+    body(column + 3 * kLanes, 3, Whole{});
+  }
+  for (; column + kLanes <= width; column += kLanes) body(column, 0, Whole{});
+  if (column < width) body(column, 0, Part{width - column});
+}
+
 template <class T>
 const typename T::stored* row_of(Rows rows, int64_t row) {
   return static_cast<const typename T::stored*>(rows.data) + row * rows.stride;
 }
 
 // ---- segment_mean ----
+
+constexpr int64_t kManyMembers = 6;
+constexpr int64_t kRun = 512;  // columns whose sums stay in the L1 cache
+
+// The mean of so many rows that reading them side by side would be too many streams: one after the other, a run of
+// columns at a time. Returns how many columns it did: all that fill a register.
+template <class T>
+VTC_INLINE int64_t combine_many(Rows rows, const int64_t* members, int64_t count, float divisor, int64_t width,
+                                typename T::stored* out) {
+  typedef typename T::stored stored;
+  float sums[kRun];
+  int64_t whole = width / kLanes * kLanes;
+  for (int64_t start = 0; start < whole; start += kRun) {
+    int64_t length = whole - start < kRun ? whole - start : kRun;
+    const stored* first = row_of<T>(rows, members[0]) + start;
+    for (int64_t column = 0; column < length; column += kLanes) F32::store(sums + column, T::load(first + column));
+    int64_t member = 1;
+    // in pairs, which halves the traffic of the sums
+    for (; member + 2 < count; member += 2) {
+      const stored* one = row_of<T>(rows, members[member]) + start;
+      const stored* two = row_of<T>(rows, members[member + 1]) + start;
+      for (int64_t column = 0; column < length; column += kLanes) {
+        F32::store(sums + column, F32::load(sums + column) + T::load(one + column) + T::load(two + column));
+      }
+    }
+    for (; member + 1 < count; ++member) {
+      const stored* one = row_of<T>(rows, members[member]) + start;
+      for (int64_t column = 0; column < length; column += kLanes) {
+        F32::store(sums + column, F32::load(sums + column) + T::load(one + column));
+      }
+    }
+    const stored* last = row_of<T>(rows, members[member]) + start;
+    for (int64_t column = 0; column < length; column += kLanes) {
+      T::store(out + start + column, (F32::load(sums + column) + T::load(last + column)) / divisor);
+    }
+  }
+  return whole;
+}
 
 // One output row from `count` input rows, each divided by its own divisor or their sum by one.
 template <class T, bool kOwnDivisors>
@@ -168,8 +240,11 @@ VTC_INLINE void combine(Rows rows, const int64_t* members, int64_t count, const 
     memcpy(out, row_of<T>(rows, members[0]), width * sizeof(stored));
     return;
   }
-  constexpr int kBlock = 8;
   int64_t column = 0;
+  if (!kOwnDivisors && count > kManyMembers) {
+    column = combine_many<T>(rows, members, count, divisor, width, out);
+  }
+  constexpr int kBlock = 8;
   for (; column + kBlock * kLanes <= width; column += kBlock * kLanes) {
     Floats totals[kBlock] = {};
     for (int64_t member = 0; member < count; ++member) {
@@ -241,22 +316,22 @@ void unshuffle_layernorm(Grids x, Folding folding, const int64_t* tiles, const f
   const stored* data = static_cast<const stored*>(x.data);
   int64_t width = folding.factor * folding.factor * x.width;
   for (int64_t item = first; item < last; ++item) {
-    Floats sums = {};
+    Sums sums;
     for_pieces(x, folding, tiles, item, [&](int64_t from, int64_t to, int64_t length) __attribute__((always_inline)) {
-      for_columns(length, [&](int64_t column, auto lanes) __attribute__((always_inline)) {
+      for_columns_summing(length, [&](int64_t column, int part, auto lanes) __attribute__((always_inline)) {
         Floats values = load<T>(data + from + column, lanes);
-        sums += values;
+        sums.parts[part] += values;
         store<F32>(scratch + to + column, values, lanes);
       });
     });
-    float mean = sum_of(sums) / width;
-    Floats squares = {};
+    float mean = sums.total() / width;
+    Sums squares;
     int64_t whole = width / kLanes * kLanes;
-    for (int64_t column = 0; column < whole; column += kLanes) {
+    for_columns_summing(whole, [&](int64_t column, int part, auto) __attribute__((always_inline)) {
       Floats centred = F32::load(scratch + column) - mean;
-      squares += centred * centred;
-    }
-    float square_sum = sum_of(squares);
+      squares.parts[part] += centred * centred;
+    });
+    float square_sum = squares.total();
     for (int64_t column = whole; column < width; ++column) {
       square_sum += (scratch[column] - mean) * (scratch[column] - mean);
     }
@@ -285,22 +360,22 @@ void unshuffle_layernorm_backward(Rows grad, Grids x, Folding folding, const int
   for (int64_t item = first; item < last; ++item) {
     const stored* upstream = row_of<T>(grad, item);
     float mean = means[item], rstd = rstds[item];
-    Floats sums = {}, products = {};
+    Sums sums, products;
     for_pieces(x, folding, tiles, item, [&](int64_t from, int64_t to, int64_t length) __attribute__((always_inline)) {
-      for_columns(length, [&](int64_t column, auto lanes) __attribute__((always_inline)) {
+      for_columns_summing(length, [&](int64_t column, int part, auto lanes) __attribute__((always_inline)) {
         int64_t at = to + column;
         Floats normed = (load<T>(data + from + column, lanes) - mean) * rstd;
         Floats own = load<T>(upstream + at, lanes);
         Floats scaled = own * load<F32>(weight + at, lanes);
-        sums += scaled;
+        sums.parts[part] += scaled;
         // lanes beyond the end hold no gradient, so that the mean in `normed` there does no harm
-        products += scaled * normed;
+        products.parts[part] += scaled * normed;
         store<F32>(grad_weight + at, load<F32>(grad_weight + at, lanes) + own * normed, lanes);
         store<F32>(grad_bias + at, load<F32>(grad_bias + at, lanes) + own, lanes);
         store<F32>(scratch + at, normed, lanes);
       });
     });
-    float mean_sum = sum_of(sums) / width, mean_product = sum_of(products) / width;
+    float mean_sum = sums.total() / width, mean_product = products.total() / width;
     for_pieces(dense, folding, tiles, item, [&](int64_t to, int64_t from, int64_t length) __attribute__((always_inline)) {
       for_columns(length, [&](int64_t column, auto lanes) __attribute__((always_inline)) {
         int64_t at = from + column;
@@ -333,12 +408,11 @@ struct PyramidChunk {
     return levels[level] + place * width + column;
   }
 
-  void set_tile(void* data, const Levels& wanted, int64_t tile, int64_t first_column) {
+  void set_tile(const Levels& wanted, int64_t tile, int64_t first_column) {
     for (auto& level : levels) level = nullptr;
     for (int64_t idx = 0; idx < wanted.count; ++idx) {
       int64_t rows = (side * side) >> wanted.halvings[idx];
-      levels[wanted.halvings[idx]] =
-          static_cast<typename T::stored*>(data) + (wanted.starts[idx] + tile * rows) * width;
+      levels[wanted.halvings[idx]] = static_cast<typename T::stored*>(wanted.data[idx]) + tile * rows * width;
     }
     column = first_column;
     length = width - column < kChunk ? width - column : kChunk;
@@ -374,7 +448,7 @@ void pool_block(PyramidChunk<T>& chunk, const typename T::stored* tile, int64_t 
 }
 
 template <class T>
-void pool_pyramid(Grids x, Levels levels, int64_t first, int64_t last, void* out) {
+void pool_pyramid(Grids x, Levels levels, int64_t first, int64_t last) {
   PyramidChunk<T> chunk;
   chunk.side = x.side;
   chunk.width = x.width;
@@ -383,7 +457,7 @@ void pool_pyramid(Grids x, Levels levels, int64_t first, int64_t last, void* out
     int64_t tile = item / blocks, down = item % blocks / across, right = item % across;
     const typename T::stored* data = static_cast<const typename T::stored*>(x.data) + tile * x.tile_stride;
     for (int64_t column = 0; column < x.width; column += kChunk) {
-      chunk.set_tile(out, levels, tile, column);
+      chunk.set_tile(levels, tile, column);
       pool_block(chunk, data, x.row_stride, levels.deepest, down * block_rows(levels.deepest),
                  right * block_columns(levels.deepest), chunk.buffers[0]);
     }
@@ -418,8 +492,7 @@ void spread_block(PyramidChunk<T>& chunk, typename T::stored* tile, int64_t leve
 }
 
 template <class T>
-void pool_pyramid_backward(const void* grad, Levels levels, int64_t side, int64_t width, int64_t first, int64_t last,
-                           void* grad_x) {
+void pool_pyramid_backward(Levels levels, int64_t side, int64_t width, int64_t first, int64_t last, void* grad_x) {
   PyramidChunk<T> chunk;
   chunk.side = side;
   chunk.width = width;
@@ -429,7 +502,7 @@ void pool_pyramid_backward(const void* grad, Levels levels, int64_t side, int64_
     int64_t tile = item / blocks, down = item % blocks / across, right = item % across;
     typename T::stored* data = static_cast<typename T::stored*>(grad_x) + tile * side * side * width;
     for (int64_t column = 0; column < width; column += kChunk) {
-      chunk.set_tile(const_cast<void*>(grad), levels, tile, column);
+      chunk.set_tile(levels, tile, column);
       spread_block(chunk, data, levels.deepest, down * block_rows(levels.deepest),
                    right * block_columns(levels.deepest), nothing);
     }
@@ -440,11 +513,11 @@ void pool_pyramid_backward(const void* grad, Levels levels, int64_t side, int64_
 
 void argmax(const float* logits, int64_t group_stride, int64_t num_groups, int64_t first, int64_t last,
             int64_t* group) {
-  constexpr int64_t kRun = 64;
-  for (int64_t start = first; start < last; start += kRun) {
-    int64_t count = last - start < kRun ? last - start : kRun;
-    float best[kRun];
-    int32_t chosen[kRun];
+  constexpr int64_t kRows = 64;
+  for (int64_t start = first; start < last; start += kRows) {
+    int64_t count = last - start < kRows ? last - start : kRows;
+    float best[kRows];
+    int32_t chosen[kRows];
     for (int64_t at = 0; at < count; ++at) best[at] = logits[start + at], chosen[at] = 0;
     for (int64_t idx = 1; idx < num_groups; ++idx) {
       const float* row = logits + idx * group_stride + start;

@@ -29,10 +29,10 @@ struct Folding {
   bool transposed;
 };
 
-// Levels of a pyramid: level i halves the grid `halvings[i]` times and starts at row `starts[i]` of the pooled buffer.
+// Levels of a pyramid: level i halves the grid `halvings[i]` times and lies in `data[i]`, tile after tile.
 struct Levels {
   const int64_t* halvings;
-  const int64_t* starts;
+  void* const* data;
   int64_t count;
   int64_t deepest;
 };
@@ -54,17 +54,18 @@ struct CpuKernels {
                                        int64_t last, float* scratch, void* grad_x, float* grad_weight,
                                        float* grad_bias);
   // items are the blocks of the deepest level
-  void (*pool_pyramid)(Dtype, Grids x, Levels levels, int64_t first, int64_t last, void* out);
-  void (*pool_pyramid_backward)(Dtype, const void* grad, Levels levels, int64_t side, int64_t width, int64_t first,
-                                int64_t last, void* grad_x);
+  void (*pool_pyramid)(Dtype, Grids x, Levels levels, int64_t first, int64_t last);
+  void (*pool_pyramid_backward)(Dtype, Levels levels, int64_t side, int64_t width, int64_t first, int64_t last,
+                                void* grad_x);
   // items are rows n of one tile: group[n] = the first index of the greatest of logits[:, n], NaN the greatest of all
   void (*argmax)(const float* logits, int64_t group_stride, int64_t num_groups, int64_t first, int64_t last,
                  int64_t* group);
 };
 
 extern const CpuKernels kernels_baseline;
-#ifdef VTC_HAS_AVX2
+#ifdef VTC_X86
 extern const CpuKernels kernels_avx2;
+extern const CpuKernels kernels_avx512;
 #endif
 
 }  // namespace vtc

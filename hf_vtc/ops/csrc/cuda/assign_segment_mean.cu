@@ -71,9 +71,8 @@ __global__ void __launch_bounds__(kThreads)
         for (int at = 0; at < N; ++at) total[at] += own[at];
       }
     }
+    // the first barrier of the next round lies between this reading and the next writing
     count += all;
-    // the next rows overwrite the list
-    __syncthreads();
   }
   if (column < width) {
 #pragma unroll

@@ -158,31 +158,36 @@ std::tuple<Tensor, Tensor, Tensor> unshuffle_layernorm_backward(Tensor grad, Ten
 
 constexpr int64_t kMaxHalvings = 4;
 
-Tensor pool_pyramid(Tensor features, std::vector<int64_t> halvings) {
+std::vector<Tensor> pool_pyramid(Tensor features, std::vector<int64_t> halvings) {
   int32_t dtype = element_type(features, "features");
   DeviceGuard guard(features.get_device_index());
   check_rank(features, 3, "features");
   features = dense_rows(features);
-  Pyramid pyramid(std::move(halvings), features.size(0), features.size(1), kMaxHalvings);
-  Tensor out = new_empty(features, {pyramid.rows, features.size(2)});
-  check_launch(vtc_pool_pyramid(dtype, features.const_data_ptr(), grids_of(features), pyramid.halvings.data(),
-                                pyramid.starts.data(), static_cast<int>(pyramid.halvings.size()), out_of<void>(out),
-                                stream_of(features)));
-  return out;
+  deepest_level(halvings, features.size(1), kMaxHalvings);
+  std::vector<Tensor> outs;
+  std::vector<void*> data;
+  for (int64_t level : halvings) {
+    outs.push_back(new_empty(features, {features.size(0), features.size(1) >> level, features.size(2)}));
+    data.push_back(outs.back().mutable_data_ptr());
+  }
+  check_launch(vtc_pool_pyramid(dtype, features.const_data_ptr(), grids_of(features), halvings.data(), data.data(),
+                                static_cast<int>(halvings.size()), stream_of(features)));
+  return outs;
 }
 
-Tensor pool_pyramid_backward(Tensor grad, std::vector<int64_t> halvings, int64_t num_tiles, int64_t num_tokens) {
-  int32_t dtype = element_type(grad, "grad");
-  DeviceGuard guard(grad.get_device_index());
-  check_rank(grad, 2, "grad");
-  grad = contiguous(grad);
-  Pyramid pyramid(std::move(halvings), num_tiles, num_tokens, kMaxHalvings);
-  STD_TORCH_CHECK(grad.size(0) == pyramid.rows, "`grad` must have ", pyramid.rows, " rows, got ", grad.size(0), ".");
-  if (pyramid.halvings.empty()) return new_zeros(grad, {num_tiles, num_tokens, grad.size(1)});
-  Tensor grad_x = new_empty(grad, {num_tiles, num_tokens, grad.size(1)});
-  check_launch(vtc_pool_pyramid_backward(dtype, grad.const_data_ptr(), grids_of(grad_x), pyramid.halvings.data(),
-                                         pyramid.starts.data(), static_cast<int>(pyramid.halvings.size()),
-                                         out_of<void>(grad_x), stream_of(grad)));
+Tensor pool_pyramid_backward(std::vector<Tensor> given, std::vector<int64_t> halvings) {
+  STD_TORCH_CHECK(!given.empty(), "`grads` must have one tensor per level.");
+  DeviceGuard guard(given[0].get_device_index());
+  PyramidGradients grads(given, halvings, kMaxHalvings);
+  int32_t dtype = element_type(grads.levels[0], "grads");
+  std::vector<const void*> data;
+  for (const Tensor& level : grads.levels) {
+    check_device(level, given[0], "grads");
+    data.push_back(level.const_data_ptr());
+  }
+  Tensor grad_x = new_empty(grads.levels[0], {grads.num_tiles, grads.num_tokens, grads.width});
+  check_launch(vtc_pool_pyramid_backward(dtype, data.data(), grids_of(grad_x), halvings.data(),
+                                         static_cast<int>(halvings.size()), out_of<void>(grad_x), stream_of(grad_x)));
   return grad_x;
 }
 

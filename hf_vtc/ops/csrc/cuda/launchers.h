@@ -36,13 +36,13 @@ int vtc_unshuffle_layernorm_backward(int dtype, const void* grad, const void* fe
                                      float* partial, void* grad_features, float* grad_weight, float* grad_bias,
                                      void* stream);
 
-// Level i halves a grid halvings[i] times and begins at row starts[i] of the pooled rows; both arrays on the host.
-int vtc_pool_pyramid(int dtype, const void* features, VtcGrids grids, const int64_t* halvings, const int64_t* starts,
-                     int num_levels, void* out, void* stream);
+// Level i halves a grid halvings[i] times and goes to outs[i], dense; both arrays are on the host.
+int vtc_pool_pyramid(int dtype, const void* features, VtcGrids grids, const int64_t* halvings, void* const* outs,
+                     int num_levels, void* stream);
 
 // The inverse: grids gives the shape of the dense grad_features.
-int vtc_pool_pyramid_backward(int dtype, const void* grad, VtcGrids grids, const int64_t* halvings,
-                              const int64_t* starts, int num_levels, void* grad_features, void* stream);
+int vtc_pool_pyramid_backward(int dtype, const void* const* grads, VtcGrids grids, const int64_t* halvings,
+                              int num_levels, void* grad_features, void* stream);
 
 struct VtcGroups {
   int64_t num_tiles;

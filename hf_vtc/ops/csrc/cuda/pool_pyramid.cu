@@ -11,9 +11,10 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kMaxHalvings = 4;
 
-// By value to the kernel: first row of each level's share of the pooled rows, -1 where it is not wanted.
+// By value to the kernel: where each level is, null where it is not wanted; pooled levels are written, and read for the
+// gradient.
 struct Pyramid {
-  int64_t starts[kMaxHalvings + 1];
+  void* levels[kMaxHalvings + 1];
   int side;
   int width;
 };
@@ -31,28 +32,28 @@ struct Walk {
   int column;
 
   // the pooled row of the level's block at (down, right), or null
-  template <int kLevel, class Pooled>
-  VTC_DEVICE Pooled* pooled(Pooled* rows, int down, int right) const {
-    const int64_t start = pyramid.starts[kLevel];
-    if (start < 0) return nullptr;
+  template <int kLevel>
+  VTC_DEVICE T* pooled(int down, int right) const {
+    T* rows = static_cast<T*>(pyramid.levels[kLevel]);
+    if (!rows) return nullptr;
     const int across = pyramid.side / kColumns<kLevel>, per_tile = across * (pyramid.side / kRows<kLevel>);
     const int place = down / kRows<kLevel> * across + right / kColumns<kLevel>;
-    return rows + (start + tile * per_tile + place) * pyramid.width + column;
+    return rows + (tile * per_tile + place) * pyramid.width + column;
   }
 
   // Sum of the block of kLevel at (down, right).
   template <int kLevel>
-  VTC_DEVICE void pool(const T* features, int64_t row_stride, T* out, int down, int right, float (&total)[N]) const {
+  VTC_DEVICE void pool(const T* features, int64_t row_stride, int down, int right, float (&total)[N]) const {
     if constexpr (kLevel == 0) {
       load<N>(features + (down * pyramid.side + right) * row_stride + column, total);
     } else {
       constexpr int kDown = kLevel % 2 ? 0 : kRows<kLevel - 1>, kRight = kLevel % 2 ? kColumns<kLevel - 1> : 0;
       float other[N];
-      pool<kLevel - 1>(features, row_stride, out, down, right, total);
-      pool<kLevel - 1>(features, row_stride, out, down + kDown, right + kRight, other);
+      pool<kLevel - 1>(features, row_stride, down, right, total);
+      pool<kLevel - 1>(features, row_stride, down + kDown, right + kRight, other);
 #pragma unroll
       for (int lane = 0; lane < N; ++lane) total[lane] += other[lane];
-      if (T* to = pooled<kLevel>(out, down, right)) {
+      if (T* to = pooled<kLevel>(down, right)) {
         float mean[N];
 #pragma unroll
         for (int lane = 0; lane < N; ++lane) mean[lane] = total[lane] * (1.0f / (1 << kLevel));
@@ -63,25 +64,25 @@ struct Walk {
 
   // What every token of the block gets from its level and those above.
   template <int kLevel>
-  VTC_DEVICE void spread(const T* grad, T* grad_features, int down, int right, const float (&above)[N]) const {
+  VTC_DEVICE void spread(T* grad_features, int down, int right, const float (&above)[N]) const {
     if constexpr (kLevel == 0) {
       store<N>(grad_features + static_cast<int64_t>(down * pyramid.side + right) * pyramid.width + column, above);
     } else {
       constexpr int kDown = kLevel % 2 ? 0 : kRows<kLevel - 1>, kRight = kLevel % 2 ? kColumns<kLevel - 1> : 0;
       float shared[N] = {};
-      if (const T* from = pooled<kLevel>(grad, down, right)) load<N>(from, shared);
+      if (const T* from = pooled<kLevel>(down, right)) load<N>(from, shared);
 #pragma unroll
       for (int lane = 0; lane < N; ++lane) shared[lane] = above[lane] + shared[lane] * (1.0f / (1 << kLevel));
-      spread<kLevel - 1>(grad, grad_features, down, right, shared);
-      spread<kLevel - 1>(grad, grad_features, down + kDown, right + kRight, shared);
+      spread<kLevel - 1>(grad_features, down, right, shared);
+      spread<kLevel - 1>(grad_features, down + kDown, right + kRight, shared);
     }
   }
 };
 
+// Pools `grids`, or fills them with the gradient of the levels.
 template <class T, int N, int kDeepest, bool kGradient>
 __global__ void __launch_bounds__(kThreads)
-    walk_pyramid(const T* __restrict__ from, int64_t tile_stride, int64_t row_stride, int64_t num_blocks,
-                 Pyramid pyramid, T* __restrict__ to) {
+    walk_pyramid(T* __restrict__ grids, int64_t tile_stride, int64_t row_stride, int64_t num_blocks, Pyramid pyramid) {
   const int packs = pyramid.width / N;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (thread >= num_blocks * packs) return;
@@ -90,63 +91,64 @@ __global__ void __launch_bounds__(kThreads)
   const int place = static_cast<int>(block % per_tile);
   const int down = place / across * kRows<kDeepest>, right = place % across * kColumns<kDeepest>;
   const Walk<T, N> walk = {pyramid, block / per_tile, static_cast<int>(thread % packs) * N};
+  T* grid = grids + walk.tile * tile_stride;
   float values[N] = {};
   if constexpr (kGradient) {
-    T* grad_features = to + walk.tile * pyramid.side * pyramid.side * pyramid.width;
-    walk.template spread<kDeepest>(from, grad_features, down, right, values);
+    walk.template spread<kDeepest>(grid, down, right, values);
   } else {
-    walk.template pool<kDeepest>(from + walk.tile * tile_stride, row_stride, to, down, right, values);
+    walk.template pool<kDeepest>(grid, row_stride, down, right, values);
   }
 }
 
 template <class T, int N, bool kGradient, int kDeepest>
-int launch_deepest(int deepest, const void* from, const VtcGrids& grids, const Pyramid& pyramid, void* to,
-                   void* stream) {
+int launch_deepest(int deepest, T* data, const VtcGrids& grids, const Pyramid& pyramid, void* stream) {
   if constexpr (kDeepest > 1) {
     if (deepest < kDeepest) {
-      return launch_deepest<T, N, kGradient, kDeepest - 1>(deepest, from, grids, pyramid, to, stream);
+      return launch_deepest<T, N, kGradient, kDeepest - 1>(deepest, data, grids, pyramid, stream);
     }
   }
   const int64_t blocks = grids.num_tiles * (grids.side * grids.side >> kDeepest);
   const dim3 grid(static_cast<unsigned>(ceil_div(blocks * (grids.width / N), kThreads)));
-  VTC_LAUNCH((walk_pyramid<T, N, kDeepest, kGradient>), grid, kThreads, 0, stream, static_cast<const T*>(from),
-             grids.tile_stride, grids.row_stride, blocks, pyramid, static_cast<T*>(to));
+  VTC_LAUNCH((walk_pyramid<T, N, kDeepest, kGradient>), grid, kThreads, 0, stream, data, grids.tile_stride,
+             grids.row_stride, blocks, pyramid);
   return launch_status();
 }
 
 template <bool kGradient>
-int launch(int dtype, const void* from, const VtcGrids& grids, const int64_t* halvings, const int64_t* starts,
-           int num_levels, void* to, void* stream) {
+int launch(int dtype, void* data, const VtcGrids& grids, const int64_t* halvings, void* const* levels, int num_levels,
+           void* stream) {
   if (grids.num_tiles == 0 || grids.width == 0 || num_levels == 0) return 0;
-  Pyramid pyramid;
-  for (int64_t& start : pyramid.starts) start = -1;
-  int deepest = 0;
+  Pyramid pyramid = {};
+  int64_t deepest = 0;
   for (int level = 0; level < num_levels; ++level) {
-    pyramid.starts[halvings[level]] = starts[level];
-    deepest = halvings[level] > deepest ? static_cast<int>(halvings[level]) : deepest;
+    pyramid.levels[halvings[level]] = levels[level];
+    deepest = halvings[level] > deepest ? halvings[level] : deepest;
   }
   pyramid.side = static_cast<int>(grids.side);
   pyramid.width = static_cast<int>(grids.width);
   return by_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kPack = 16 / sizeof(T);
-    const int pack = pack_size<T>({from, to}, {grids.width, grids.row_stride, grids.tile_stride});
+    int pack = pack_size<T>({data}, {grids.width, grids.row_stride, grids.tile_stride});
+    for (int level = 0; level < num_levels; ++level) pack = pack_size<T>({levels[level]}, {}) == 1 ? 1 : pack;
+    T* typed = static_cast<T*>(data);
     if (pack == 1) {
-      return launch_deepest<T, 1, kGradient, kMaxHalvings>(deepest, from, grids, pyramid, to, stream);
+      return launch_deepest<T, 1, kGradient, kMaxHalvings>(static_cast<int>(deepest), typed, grids, pyramid, stream);
     }
-    return launch_deepest<T, kPack, kGradient, kMaxHalvings>(deepest, from, grids, pyramid, to, stream);
+    return launch_deepest<T, kPack, kGradient, kMaxHalvings>(static_cast<int>(deepest), typed, grids, pyramid, stream);
   });
 }
 
 }  // namespace
 }  // namespace vtc
 
+// One kernel template reads and writes both, so constness ends here: pooling writes no grid, the gradient no level.
 extern "C" int vtc_pool_pyramid(int dtype, const void* features, VtcGrids grids, const int64_t* halvings,
-                                const int64_t* starts, int num_levels, void* out, void* stream) {
-  return vtc::launch<false>(dtype, features, grids, halvings, starts, num_levels, out, stream);
+                                void* const* outs, int num_levels, void* stream) {
+  return vtc::launch<false>(dtype, const_cast<void*>(features), grids, halvings, outs, num_levels, stream);
 }
 
-extern "C" int vtc_pool_pyramid_backward(int dtype, const void* grad, VtcGrids grids, const int64_t* halvings,
-                                         const int64_t* starts, int num_levels, void* grad_features, void* stream) {
-  return vtc::launch<true>(dtype, grad, grids, halvings, starts, num_levels, grad_features, stream);
+extern "C" int vtc_pool_pyramid_backward(int dtype, const void* const* grads, VtcGrids grids, const int64_t* halvings,
+                                         int num_levels, void* grad_features, void* stream) {
+  return vtc::launch<true>(dtype, grad_features, grids, halvings, const_cast<void* const*>(grads), num_levels, stream);
 }

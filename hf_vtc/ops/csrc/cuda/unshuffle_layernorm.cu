@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kMostThreads)
       for (int pack = 0; pack < kPacks; ++pack) {
         const int at = static_cast<int>(threadIdx.x) * N + pack * step;
         if (at < folded) {
-          if (first) kept[pack] = *reinterpret_cast<const Pack<T, N>*>(features + row.offset(folding, at));
+          if (first) kept[pack] = load_pack<N>(features + row.offset(folding, at));
           float values[N];
           widen_pack<N>(kept[pack], values);
           body(values, at);

@@ -104,8 +104,17 @@ VTC_DEVICE void widen_pack(const Pack<T, N>& from, float (&to)[N]) {
 }
 
 template <int N, class T>
+VTC_DEVICE Pack<T, N> load_pack(const T* from) {
+#if !defined(__CUDACC__)
+  // compilers' sanitizers do not look at copies of whole structs
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack<T, N>) != 0) __builtin_trap();
+#endif
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+
+template <int N, class T>
 VTC_DEVICE void load(const T* from, float (&to)[N]) {
-  widen_pack<N>(*reinterpret_cast<const Pack<T, N>*>(from), to);
+  widen_pack<N>(load_pack<N>(from), to);
 }
 
 template <int N, class T>
@@ -113,6 +122,9 @@ VTC_DEVICE void store(T* to, const float (&from)[N]) {
   Pack<T, N> pack;
 #pragma unroll
   for (int idx = 0; idx < N; ++idx) pack.lane[idx] = narrow<T>(from[idx]);
+#if !defined(__CUDACC__)
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(pack) != 0) __builtin_trap();
+#endif
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
