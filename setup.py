@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -54,12 +54,18 @@ class BuildOps(build_py):
 class PlatformWheel(bdist_wheel):
     """A wheel for this platform and any Python: the kernels hold no symbol of Python's."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
-
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
-setup(cmdclass={"build_py": BuildOps, "bdist_wheel": PlatformWheel} if wanted_kinds() else {})
+class PlatformDistribution(Distribution):
+    """Installs where files of one platform belong, as if it had extension modules."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+if wanted_kinds():
+    setup(distclass=PlatformDistribution, cmdclass={"build_py": BuildOps, "bdist_wheel": PlatformWheel})
+else:
+    setup()
