@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     // threads beyond the width stay for the barriers
     if (column < width) {
-#pragma unroll 4
+#pragma unroll 2
       for (int idx = 0; idx < all; ++idx) {
         float own[N];
         load<N>(rows + members[idx] * row_stride, own);

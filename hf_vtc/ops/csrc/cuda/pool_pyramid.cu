@@ -81,7 +81,7 @@ struct Walk {
 
 // Pools `grids`, or fills them with the gradient of the levels.
 template <class T, int N, int kDeepest, bool kGradient>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     walk_pyramid(T* __restrict__ grids, int64_t tile_stride, int64_t row_stride, int64_t num_blocks, Pyramid pyramid) {
   const int packs = pyramid.width / N;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
