@@ -51,7 +51,7 @@ struct FoldedRow {
 
 // kPacks packs of each thread are kept in registers; with 0 the row is read three times, which any width allows.
 template <class T, int N, int kPacks>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     normalize(const T* __restrict__ features, Folding folding, const int64_t* __restrict__ tiles, int64_t num_tiles,
               const float* __restrict__ weight, const float* __restrict__ bias, float eps, T* __restrict__ out,
               float* __restrict__ means, float* __restrict__ rstds) {
