@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from hf_vtc.models import METHODS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+METHOD_NAMES = tuple(entry.config.model_type.removeprefix("vtc_") for entry in METHODS)
 HIDE_PACKAGE = 'import sys; sys.modules["hf_vtc"] = None\n'
 
 
@@ -30,7 +31,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session", params=[entry.config.model_type.removeprefix("vtc_") for entry in METHODS])
+@pytest.fixture(scope="session", params=METHOD_NAMES)
 def method(request: pytest.FixtureRequest) -> str:
     """Name of a method, every method in turn."""
     return request.param
@@ -46,7 +47,7 @@ def saved(method: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def every_saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Such a folder for each method."""
     parent = tmp_path_factory.mktemp("every_saved")
-    return [save_tiny(entry.config.model_type.removeprefix("vtc_"), parent) for entry in METHODS]
+    return [save_tiny(name, parent) for name in METHOD_NAMES]
 
 
 def save_tiny(method: str, parent: Path) -> Path:

@@ -4,10 +4,12 @@ import inspect
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import METHOD_NAMES
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -39,9 +41,11 @@ def answers(model, inputs) -> dict[str, torch.Tensor]:
         return {f"logits {name}": model(**inputs, vtc_budget=budget).logits for name, budget in budgets.items()}
 
 
-# both functions travel as text into processes that cannot import this file
+# both functions travel as text into processes that cannot import this file; each process takes all methods, since
+# starting it takes longer than the rest
 ANSWER = f"""
 import sys
+from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -51,18 +55,21 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 {inspect.getsource(answers)}
 
-way, folder, inputs_file, outputs_file = sys.argv[1:]
+way, inputs, outputs, *folders = sys.argv[1:]
 if way == "installed":
     import hf_vtc
 torch.set_num_threads(1)
 remote = way == "remote"
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=remote)
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=remote)
-package = "transformers_modules." if remote else "hf_vtc."
-assert type(model).__module__.startswith(package), type(model)
-assert type(processor).__module__.startswith(package), type(processor)
-results = encoded(processor) | answers(model, load_file(inputs_file))
-save_file({{name: value.contiguous() for name, value in results.items()}}, outputs_file)
+for folder in folders:
+    print(folder, file=sys.stderr)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=remote)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=remote)
+    package = "transformers_modules." if remote else "hf_vtc."
+    assert type(model).__module__.startswith(package), type(model)
+    assert type(processor).__module__.startswith(package), type(processor)
+    file = Path(folder).name + ".safetensors"
+    results = encoded(processor) | answers(model, load_file(Path(inputs, file)))
+    save_file({{name: value.contiguous() for name, value in results.items()}}, Path(outputs, file))
 """
 
 LOAD_SEVERAL_TIMES = """
@@ -82,85 +89,106 @@ assert package == "hf_vtc" or sys.modules.get("hf_vtc") is None
 
 SAVE_AGAIN = """
 import sys
+from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-source, target, way = sys.argv[1:]
+way, target, *folders = sys.argv[1:]
 if way == "installed":
     import hf_vtc
 remote = way == "remote"
-AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=remote).save_pretrained(target)
-AutoProcessor.from_pretrained(source, trust_remote_code=remote).save_pretrained(target)
+for folder in folders:
+    print(folder, file=sys.stderr)
+    again = Path(target, Path(folder).name)
+    AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=remote).save_pretrained(again)
+    AutoProcessor.from_pretrained(folder, trust_remote_code=remote).save_pretrained(again)
 """
 
 SAVE_TINY = """
 import sys
-import factories
-import torch
+from pathlib import Path
+import conftest
 
-method, folder = sys.argv[1:]
-torch.manual_seed(0)
-factories.tiny_model(method).save_pretrained(folder)
-factories.tiny_processor(method).save_pretrained(folder)
+for method in sys.argv[2:]:
+    conftest.save_tiny(method, Path(sys.argv[1]))
 """
+
+Answers = dict[str, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
-def answer(run_python, tmp_path_factory):
-    """Load a folder in a new process and give what its processor and its model make of fixed inputs."""
+def answer(run_python, inputs, tmp_path_factory):
+    """Load folders in a new process, and give by their names what processors and models make of fixed inputs."""
 
-    def run(folder: Path, inputs: Path, way: str, python: str | None = None) -> dict[str, torch.Tensor]:
-        outputs = tmp_path_factory.mktemp("answer") / "outputs.safetensors"
-        options = {} if python is None else {"python": python}
-        run_python(ANSWER, way, folder, inputs, outputs, installed=way == "installed", **options)
-        return load_file(outputs)
+    def run(folders: list[Path], way: str, python: str = sys.executable) -> Answers:
+        outputs = tmp_path_factory.mktemp("answer")
+        run_python(ANSWER, way, inputs, outputs, *folders, installed=way == "installed", python=python)
+        return {folder.name: load_file(outputs / f"{folder.name}.safetensors") for folder in folders}
 
     return run
 
 
 @pytest.fixture(scope="module")
-def inputs(saved, tmp_path_factory) -> Path:
-    """File with what the installed processor makes of the prompt, moved a little so that rounding shows."""
-    file = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
-    values = encoded(AutoProcessor.from_pretrained(saved))
-    noise = torch.randn(values["pixel_values"].shape, generator=torch.Generator().manual_seed(0))
-    values["pixel_values"] = values["pixel_values"] + noise
-    save_file({name: value.contiguous() for name, value in values.items()}, file)
-    return file
+def save_again(run_python, tmp_path_factory):
+    """Load folders in a new process and save them elsewhere."""
+
+    def run(folders: list[Path], way: str) -> list[Path]:
+        target = tmp_path_factory.mktemp("again")
+        run_python(SAVE_AGAIN, way, target, *folders, installed=way == "installed")
+        return [target / folder.name for folder in folders]
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def expected(saved, inputs, answer) -> dict[str, torch.Tensor]:
-    """The answer of the installed classes."""
-    return answer(saved, inputs, "installed")
+def inputs(every_saved, tmp_path_factory) -> Path:
+    """What the installed processors make of the prompt, a file each, moved a little so that rounding shows."""
+    parent = tmp_path_factory.mktemp("inputs")
+    for folder in every_saved:
+        values = encoded(AutoProcessor.from_pretrained(folder))
+        noise = torch.randn(values["pixel_values"].shape, generator=torch.Generator().manual_seed(0))
+        values["pixel_values"] = values["pixel_values"] + noise
+        contiguous = {name: value.contiguous() for name, value in values.items()}
+        save_file(contiguous, parent / f"{folder.name}.safetensors")
+    return parent
 
 
 @pytest.fixture(scope="module")
-def other_saved(method, run_python, tmp_path_factory) -> Path:
-    """The tiny model as the other transformers saves it."""
-    folder = tmp_path_factory.mktemp("other") / f"{method}-tiny"
-    run_python(SAVE_TINY, method, folder, installed=True, python=os.environ["HF_VTC_OTHER_PYTHON"])
-    return folder
+def expected(every_saved, answer) -> Answers:
+    """The answers of the installed classes."""
+    return answer(every_saved, "installed")
 
 
 @pytest.fixture(scope="module")
-def other_expected(other_saved, inputs, answer) -> dict[str, torch.Tensor]:
-    """The answer of this transformers to what the other one saved."""
-    return answer(other_saved, inputs, "installed")
+def other_saved(run_python, tmp_path_factory) -> list[Path]:
+    """The tiny models as the other transformers saves them."""
+    parent = tmp_path_factory.mktemp("other")
+    run_python(SAVE_TINY, parent, *METHOD_NAMES, installed=True, python=os.environ["HF_VTC_OTHER_PYTHON"])
+    return sorted(parent.iterdir())
 
 
-def assert_same(results: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert results.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(results[name], value), name
+@pytest.fixture(scope="module")
+def other_expected(other_saved, answer) -> Answers:
+    """The answers of this transformers to what the other one saved."""
+    return answer(other_saved, "installed")
 
 
-def assert_close(results: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same(results: Answers, expected: Answers) -> None:
+    assert results.keys() == expected.keys() and len(results) == len(METHOD_NAMES)
+    for name, values in expected.items():
+        assert results[name].keys() == values.keys(), name
+        assert not [key for key, value in values.items() if not torch.equal(results[name][key], value)], name
+
+
+def assert_close(results: Answers, expected: Answers) -> None:
     """Equal within 1e-5 wherever both have a value: a processor may return more keys on one transformers."""
-    shared = results.keys() & expected.keys()
-    assert {"input_ids", "attention_mask", "pixel_values", "logits auto", "logits full", "logits share"} <= shared
-    for name in shared:
-        assert results[name].shape == expected[name].shape, name
-        assert torch.allclose(results[name], expected[name], atol=1e-5, rtol=0), name
+    assert results.keys() == expected.keys() and len(results) == len(METHOD_NAMES)
+    for name in expected:
+        shared = results[name].keys() & expected[name].keys()
+        assert {"input_ids", "attention_mask", "pixel_values", "logits auto", "logits full", "logits share"} <= shared
+        for key in shared:
+            found, wanted = results[name][key], expected[name][key]
+            assert found.shape == wanted.shape, f"{name} {key}"
+            assert torch.allclose(found, wanted, atol=1e-5, rtol=0), f"{name} {key}"
 
 
 def assert_complete(folder: Path) -> None:
@@ -190,23 +218,25 @@ def test_saving_without_code_writes_neither_keys_nor_code(saved, tmp_path):
 
 
 @pytest.mark.window
-def test_installed_classes_load_and_save_the_code_again(saved, inputs, expected, answer, run_python, tmp_path):
-    run_python(SAVE_AGAIN, saved, tmp_path / "again", "installed", installed=True)
-    assert_complete(tmp_path / "again")
-    assert_same(answer(tmp_path / "again", inputs, "installed"), expected)
+def test_installed_classes_load_and_save_the_code_again(every_saved, expected, answer, save_again):
+    again = save_again(every_saved, "installed")
+    for folder in again:
+        assert_complete(folder)
+    assert_same(answer(again, "installed"), expected)
 
 
 @needs_remote_code_from_folder
-def test_remote_code_gives_the_same_bits(saved, inputs, expected, answer):
-    assert_same(answer(saved, inputs, "remote"), expected)
+def test_remote_code_gives_the_same_bits(every_saved, expected, answer):
+    assert_same(answer(every_saved, "remote"), expected)
 
 
 @needs_remote_code_from_folder
-def test_remote_code_survives_being_saved_again(saved, inputs, expected, answer, run_python, tmp_path):
-    run_python(SAVE_AGAIN, saved, tmp_path / "again", "remote")
-    assert_complete(tmp_path / "again")
-    assert {file.name for file in saved.glob("*.py")} == {file.name for file in (tmp_path / "again").glob("*.py")}
-    assert_same(answer(tmp_path / "again", inputs, "remote"), expected)
+def test_remote_code_survives_being_saved_again(every_saved, expected, answer, save_again):
+    again = save_again(every_saved, "remote")
+    for folder, source in zip(again, every_saved):
+        assert_complete(folder)
+        assert {file.name for file in source.glob("*.py")} == {file.name for file in folder.glob("*.py")}
+    assert_same(answer(again, "remote"), expected)
 
 
 @needs_remote_code_from_folder
@@ -223,19 +253,19 @@ def test_repeated_loads_give_the_same_class(every_saved, run_python, installed, 
 
 
 @needs_other_python
-def test_the_other_transformers_loads_what_this_one_saves(saved, inputs, expected, answer):
-    results = answer(saved, inputs, "installed", python=os.environ["HF_VTC_OTHER_PYTHON"])
-    assert_close(results, expected)
+def test_the_other_transformers_loads_what_this_one_saves(every_saved, expected, answer):
+    assert_close(answer(every_saved, "installed", python=os.environ["HF_VTC_OTHER_PYTHON"]), expected)
 
 
 @needs_other_python
-def test_this_transformers_loads_what_the_other_one_saves(other_saved, other_expected, inputs, answer):
+def test_this_transformers_loads_what_the_other_one_saves(other_saved, other_expected, answer):
     other = os.environ["HF_VTC_OTHER_PYTHON"]
-    assert_close(other_expected, answer(other_saved, inputs, "installed", python=other))
+    assert_close(other_expected, answer(other_saved, "installed", python=other))
 
 
 @needs_other_python
 @needs_remote_code_from_folder
-def test_remote_code_saved_by_the_other_transformers(other_saved, other_expected, inputs, answer):
-    assert_complete(other_saved)
-    assert_same(answer(other_saved, inputs, "remote"), other_expected)
+def test_remote_code_saved_by_the_other_transformers(other_saved, other_expected, answer):
+    for folder in other_saved:
+        assert_complete(folder)
+    assert_same(answer(other_saved, "remote"), other_expected)
