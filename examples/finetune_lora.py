@@ -33,10 +33,10 @@ class FineTuneTrainer(VtcTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self.record_visual_tokens(outputs)
         kept = outputs.num_visual_tokens
         if kept is not None:
             reserved = int((inputs["input_ids"] == self.unwrap(model).config.image_token_id).sum())
-            self.record("visual_tokens", kept.float().mean(), len(kept))
             self.record("kept_share", int(kept.sum()) / reserved, reserved)
         return (loss, outputs) if return_outputs else loss
 

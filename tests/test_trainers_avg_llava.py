@@ -300,7 +300,7 @@ def test_router_trainer_evaluates_without_dropout_and_repeatably(tmp_path):
     trainer = trainer_of(AvgLlavaRouterTrainer, model, tmp_path, records_of(model))
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_loss"] == second["eval_loss"] > 0
-    assert first["eval_router_regret"] >= 0 and 0 < first["eval_kept_per_tile"] <= 1
+    assert first["eval_router_regret"] >= 0 and 0 < first["eval_kept_tokens"] <= 1
 
 
 def test_router_trainer_learns_the_best_granularity(tmp_path):

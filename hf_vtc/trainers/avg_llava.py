@@ -307,4 +307,6 @@ class AvgLlavaRouterTrainer(VtcTrainer):
         # how much worse the chosen granularity is than the best, in nats per token
         regret = losses.gather(1, chosen[:, None])[:, 0] - losses.min(1).values
         self.record("router_regret", regret.mean(), num_images)
-        self.record("kept_per_tile", (scales[chosen] / scales[-1]).mean(), num_images)
+        self.record("kept_tokens", (scales[chosen] / scales[-1]).mean(), num_images)
+        for idx, scale in enumerate(scales.tolist()):
+            self.record(f"chosen_{scale}", (chosen == idx).float().mean(), num_images)

@@ -359,6 +359,12 @@ class VtcTrainer(Trainer):
         total, weights = self._metrics.get(name, (0.0, 0.0))
         self._metrics[name] = (total + value * weight, weights + weight)
 
+    def record_visual_tokens(self, outputs: Any) -> None:
+        """Log `visual_tokens`, what the language model sees of an image in the mean; text has none."""
+        counts = outputs.num_visual_tokens
+        if counts is not None:
+            self.record("visual_tokens", counts.float().mean(), len(counts))
+
     def _pop_metrics(self) -> dict[str, float]:
         means = {name: float(total) / weight for name, (total, weight) in self._metrics.items()}
         self._metrics = {}

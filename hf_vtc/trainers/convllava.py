@@ -170,7 +170,6 @@ class ConvllavaTrainer(VtcTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """Next-token loss over the supervised tokens."""
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
-        if outputs.num_visual_tokens is not None:
-            self.record("visual_tokens", outputs.num_visual_tokens.float().mean(), len(outputs.num_visual_tokens))
+        self.record_visual_tokens(outputs)
         loss = self.across_processes(outputs.loss, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss

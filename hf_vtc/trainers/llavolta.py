@@ -83,8 +83,7 @@ class LlavoltaTrainer(VtcTrainer):
         responses = Responses.from_labels(inputs.pop("labels"))
         logits, outputs = self.response_logits(model, responses, inputs)
         loss = mean_over_items(token_cross_entropy(logits, responses.targets), num_items_in_batch)
-        if outputs.num_visual_tokens is not None:
-            self.record("visual_tokens", outputs.num_visual_tokens.float().mean(), len(outputs.num_visual_tokens))
+        self.record_visual_tokens(outputs)
         loss = self.across_processes(loss, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 

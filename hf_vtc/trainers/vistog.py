@@ -113,6 +113,7 @@ class VistogTrainer(VtcTrainer):
         # evaluation needs the loss alone: without the last argument the model would build full-length logits
         inputs = {**inputs, "vtc_budget": "auto" if self.grouping else "full", "logits_to_keep": 1, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self.record_visual_tokens(outputs)
         if self.grouping and outputs.router_decisions is not None:
             self._record_usage(outputs.router_decisions)
         return (loss, {}) if return_outputs else loss
