@@ -19,6 +19,7 @@ from factories import images_of, random_batch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from trainer_helpers import arguments, model_without_dropout
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_vtc.trainers import (
     AvgLlavaGranularityTrainer,
@@ -32,6 +33,14 @@ from hf_vtc.trainers import (
 )
 
 STEPS = 5
+ZERO_3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    # SGD of torch, as in all other runs
+    "zero_allow_untested_optimizer": True,
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
 # images of each row; a step takes four rows, and rank r has rows r and r + 2 of them
 IMAGES_PER_ROW = (0, 1, 0, 2, 2, 1, 0, 1)
 STAGES = (Stage(1, 4, 0.5), Stage(0, 1, 0.5))
@@ -127,12 +136,26 @@ def train(name: str, **options) -> dict:
             return {"refused": str(refusal)}
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
-    weights = {
-        key: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone() for key, value in named
-    }
-    sharded = sum(isinstance(value, DTensor) for value in trainer.model.parameters())
-    return {"losses": losses, "weights": weights, "sharded": sharded}
+    named = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    weights = {key: whole(value) for key, value in named.items()}
+    return {"losses": losses, "weights": weights, "sharded": sum(map(is_sharded, named.values()))}
+
+
+def is_sharded(parameter: torch.nn.Parameter) -> bool:
+    """Whether this process holds a part of a parameter, under FSDP2 or ZeRO-3."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A copy of all of a parameter; every process must ask."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach().clone()
+    if not is_sharded(parameter):
+        return parameter.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameter):
+        return parameter.detach().clone()
 
 
 def allow_fsdp_on_cpu() -> None:
@@ -159,11 +182,15 @@ def main(result: str, kind: str, names: list[str]) -> None:
     if kind == "fsdp2":
         allow_fsdp_on_cpu()
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+    if kind == "zero3":
+        options |= {"deepspeed": ZERO_3}
     results = {}
     for name in names:
         # shows where it was if it hangs
         print(name, file=sys.stderr, flush=True)
         results[name] = train(name, **options)
+        # while one is set, new models come into the world in parts
+        unset_hf_deepspeed_config()
     if dist.get_rank() == 0:
         torch.save(results, result)
     dist.destroy_process_group()

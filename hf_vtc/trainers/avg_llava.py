@@ -46,6 +46,9 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         train_vision_tower (`bool`): whether the tower learns too, as the paper says. The released code runs it without
             gradients, whatever its flags say, so the default is False.
         kwargs: the other arguments of `transformers.Trainer`.
+
+    Raises:
+        ValueError: `train_vision_tower` under DeepSpeed.
     """
 
     def __init__(
@@ -60,6 +63,11 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         # a PeftModel hands it on
         model.config.router_select = False
         super().__init__(model, args, **kwargs)
+        if train_vision_tower and self.is_deepspeed_enabled:
+            raise ValueError(
+                "`train_vision_tower` does not work under DeepSpeed, which loses part of the gradients of the tower. "
+                "Use FSDP2 (examples/accelerate/fsdp2.yaml) or DDP, or leave the tower frozen."
+            )
         self.train_vision_tower = train_vision_tower
 
     def training_step(

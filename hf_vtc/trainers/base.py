@@ -183,6 +183,13 @@ class VtcTrainer(Trainer):
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
             units = sharded_units(self.unwrap(self.model))
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = units
+        sharded_by_zero = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if sharded_by_zero and self.model.config.model_type == "vtc_convllava":
+            # it gathers the parts of a stage each time they run, which is once per image size
+            raise ValueError(
+                "ConvLLaVA cannot train under ZeRO-3, where processes whose images differ in size would wait for each "
+                "other for ever. Use FSDP2 (examples/accelerate/fsdp2.yaml), DDP, or `zero_stage: 2`."
+            )
 
     @property
     def is_sharded(self) -> bool:
