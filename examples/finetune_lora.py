@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoProcessor, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_vtc import AutoModelForVision2Seq
 from hf_vtc.data import VtcCollator, load_records
@@ -140,6 +141,8 @@ def training_arguments(args: argparse.Namespace, half: bool) -> TrainingArgument
 
 def write_merged(args: argparse.Namespace, processor) -> None:
     """The model with the adapter folded in, as an ordinary checkpoint, made from what was written to disk."""
+    # under ZeRO-3 it would come in parts, and this process is alone here
+    unset_hf_deepspeed_config()
     base = AutoModelForVision2Seq.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     merged = PeftModel.from_pretrained(base, str(args.output)).merge_and_unload()
     merged.save_pretrained(args.output / "merged")

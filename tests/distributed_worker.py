@@ -9,6 +9,7 @@ image and a row of text, and images differ in tiles or size throughout.
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from factories import images_of, random_batch
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from trainer_helpers import arguments, model_without_dropout
@@ -34,7 +36,11 @@ from hf_vtc.trainers import (
 
 STEPS = 5
 ZERO_3 = {
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
     # SGD of torch, as in all other runs
     "zero_allow_untested_optimizer": True,
     "train_micro_batch_size_per_gpu": "auto",
@@ -128,17 +134,24 @@ def trainer_of(name: str, folder: str, **options):
 
 
 def train(name: str, **options) -> dict:
-    """Losses of each step, weights after the last, and how many of them are sharded; the message of a refusal."""
+    """Losses of each step, weights after the last, how many of them are sharded, and those that are saved.
+
+    Of a trainer that refuses to work, the message.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
             trainer = trainer_of(name, folder, **options)
         except ValueError as refusal:
             return {"refused": str(refusal)}
         trainer.train()
+        trainer.save_model(f"{folder}/saved")
+        saved = Path(folder, "saved", "model.safetensors")
+        saved = load_file(saved) if saved.is_file() else {}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     named = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     weights = {key: whole(value) for key, value in named.items()}
-    return {"losses": losses, "weights": weights, "sharded": sum(map(is_sharded, named.values()))}
+    sharded = sum(map(is_sharded, named.values()))
+    return {"losses": losses, "weights": weights, "sharded": sharded, "saved": saved}
 
 
 def is_sharded(parameter: torch.nn.Parameter) -> bool:
@@ -170,7 +183,7 @@ def allow_fsdp_on_cpu() -> None:
         try:
             initialise(self, *args, **kwargs)
         finally:
-            if kind is not None:
+            if kind is not None and known["distributed_type"] != DistributedType.FSDP:
                 known["distributed_type"] = kind
 
     AcceleratorState.__init__ = with_accelerators
@@ -181,7 +194,8 @@ def main(result: str, kind: str, names: list[str]) -> None:
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
     if kind == "fsdp2":
         allow_fsdp_on_cpu()
-        options |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+        fields = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
+        options |= {"fsdp": True, "fsdp_config": fields}
     if kind == "zero3":
         options |= {"deepspeed": ZERO_3}
     results = {}

@@ -72,6 +72,10 @@ def test_two_processes_train_as_one(tmp_path, together, alone, name):
     assert len(expected["losses"]) == 5 and max(expected["losses"]) > 0.1
     assert found["sharded"] == (0 if kind == "ddp" else len(expected["weights"]))
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-4, atol=1e-5)
+    # a tied head is saved once
+    assert found["weights"].keys() - found["saved"].keys() <= {"lm_head.weight"}
+    shared = found["weights"].keys() & found["saved"].keys()
+    assert all(torch.equal(found["weights"][key], found["saved"][key]) for key in shared)
     start = trainer_of(name, tmp_path).model
     assert any(not torch.equal(weight, expected["weights"][key]) for key, weight in start.named_parameters())
 

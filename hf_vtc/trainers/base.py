@@ -329,6 +329,18 @@ class VtcTrainer(Trainer):
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer.save_model`, which under FSDP writes the model even where checkpoints are sharded."""
+        if not self.is_fsdp_enabled or _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        plugin = self.accelerator.state.fsdp_plugin
+        of_checkpoints = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir)
+        finally:
+            plugin.set_state_dict_type(of_checkpoints)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint of all processes, marked when it is whole; only then older ones go."""
         folder = Path(self._get_output_dir(trial=trial))
