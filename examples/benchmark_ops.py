@@ -10,6 +10,7 @@ wrong. Bytes are those that no implementation can avoid: inputs read once, outpu
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
@@ -309,6 +310,19 @@ def table_of(rows: list[Row]) -> Table:
     return table
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, as it does in the long run, and map only what is larger than 32 MiB anew.
+
+    Otherwise it gives memory back to the system now and then, and whoever comes next pays for getting it again: ratios
+    of one and the same pair would differ by factors from run to run.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # M_MMAP_THRESHOLD at its maximum, M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20)
+        mallopt(-1, 2**31 - 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the compiled ops.")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -319,6 +333,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     options = parser.parse_args()
 
+    keep_freed_memory()
     rows = []
     with torch.no_grad(), compiled_ops(True):
         for op, size, build in PROBLEMS:

@@ -24,7 +24,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int64_t kChunk = 512;  // columns of a pyramid that are worked on at a time: all levels stay in the L1 cache
+constexpr int64_t kChunk = 1024;  // columns of a pyramid that are worked on at a time: all levels stay in the L1 cache
 constexpr int kMaxHalvings = 16;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -46,7 +46,7 @@ VTC_INLINE float sum_of(Floats values) {
   return values[0];
 }
 
-// Element types: kLanes elements to floats and back, rounded to nearest even.
+// Element types: kLanes elements to floats, and back as they are stored, rounded to nearest even.
 struct F32 {
   typedef float stored;
   static VTC_INLINE Floats load(const stored* from) {
@@ -54,7 +54,7 @@ struct F32 {
     memcpy(&values, from, sizeof values);
     return values;
   }
-  static VTC_INLINE void store(stored* to, Floats values) { memcpy(to, &values, sizeof values); }
+  static VTC_INLINE Floats pack(Floats values) { return values; }
 };
 
 struct BF16 {
@@ -64,14 +64,11 @@ struct BF16 {
     memcpy(&halves, from, sizeof halves);
     return bits_of<Floats>(__builtin_convertvector(halves, Words) << 16);
   }
-  static VTC_INLINE void store(stored* to, Floats values) {
+  static VTC_INLINE Halves pack(Floats values) {
     Words bits = bits_of<Words>(values);
     Words rounded = (bits + (((bits >> 16) & 1) + 0x7fff)) >> 16;
     // rounding could carry a NaN over to infinity
-    Words nan = (bits >> 16) | 0x40;
-    Words is_nan = (Words)(values != values);
-    Halves halves = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), Halves);
-    memcpy(to, &halves, sizeof halves);
+    return __builtin_convertvector(values != values ? (bits >> 16) | 0x40 : rounded, Halves);
   }
 };
 
@@ -83,16 +80,12 @@ struct F16 {
   static VTC_INLINE Floats load(const stored* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
-  static VTC_INLINE void store(stored* to, Floats values) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(values, kNearestEven));
-  }
+  static VTC_INLINE Halves pack(Floats values) { return bits_of<Halves>(_mm512_cvtps_ph(values, kNearestEven)); }
 #else
   static VTC_INLINE Floats load(const stored* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
-  static VTC_INLINE void store(stored* to, Floats values) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(values, kNearestEven));
-  }
+  static VTC_INLINE Halves pack(Floats values) { return bits_of<Halves>(_mm256_cvtps_ph(values, kNearestEven)); }
 #endif
 #else
   static VTC_INLINE float widened(uint16_t half) {
@@ -118,8 +111,10 @@ struct F16 {
     for (int lane = 0; lane < kLanes; ++lane) values[lane] = widened(from[lane]);
     return values;
   }
-  static VTC_INLINE void store(stored* to, Floats values) {
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = narrowed(values[lane]);
+  static VTC_INLINE Halves pack(Floats values) {
+    Halves halves = {};
+    for (int lane = 0; lane < kLanes; ++lane) halves[lane] = narrowed(values[lane]);
+    return halves;
   }
 #endif
 };
@@ -142,13 +137,49 @@ VTC_INLINE Floats load(const typename T::stored* from, Part part) {
 }
 template <class T>
 VTC_INLINE void store(typename T::stored* to, Floats values, Whole) {
-  T::store(to, values);
+  auto packed = T::pack(values);
+  memcpy(to, &packed, sizeof packed);
 }
 template <class T>
 VTC_INLINE void store(typename T::stored* to, Floats values, Part part) {
-  typename T::stored padded[kLanes];
-  T::store(padded, values);
-  memcpy(to, padded, part.count * sizeof(typename T::stored));
+  auto packed = T::pack(values);
+  memcpy(to, &packed, part.count * sizeof(typename T::stored));
+}
+
+// Past the caches, which spares reading what is overwritten; `to` is aligned to what is written. `finish_streams` must
+// come before another thread reads it.
+template <class T>
+VTC_INLINE void stream(typename T::stored* to, Floats values, Whole) {
+  auto packed = T::pack(values);
+#if defined(__AVX512F__)
+  if constexpr (sizeof packed == 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits_of<__m512i>(packed));
+#endif
+#if defined(__AVX2__) && defined(__F16C__)
+  if constexpr (sizeof packed == 32) _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits_of<__m256i>(packed));
+  if constexpr (sizeof packed == 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to), bits_of<__m128i>(packed));
+#else
+  memcpy(to, &packed, sizeof packed);
+#endif
+}
+template <class T>
+VTC_INLINE void stream(typename T::stored* to, Floats values, Part part) {
+  store<T>(to, values, part);
+}
+
+VTC_INLINE void finish_streams() {
+#if defined(__AVX2__) && defined(__F16C__)
+  _mm_sfence();
+#endif
+}
+
+// Differences from the mean, 0 in lanes beyond the end of a row.
+VTC_INLINE Floats from_mean(Floats values, float mean, Whole) { return values - mean; }
+VTC_INLINE Floats from_mean(Floats values, float mean, Part part) {
+  Floats differences = values - mean;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (lane >= part.count) differences[lane] = 0;
+  }
+  return differences;
 }
 
 // body(column, Whole or Part) over a row
@@ -190,7 +221,6 @@ const typename T::stored* row_of(Rows rows, int64_t row) {
 // ---- segment_mean ----
 
 constexpr int64_t kManyMembers = 6;
-constexpr int64_t kRun = 512;  // columns whose sums stay in the L1 cache
 
 // The mean of so many rows that reading them side by side would be too many streams: one after the other, a run of
 // columns at a time. Returns how many columns it did: all that fill a register.
@@ -198,30 +228,32 @@ template <class T>
 VTC_INLINE int64_t combine_many(Rows rows, const int64_t* members, int64_t count, float divisor, int64_t width,
                                 typename T::stored* out) {
   typedef typename T::stored stored;
+  // columns whose sums stay in the L1 cache; float32, which no conversion slows down, gains by longer reads
+  constexpr int64_t kRun = sizeof(stored) == 4 ? 2048 : 512;
   float sums[kRun];
   int64_t whole = width / kLanes * kLanes;
   for (int64_t start = 0; start < whole; start += kRun) {
     int64_t length = whole - start < kRun ? whole - start : kRun;
     const stored* first = row_of<T>(rows, members[0]) + start;
-    for (int64_t column = 0; column < length; column += kLanes) F32::store(sums + column, T::load(first + column));
+    for (int64_t column = 0; column < length; column += kLanes) store<F32>(sums + column, T::load(first + column), Whole{});
     int64_t member = 1;
     // in pairs, which halves the traffic of the sums
     for (; member + 2 < count; member += 2) {
       const stored* one = row_of<T>(rows, members[member]) + start;
       const stored* two = row_of<T>(rows, members[member + 1]) + start;
       for (int64_t column = 0; column < length; column += kLanes) {
-        F32::store(sums + column, F32::load(sums + column) + T::load(one + column) + T::load(two + column));
+        store<F32>(sums + column, F32::load(sums + column) + T::load(one + column) + T::load(two + column), Whole{});
       }
     }
     for (; member + 1 < count; ++member) {
       const stored* one = row_of<T>(rows, members[member]) + start;
       for (int64_t column = 0; column < length; column += kLanes) {
-        F32::store(sums + column, F32::load(sums + column) + T::load(one + column));
+        store<F32>(sums + column, F32::load(sums + column) + T::load(one + column), Whole{});
       }
     }
     const stored* last = row_of<T>(rows, members[member]) + start;
     for (int64_t column = 0; column < length; column += kLanes) {
-      T::store(out + start + column, (F32::load(sums + column) + T::load(last + column)) / divisor);
+      store<T>(out + start + column, (F32::load(sums + column) + T::load(last + column)) / divisor, Whole{});
     }
   }
   return whole;
@@ -255,7 +287,8 @@ VTC_INLINE void combine(Rows rows, const int64_t* members, int64_t count, const 
       }
     }
     for (int block = 0; block < kBlock; ++block) {
-      T::store(out + column + block * kLanes, kOwnDivisors ? totals[block] : totals[block] / divisor);
+      Floats total = kOwnDivisors ? totals[block] : totals[block] / divisor;
+      store<T>(out + column + block * kLanes, total, Whole{});
     }
   }
   for_columns(width - column, [&](int64_t rest, auto lanes) __attribute__((always_inline)) {
@@ -310,41 +343,43 @@ VTC_INLINE void for_pieces(const Grids& x, Folding folding, const int64_t* tiles
 
 template <class T>
 void unshuffle_layernorm(Grids x, Folding folding, const int64_t* tiles, const float* weight, const float* bias,
-                         float eps, int64_t first, int64_t last, float* scratch, void* out, float* means,
-                         float* rstds) {
+                         float eps, int64_t first, int64_t last, void* out, bool large, float* means, float* rstds) {
   typedef typename T::stored stored;
   const stored* data = static_cast<const stored*>(x.data);
   int64_t width = folding.factor * folding.factor * x.width;
   for (int64_t item = first; item < last; ++item) {
+    // three times over the row where it lies: after the first it is in a cache
     Sums sums;
-    for_pieces(x, folding, tiles, item, [&](int64_t from, int64_t to, int64_t length) __attribute__((always_inline)) {
+    for_pieces(x, folding, tiles, item, [&](int64_t from, int64_t, int64_t length) __attribute__((always_inline)) {
       for_columns_summing(length, [&](int64_t column, int part, auto lanes) __attribute__((always_inline)) {
-        Floats values = load<T>(data + from + column, lanes);
-        sums.parts[part] += values;
-        store<F32>(scratch + to + column, values, lanes);
+        sums.parts[part] += load<T>(data + from + column, lanes);
       });
     });
     float mean = sums.total() / width;
     Sums squares;
-    int64_t whole = width / kLanes * kLanes;
-    for_columns_summing(whole, [&](int64_t column, int part, auto) __attribute__((always_inline)) {
-      Floats centred = F32::load(scratch + column) - mean;
-      squares.parts[part] += centred * centred;
+    for_pieces(x, folding, tiles, item, [&](int64_t from, int64_t, int64_t length) __attribute__((always_inline)) {
+      for_columns_summing(length, [&](int64_t column, int part, auto lanes) __attribute__((always_inline)) {
+        Floats centred = from_mean(load<T>(data + from + column, lanes), mean, lanes);
+        squares.parts[part] += centred * centred;
+      });
     });
-    float square_sum = squares.total();
-    for (int64_t column = whole; column < width; ++column) {
-      square_sum += (scratch[column] - mean) * (scratch[column] - mean);
-    }
-    float rstd = 1.0f / sqrtf(square_sum / width + eps);
+    float rstd = 1.0f / sqrtf(squares.total() / width + eps);
     stored* normed = static_cast<stored*>(out) + item * width;
-    for_columns(width, [&](int64_t column, auto lanes) __attribute__((always_inline)) {
-      Floats centred = (load<F32>(scratch + column, lanes) - mean) * rstd;
-      Floats scaled = centred * load<F32>(weight + column, lanes) + load<F32>(bias + column, lanes);
-      store<T>(normed + column, scaled, lanes);
+    for_pieces(x, folding, tiles, item, [&](int64_t from, int64_t to, int64_t length) __attribute__((always_inline)) {
+      for_columns(length, [&](int64_t column, auto lanes) __attribute__((always_inline)) {
+        Floats centred = (load<T>(data + from + column, lanes) - mean) * rstd;
+        Floats scaled = centred * load<F32>(weight + to + column, lanes) + load<F32>(bias + to + column, lanes);
+        if (large) {
+          stream<T>(normed + to + column, scaled, lanes);
+        } else {
+          store<T>(normed + to + column, scaled, lanes);
+        }
+      });
     });
     means[item] = mean;
     rstds[item] = rstd;
   }
+  finish_streams();
 }
 
 template <class T>

@@ -44,9 +44,9 @@ struct CpuKernels {
   // out[r] = sum of grad[s] / divisors[s] over s = segments[m], m in [offsets[r], offsets[r + 1])
   void (*segment_mean_backward)(Dtype, Rows grad, const int64_t* segments, const int64_t* offsets,
                                 const float* divisors, int64_t width, int64_t first, int64_t last, void* out);
-  // items are folded rows, `scratch` holds one of them; `tiles` may be null: all in order
+  // items are folded rows; `tiles` may be null: all in order. `large`: no cache would hold `out`, whose rows are aligned
   void (*unshuffle_layernorm)(Dtype, Grids x, Folding folding, const int64_t* tiles, const float* weight,
-                              const float* bias, float eps, int64_t first, int64_t last, float* scratch, void* out,
+                              const float* bias, float eps, int64_t first, int64_t last, void* out, bool large,
                               float* mean, float* rstd);
   // adds to grad_weight and grad_bias, which belong to this range alone
   void (*unshuffle_layernorm_backward)(Dtype, Rows grad, Grids x, Folding folding, const int64_t* tiles,
