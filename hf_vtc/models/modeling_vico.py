@@ -176,10 +176,12 @@ class VicoInit:
         if isinstance(module, VisionResolutionRouter):
             nn.init.normal_(module.query_token, std=0.02)
         elif isinstance(module, UnusedWeights):
-            # drawn like the layer that it stands for, or a seed would give the layers behind it other values than in
-            # the published trainings
-            (nn.init.normal_ if module.weight.ndim == 2 else nn.init.ones_)(module.weight)
+            nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+            if module.weight.ndim == 2:
+                # drawn for the layer that it stands for, or a seed would give the layers behind it other values than
+                # in the published trainings
+                torch.empty_like(module.weight).normal_()
 
 
 class VicoModel(VicoInit, VtcModel):
