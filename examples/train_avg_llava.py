@@ -204,9 +204,9 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("outputs/avg-llava-tiny"), help="trainer checkpoints and log"
     )
-    parser.add_argument("--granularity-steps", type=int, default=700, help="of stage 3")
-    parser.add_argument("--router-steps", type=int, default=350, help="of stage 4")
-    parser.add_argument("--adaptation-steps", type=int, default=150, help="of the last round")
+    parser.add_argument("--granularity-steps", type=int, default=1800, help="of stage 3")
+    parser.add_argument("--router-steps", type=int, default=700, help="of stage 4")
+    parser.add_argument("--adaptation-steps", type=int, default=200, help="of the last round")
     parser.add_argument("--learning-rates", type=float, nargs=3, default=(5e-4, 4e-3, 2e-4), help="of the rounds")
     parser.add_argument("--tolerance", type=float, default=0.0003, help="nats per token within which losses are equal")
     parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the evaluation")
