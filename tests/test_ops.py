@@ -143,6 +143,25 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(gradients, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_outputs_are_those_of_their_tiles(dtype):
+    """They are written past the caches and into huge pages, which one tile at a time is too small for."""
+    # an odd number of registers in a row, and more than one chunk of columns
+    features = torch.randn(7, 32 * 32, 1120 if dtype == torch.float32 else 2080).to(dtype)
+    affine = torch.randn(2, 4 * features.shape[2], dtype=dtype).unbind()
+    scales = [1024, 512, 256, 128, 64]
+
+    def outputs(tiles: torch.Tensor) -> list[torch.Tensor]:
+        return [unshuffle_layernorm(tiles, 2, *affine, 1e-5), *pool_pyramid(tiles, scales)]
+
+    with compiled_ops(True):
+        together = outputs(features)
+        apart = [outputs(tile) for tile in features.split(1)]
+    assert together[0].nbytes > 16 << 20 > apart[0][0].nbytes * 2
+    for output, tiles in zip(together, zip(*apart)):
+        assert torch.equal(output, torch.cat(tiles))
+
+
 def test_first_of_equal_groups_wins_and_nan_beats_all():
     logits = torch.tensor(
         [[[1.0, 2.0, float("nan"), 0.0], [1.0, 3.0, float("nan"), float("nan")], [0.0, 3.0, 9.0, 9.0]]]

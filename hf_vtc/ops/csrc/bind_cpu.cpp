@@ -32,8 +32,8 @@ int64_t grain(int64_t elements_per_item) {
   return kElementsPerThread / (elements_per_item > 0 ? elements_per_item : 1) + 1;
 }
 
-// An output that the kernels will fill. Memory fresh from the system is mapped page by page at the first write, which for
-// a large output takes longer than the op itself; pages of 2 MB are 512 times fewer, where the system has them to give.
+// An output that the kernels will fill. Memory fresh from the system is mapped page by page at the first write, which
+// for a large output takes longer than the op itself; pages of 2 MB are 512 times fewer, where the system has them.
 Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   Tensor out = new_empty(like, sizes);
 #ifdef __linux__
@@ -47,12 +47,16 @@ Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef s
   return out;
 }
 
-// Whether an output is more than a cache keeps for whoever reads it, and its rows are aligned to cache lines.
-bool is_large(const Tensor& out) {
+// Whether outputs are more than a cache keeps for whoever reads them, and their rows are aligned to cache lines.
+bool are_large(const std::vector<Tensor>& outs) {
   constexpr int64_t kBytes = int64_t(8) << 20, kCacheLine = 64;
-  int64_t row = out.size(-1) * out.element_size();
-  bool aligned = row % kCacheLine == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % kCacheLine == 0;
-  return aligned && static_cast<int64_t>(out.numel() * out.element_size()) >= kBytes;
+  int64_t bytes = 0;
+  for (const Tensor& out : outs) {
+    int64_t row = out.size(-1) * out.element_size();
+    if (row % kCacheLine != 0 || reinterpret_cast<uintptr_t>(out.const_data_ptr()) % kCacheLine != 0) return false;
+    bytes += out.numel() * out.element_size();
+  }
+  return bytes >= kBytes;
 }
 
 Dtype dtype_of(const Tensor& tensor, const char* name) { return static_cast<Dtype>(element_type(tensor, name)); }
@@ -186,10 +190,10 @@ std::tuple<Tensor, Tensor, Tensor> unshuffle_layernorm(Tensor features, std::opt
   void* to = out.mutable_data_ptr();
   float *means = static_cast<float*>(mean.mutable_data_ptr()), *rstds = static_cast<float*>(rstd.mutable_data_ptr());
   Folding folding = {factor, transposed};
-  bool large = is_large(out);
+  bool large = are_large({out});
   parallel_for(0, shape.num_tiles * shape.rows_per_tile, grain(shape.width), [&](int64_t first, int64_t last) {
-    kernels().unshuffle_layernorm(dtype, grids, folding, chosen, scale, shift, static_cast<float>(eps), first, last, to,
-                                  large, means, rstds);
+    kernels().unshuffle_layernorm(dtype, grids, folding, chosen, scale, shift, static_cast<float>(eps), first, last,
+                                  to, large, means, rstds);
   });
   return {out, mean, rstd};
 }
@@ -264,8 +268,9 @@ std::vector<Tensor> pool_pyramid(Tensor features, std::vector<int64_t> halvings)
   Grids grids = grids_of(features);
   Levels levels = levels_of(halvings, data, deepest);
   int64_t block = int64_t(1) << deepest;
+  bool large = are_large(outs);
   parallel_for(0, num_tiles * num_tokens / block, grain(2 * block * width), [&](int64_t first, int64_t last) {
-    kernels().pool_pyramid(dtype, grids, levels, first, last);
+    kernels().pool_pyramid(dtype, grids, levels, large, first, last);
   });
   return outs;
 }

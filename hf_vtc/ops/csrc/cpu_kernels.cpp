@@ -166,6 +166,11 @@ VTC_INLINE void stream(typename T::stored* to, Floats values, Part part) {
   store<T>(to, values, part);
 }
 
+template <class T, class Lanes>
+VTC_INLINE void put(typename T::stored* to, Floats values, bool past_caches, Lanes lanes) {
+  past_caches ? stream<T>(to, values, lanes) : store<T>(to, values, lanes);
+}
+
 VTC_INLINE void finish_streams() {
 #if defined(__AVX2__) && defined(__F16C__)
   _mm_sfence();
@@ -235,7 +240,9 @@ VTC_INLINE int64_t combine_many(Rows rows, const int64_t* members, int64_t count
   for (int64_t start = 0; start < whole; start += kRun) {
     int64_t length = whole - start < kRun ? whole - start : kRun;
     const stored* first = row_of<T>(rows, members[0]) + start;
-    for (int64_t column = 0; column < length; column += kLanes) store<F32>(sums + column, T::load(first + column), Whole{});
+    for (int64_t column = 0; column < length; column += kLanes) {
+      store<F32>(sums + column, T::load(first + column), Whole{});
+    }
     int64_t member = 1;
     // in pairs, which halves the traffic of the sums
     for (; member + 2 < count; member += 2) {
@@ -369,11 +376,7 @@ void unshuffle_layernorm(Grids x, Folding folding, const int64_t* tiles, const f
       for_columns(length, [&](int64_t column, auto lanes) __attribute__((always_inline)) {
         Floats centred = (load<T>(data + from + column, lanes) - mean) * rstd;
         Floats scaled = centred * load<F32>(weight + to + column, lanes) + load<F32>(bias + to + column, lanes);
-        if (large) {
-          stream<T>(normed + to + column, scaled, lanes);
-        } else {
-          store<T>(normed + to + column, scaled, lanes);
-        }
+        put<T>(normed + to + column, scaled, large, lanes);
       });
     });
     means[item] = mean;
@@ -436,6 +439,7 @@ struct PyramidChunk {
   int64_t width;
   int64_t column;
   int64_t length;
+  bool large;  // no cache would hold the levels, whose rows are aligned
   float buffers[kMaxHalvings + 1][kChunk];
 
   typename T::stored* row(int64_t level, int64_t down, int64_t right) {
@@ -468,7 +472,7 @@ void pool_block(PyramidChunk<T>& chunk, const typename T::stored* tile, int64_t 
     for_columns(chunk.length, [&](int64_t at, auto lanes) __attribute__((always_inline)) {
       Floats sums = load<T>(left + at, lanes) + load<T>(next + at, lanes);
       store<F32>(total + at, sums, lanes);
-      if (out) store<T>(out + at, sums * scale, lanes);
+      if (out) put<T>(out + at, sums * scale, chunk.large, lanes);
     });
     return;
   }
@@ -478,15 +482,16 @@ void pool_block(PyramidChunk<T>& chunk, const typename T::stored* tile, int64_t 
   for_columns(chunk.length, [&](int64_t at, auto lanes) __attribute__((always_inline)) {
     Floats sums = load<F32>(total + at, lanes) + load<F32>(other + at, lanes);
     store<F32>(total + at, sums, lanes);
-    if (out) store<T>(out + at, sums * scale, lanes);
+    if (out) put<T>(out + at, sums * scale, chunk.large, lanes);
   });
 }
 
 template <class T>
-void pool_pyramid(Grids x, Levels levels, int64_t first, int64_t last) {
+void pool_pyramid(Grids x, Levels levels, bool large, int64_t first, int64_t last) {
   PyramidChunk<T> chunk;
   chunk.side = x.side;
   chunk.width = x.width;
+  chunk.large = large;
   int64_t across = x.side / block_columns(levels.deepest), blocks = across * (x.side / block_rows(levels.deepest));
   for (int64_t item = first; item < last; ++item) {
     int64_t tile = item / blocks, down = item % blocks / across, right = item % across;
@@ -497,6 +502,7 @@ void pool_pyramid(Grids x, Levels levels, int64_t first, int64_t last) {
                  right * block_columns(levels.deepest), chunk.buffers[0]);
     }
   }
+  finish_streams();
 }
 
 // What every token of the block gets: `above`, which the levels above gave, and this level's share.

@@ -44,7 +44,7 @@ struct CpuKernels {
   // out[r] = sum of grad[s] / divisors[s] over s = segments[m], m in [offsets[r], offsets[r + 1])
   void (*segment_mean_backward)(Dtype, Rows grad, const int64_t* segments, const int64_t* offsets,
                                 const float* divisors, int64_t width, int64_t first, int64_t last, void* out);
-  // items are folded rows; `tiles` may be null: all in order. `large`: no cache would hold `out`, whose rows are aligned
+  // items are folded rows; `tiles` may be null: all in order; `large`: no cache would hold `out`, rows are aligned
   void (*unshuffle_layernorm)(Dtype, Grids x, Folding folding, const int64_t* tiles, const float* weight,
                               const float* bias, float eps, int64_t first, int64_t last, void* out, bool large,
                               float* mean, float* rstd);
@@ -53,8 +53,8 @@ struct CpuKernels {
                                        const float* weight, const float* mean, const float* rstd, int64_t first,
                                        int64_t last, float* scratch, void* grad_x, float* grad_weight,
                                        float* grad_bias);
-  // items are the blocks of the deepest level
-  void (*pool_pyramid)(Dtype, Grids x, Levels levels, int64_t first, int64_t last);
+  // items are the blocks of the deepest level; `large`: no cache would hold the levels, whose rows are aligned
+  void (*pool_pyramid)(Dtype, Grids x, Levels levels, bool large, int64_t first, int64_t last);
   void (*pool_pyramid_backward)(Dtype, Levels levels, int64_t side, int64_t width, int64_t first, int64_t last,
                                 void* grad_x);
   // items are rows n of one tile: group[n] = the first index of the greatest of logits[:, n], NaN the greatest of all
