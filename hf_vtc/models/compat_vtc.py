@@ -1,15 +1,24 @@
-"""What differs between the supported versions of transformers. Every choice tests for a feature, not for a number."""
+"""What differs between the supported versions of transformers.
+
+A choice looks for what the older versions have, or compares with the release that brought the newer: a name that a
+later version renames must fail loudly, and not select what was written for an older one.
+"""
 
 import bisect
+import dataclasses
 import inspect
 from functools import lru_cache
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, BatchFeature, Cache, PretrainedConfig, ProcessorMixin
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from .window_vtc import release_of
 
 try:
     # transformers 5
@@ -19,13 +28,44 @@ except ImportError:
     from transformers.image_processing_utils import BaseImageProcessor as ImageProcessorBase
 
 __all__ = [
+    "CACHE_NAME",
     "ImageProcessorBase",
     "ProcessorBase",
     "build_tower",
+    "cache_of",
     "decoder_masks",
     "embed_patches",
+    "given_cache",
+    "named_cache",
     "run_tower_layer",
 ]
+
+_RELEASE = release_of(transformers.__version__)
+_OUTPUT_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+
+# transformers 5.24 renamed the cache in every signature and output; up to 5.23 it has the older name
+CACHE_NAME = "past_key_values" if "past_key_values" in _OUTPUT_FIELDS else "cache"
+
+
+def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
+    """The keyword argument or output field in which the installed transformers carries a cache."""
+    return {CACHE_NAME: cache}
+
+
+def cache_of(outputs: BaseModelOutputWithPast) -> Cache | None:
+    """The cache in what a model of the installed transformers gave back."""
+    return getattr(outputs, CACHE_NAME)
+
+
+def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache that a caller gave under one of its two names.
+
+    Raises:
+        ValueError: two different caches were given.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("`past_key_values` and `cache` are two names of one argument. Give one of them.")
+    return cache if past_key_values is None else past_key_values
 
 
 def build_tower(config: PretrainedConfig) -> nn.Module:
@@ -237,9 +277,10 @@ def _content_parts(content: Any) -> list[dict[str, Any]]:
     return parts
 
 
-_MIXIN = ProcessorMixin if "get_text_with_replacements" in vars(ProcessorMixin) else _CallBackport
+# 5.10 brought the steps of `__call__`, and 5.23 masks that know expanded images
+_MIXIN = ProcessorMixin if _RELEASE >= (5, 10) else _CallBackport
 
-if "_adjust_assistant_masks_indices" in vars(ProcessorMixin):
+if _RELEASE >= (5, 23):
     ProcessorBase = _MIXIN
 else:
 

@@ -2,7 +2,16 @@
 
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.utils import logging
+
+from .window_vtc import note_on_newer
+
+# said here, since whatever runs one of our models reads its config first; one logger, so that copies of this file which
+# travelled beside weights do not repeat it
+if note := note_on_newer(transformers.__version__):
+    logging.get_logger("hf_vtc").warning_once(note)
 
 
 class VtcConfig(PretrainedConfig):
@@ -31,7 +40,9 @@ class VtcConfig(PretrainedConfig):
 
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     keys_to_ignore_at_inference = [
+        # its two names: transformers 5.24 renamed it
         "past_key_values",
+        "cache",
         "image_hidden_states",
         "router_logits",
         "router_decisions",

@@ -9,6 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
 from .budget_vtc import leaves_a_choice
+from .compat_vtc import given_cache, named_cache
 from .packing_vtc import is_left_padded, pack_visual_tokens
 from .prompt_vtc import VisionInputs
 
@@ -38,6 +39,9 @@ class VtcGenerationMixin(GenerationMixin):
         """
         vision = VisionInputs(**{name: kwargs.pop(name, None) for name in VisionInputs.__dataclass_fields__})
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs.update(named_cache(cache))
         mask = kwargs.get("attention_mask")
         if vision.given:
             _refuse_with_images(generation_config, kwargs)
@@ -71,8 +75,8 @@ class VtcGenerationMixin(GenerationMixin):
             )
 
         packed_ids = packed.pack_ids(input_ids)
-        if vision.given and kwargs.get("past_key_values") is not None:
-            num_cached = kwargs["past_key_values"].get_seq_length()
+        if vision.given and cache is not None:
+            num_cached = cache.get_seq_length()
             _require_shorter_cache(num_cached, packed_length)
             new_images = bool((packed_ids[:, num_cached:] == self.config.image_token_id).any())
             _require_settled_decisions(vision, num_cached > 0 and (new_images or self.model.routes_by_text))

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .compat_vtc import decoder_masks
+from .compat_vtc import decoder_masks, named_cache
 from .configuration_llavolta import LlavoltaConfig
 from .modeling_compressors_llavolta import Span, shorten
 from .packing_vtc import PackedPrompt
@@ -159,7 +159,7 @@ def run_segments(
         run.hidden_states[-1] = states
     outputs = BaseModelOutputWithPast(
         last_hidden_state=states,
-        past_key_values=cache if use_cache else None,
+        **named_cache(cache if use_cache else None),
         hidden_states=_selected_states(run.hidden_states, wanted) if wanted else None,
         attentions=tuple(attentions) if attended else None,
     )
@@ -335,7 +335,7 @@ class _DecoderRun:
                 attention_mask=masks[config.layer_types[layer_idx]] if isinstance(masks, dict) else masks,
                 position_embeddings=rotary,
                 position_ids=position_ids,
-                past_key_values=self.cache,
+                **named_cache(self.cache),
                 **extra,
                 **self.kwargs,
             )

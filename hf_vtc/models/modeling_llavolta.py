@@ -124,12 +124,12 @@ class LlavoltaModel(LlavoltaInit, VtcModel):
         return replace(tokens, embeds=embeds, slots=shortened.host_slots - starts, position_shifts=shortened.shifts)
 
     def decode(
-        self, packed: PackedPrompt, visual: LlavoltaTokens, past_key_values: Cache | None = None, **kwargs: Any
+        self, packed: PackedPrompt, visual: LlavoltaTokens, cache: Cache | None = None, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPast, PackedPrompt, VisualTokens]:
         """Run the decoder on a prompt whose images are long, and shorten them on the way."""
         plan = self.decode_plan(packed, visual)
         if plan is None:
-            return super().decode(packed, visual, past_key_values=past_key_values, **kwargs)
+            return super().decode(packed, visual, cache, **kwargs)
         # those of the caller count another prompt
         kwargs.pop("cache_position", None)
         # positions with gaps come here too: without mask and cache the stock decoder takes them for several samples
@@ -140,7 +140,7 @@ class LlavoltaModel(LlavoltaInit, VtcModel):
             packed.inputs_embeds,
             packed.attention_mask,
             packed.position_ids,
-            past_key_values,
+            cache,
             plan,
             **kwargs,
         )
@@ -176,25 +176,23 @@ class LlavoltaModel(LlavoltaInit, VtcModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decode_plan: DecodePlan | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Text, or a step of `generate`: layers may have caches of two lengths, and positions gaps."""
         given = input_ids if inputs_embeds is None else inputs_embeds
-        past = past_length(past_key_values, attention_mask, given.shape[1])
+        past = past_length(cache, attention_mask, given.shape[1])
         end = past + given.shape[1]
         if decode_plan is not None:
             decode_plan = decode_plan.for_rows(given.shape[0])
             if decode_plan.positions is not None:
                 position_ids = decode_plan.positions_of(past, end)
             decode_plan = decode_plan.of_columns(past, end) if past < decode_plan.real.shape[1] else None
-        shortened = past_key_values is not None and past > 0 and "vtc_layout" in vars(past_key_values)
+        shortened = cache is not None and past > 0 and "vtc_layout" in vars(cache)
         if not shortened and (decode_plan is None or not decode_plan.spans):
-            return super().continue_decoding(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
-            )
+            return super().continue_decoding(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(
                 f"`attention_mask` must be (batch, length) where layers have caches of two lengths, got "
@@ -210,7 +208,7 @@ class LlavoltaModel(LlavoltaInit, VtcModel):
             inputs_embeds,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             decode_plan,
             **kwargs,
         )

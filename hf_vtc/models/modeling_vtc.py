@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 
 from .budget_vtc import Budget, budgets_per_image, largest_admissible
-from .compat_vtc import build_tower
+from .compat_vtc import build_tower, cache_of, given_cache, named_cache
 from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
 from .head_vtc import full_length_logits, predicting_states
@@ -104,7 +104,7 @@ class VtcModel(VtcPreTrainedModel):
         )
 
     def decode(
-        self, packed: PackedPrompt, visual: VisualTokens, **kwargs: Any
+        self, packed: PackedPrompt, visual: VisualTokens, cache: Cache | None = None, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPast, PackedPrompt, VisualTokens]:
         """Hook: run the language model on a packed prompt.
 
@@ -115,6 +115,7 @@ class VtcModel(VtcPreTrainedModel):
             inputs_embeds=packed.inputs_embeds,
             attention_mask=packed.attention_mask,
             position_ids=packed.position_ids,
+            **named_cache(cache),
             **kwargs,
         )
         return outputs, packed, visual
@@ -128,7 +129,7 @@ class VtcModel(VtcPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -140,8 +141,8 @@ class VtcModel(VtcPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **named_cache(cache),
             **kwargs,
         )
 
@@ -214,6 +215,7 @@ class VtcModel(VtcPreTrainedModel):
         vtc_budget: Budget | Sequence[Budget] = None,
         router_decisions: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> VtcModelOutputWithPast:
         """Full-length prompts in, full-length states out.
@@ -227,16 +229,16 @@ class VtcModel(VtcPreTrainedModel):
             vtc_budget: see `budget_vtc.budgets_per_image`.
             router_decisions: overrides the router; not together with `vtc_budget`.
             image_features: output of `encode` for these tiles, in place of `pixel_values`.
+            past_key_values, cache: two names of one argument, on every version of transformers.
 
         Raises:
             ValueError: placeholders and images do not match, or a budget cannot be met.
         """
+        cache = given_cache(past_key_values, cache)
         vision = VisionInputs(pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions)
         if not vision.given:
-            return self._forward_text(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
-            )
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return self._forward_text(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
+        if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 "`forward` cannot take images together with a filled cache, since the cache is shorter than the "
                 "prompt. Use `generate`, or run the whole conversation without a cache."
@@ -245,10 +247,10 @@ class VtcModel(VtcPreTrainedModel):
         if packed.expand_index is not None:
             # positions of the full-length prompt, which the packed one does not have
             kwargs.pop("cache_position", None)
-        outputs, packed, visual = self.decode(packed, visual, past_key_values=past_key_values, **kwargs)
+        outputs, packed, visual = self.decode(packed, visual, cache, **kwargs)
         return VtcModelOutputWithPast(
             last_hidden_state=packed.expand(outputs.last_hidden_state),
-            past_key_values=outputs.past_key_values,
+            **named_cache(cache_of(outputs)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=visual.embeds,
@@ -264,13 +266,13 @@ class VtcModel(VtcPreTrainedModel):
         input_ids: torch.LongTensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         inputs_embeds: torch.Tensor | None,
         **kwargs: Any,
     ) -> VtcModelOutputWithPast:
         """A plain language model step: text only, or decoding after a packed prompt."""
         # with a cache it is a step of `generate`, which has looked at its prompt
-        if past_key_values is None and input_ids is not None:
+        if cache is None and input_ids is not None:
             self.require_no_placeholders(input_ids)
         if self.training:
             embeds, _ = self.find_placeholders(input_ids, inputs_embeds)
@@ -280,13 +282,13 @@ class VtcModel(VtcPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
         return VtcModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **named_cache(cache_of(outputs)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -416,6 +418,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         router_decisions: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         decode_plan: Any = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> VtcCausalLMOutputWithPast:
         """Full-length prompts in, full-length logits or a loss out; see `VtcModel.forward` for the arguments.
@@ -434,6 +437,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             num_tiles=num_tiles,
             image_sizes=image_sizes,
@@ -452,7 +456,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         return VtcCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **named_cache(cache_of(outputs)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
 @dataclass
@@ -29,7 +28,7 @@ class VtcModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class VtcCausalLMOutputWithPast(ModelOutput):
+class VtcCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of a model with a language modelling head; the fields of `VtcModelOutputWithPast`, and:
 
     Args:
@@ -37,11 +36,6 @@ class VtcCausalLMOutputWithPast(ModelOutput):
         logits (`torch.Tensor` of shape `(B, L, vocab_size)`): full-length; None in training mode with `labels`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
     router_logits: torch.FloatTensor | None = None
     router_decisions: torch.Tensor | None = None

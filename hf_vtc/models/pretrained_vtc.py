@@ -17,7 +17,7 @@ class VtcPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     model_tags = ["vtc", "vision-token-compression", "custom_code"]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -17,6 +17,7 @@ from rich.console import Group
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from ..models.budget_vtc import Budget
+from ..models.compat_vtc import named_cache
 from .costs import TowerShape, config_dict, decoder_of, tower_of
 from .methods import METHODS, decoder_parts, plain_features, report_of
 from .render import WORTHWHILE, as_table, as_text
@@ -340,7 +341,7 @@ class _Replay:
         for layer_idx, layer in enumerate(self.decoder.layers):
             if layer_idx in self.given:
                 states, kwargs = self.given[layer_idx]
-                kwargs = {**kwargs, "past_key_values": cache}
+                kwargs = {**kwargs, **named_cache(cache)}
             states = layer(states, **kwargs)
         return self.decoder.norm(states)
 
