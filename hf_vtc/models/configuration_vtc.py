@@ -8,8 +8,8 @@ from transformers.utils import logging
 
 from .window_vtc import note_on_newer
 
-# said here, since whatever runs one of our models reads its config first; one logger, so that copies of this file which
-# travelled beside weights do not repeat it
+# said here, since whatever runs one of our models reads its config first; by one logger, so that copies of this file
+# that travelled beside weights do not repeat it
 if note := note_on_newer(transformers.__version__):
     logging.get_logger("hf_vtc").warning_once(note)
 

@@ -1,0 +1,167 @@
+"""What this package leans on in the inside of its hosts, beyond what an import statement would miss loudly.
+
+A name stands here with the one file, or the few, that may use it, and with the versions of the host on which it was
+seen. `test_host_names.py` looks each up in what is installed, and reads the source for private names that are missing
+here. Names of older hosts say with `until` in which release they were last needed.
+"""
+
+from typing import NamedTuple
+
+WINDOW = "transformers 4.57.6 to 5.24.0"
+
+
+class HostName(NamedTuple):
+    """An attribute or parameter: `"module:Class.attribute"`, `"module:function(parameter)"`, or a path below one of
+    the tiny models of the test, such as `"decoder:layers.0.self_attn"`."""
+
+    name: str
+    files: tuple[str, ...]
+    seen: str = WINDOW
+    until: tuple[int, int] | None = None
+    since: tuple[int, int] | None = None
+
+
+def _rows(files: str, *names: str, **given) -> list[HostName]:
+    return [HostName(name, tuple(f"hf_vtc/{file}" for file in files.split()), **given) for name in names]
+
+
+_PRETRAINED = "transformers:PreTrainedModel."
+_GENERATION = "transformers:GenerationMixin."
+_TRAINER = "transformers:Trainer."
+_PROCESSOR = "transformers:ProcessorMixin."
+_METHODS = " ".join(f"models/modeling_{name}.py" for name in ("vico", "avg_llava", "convllava", "llavolta", "vistog"))
+
+HOST_NAMES = [
+    # flags and hooks that a model states, and that the host would overlook under another name
+    *_rows(
+        "models/pretrained_vtc.py",
+        f"{_PRETRAINED}_skip_keys_device_placement",
+        f"{_PRETRAINED}_supports_sdpa",
+        f"{_PRETRAINED}_supports_flash_attn",
+        f"{_PRETRAINED}_supports_flex_attn",
+        f"{_PRETRAINED}_supports_attention_backend",
+        f"{_PRETRAINED}_can_compile_fullgraph",
+    ),
+    *_rows(
+        "models/pretrained_vtc.py",
+        f"{_PRETRAINED}_can_set_attn_implementation",
+        seen="transformers 5.0 to 5.24.0",
+        since=(5, 0),
+    ),
+    *_rows(f"models/pretrained_vtc.py {_METHODS}", f"{_PRETRAINED}_no_split_modules"),
+    *_rows(_METHODS, f"{_PRETRAINED}_init_weights", f"{_PRETRAINED}_tied_weights_keys"),
+    *_rows("models/modeling_vtc.py", "transformers:LlamaForCausalLM._tp_plan"),
+    *_rows("models/modeling_convllava.py", "encoder:_gradient_checkpointing_func"),
+    # generation
+    *_rows(
+        "models/generation_vtc.py",
+        f"{_GENERATION}prepare_inputs_for_generation(inputs_embeds)",
+        f"{_GENERATION}prepare_inputs_for_generation(attention_mask)",
+        "transformers:GenerationConfig().prefill_chunk_size",
+        "transformers:GenerationConfig().max_length",
+        "transformers:GenerationConfig().max_new_tokens",
+        "transformers.generation.streamers:BaseStreamer.put",
+        "transformers.generation.streamers:BaseStreamer.end",
+    ),
+    *_rows(
+        "models/generation_vtc.py",
+        f"{_GENERATION}prepare_inputs_for_generation(is_first_iteration)",
+        seen="transformers 5.0 to 5.24.0",
+        since=(5, 0),
+    ),
+    *_rows("models/generation_vtc.py", f"{_GENERATION}prepare_inputs_for_generation(cache_position)", until=(4, 57)),
+    # decoders, layer by layer
+    *_rows(
+        "models/modeling_decoder_llavolta.py report/measured.py",
+        "decoder:layers.0",
+        "decoder:norm",
+    ),
+    *_rows(
+        "models/modeling_decoder_llavolta.py",
+        "decoder:rotary_emb",
+        "decoder:gradient_checkpointing",
+        "layered_decoder:config.layer_types",
+        "decoder:layers.0.input_layernorm",
+        "decoder:layers.0.self_attn.q_proj",
+        "decoder:layers.0.self_attn.k_proj",
+        "decoder:layers.0.self_attn.head_dim",
+        "decoder:layers.0.self_attn.scaling",
+        "decoder:layers.0.self_attn.num_key_value_groups",
+        "transformers:DynamicCache().layers",
+        "transformers:DynamicCache().is_compileable",
+        "transformers.cache_utils:DynamicLayer.crop",
+        "transformers.cache_utils:DynamicLayer.get_seq_length",
+    ),
+    *_rows(
+        "models/compat_vtc.py",
+        "transformers.masking_utils:create_masks_for_generate(config)",
+        "transformers.masking_utils:create_masks_for_generate(attention_mask)",
+    ),
+    # towers, part by part
+    *_rows("models/tower_vtc.py models/modeling_tower_vistog.py", "tower:embeddings"),
+    *_rows("models/tower_vtc.py", "tower:encoder", "clip_tower:pre_layrnorm", "clip_tower:post_layernorm"),
+    *_rows("models/tower_vtc.py", "siglip_tower:post_layernorm", "internvl_tower:layernorm"),
+    *_rows(
+        "models/modeling_tower_vistog.py",
+        "internvl_layer:lambda_1",
+        "internvl_layer:lambda_2",
+        "internvl_layer:layernorm_before",
+        "internvl_layer:layernorm_after",
+        "internvl_layer:attention",
+        "clip_layer:layer_norm1",
+        "clip_layer:layer_norm2",
+        "clip_layer:self_attn",
+        "clip_layer:mlp",
+        "siglip_layer:layer_norm1",
+        "siglip_layer:self_attn",
+    ),
+    # processors: what the backports for older versions call
+    *_rows("models/compat_vtc.py", f"{_PROCESSOR}_merge_kwargs", f"{_PROCESSOR}_check_special_mm_tokens"),
+    *_rows("models/compat_vtc.py", f"{_PROCESSOR}attributes", until=(4, 57)),
+    *_rows(
+        "models/processing_vtc.py",
+        f"{_PROCESSOR}prepare_inputs_layout",
+        f"{_PROCESSOR}validate_inputs",
+        f"{_PROCESSOR}replace_image_token",
+        seen="transformers 5.10 to 5.24.0",
+        since=(5, 10),
+    ),
+    # auto classes
+    *_rows("auto.py", "transformers:AutoModelForImageTextToText._model_mapping"),
+    *_rows(
+        "models/__init__.py",
+        "transformers.models.auto.image_processing_auto:AutoImageProcessor.register(slow_image_processor_class)",
+    ),
+    # training
+    *_rows(
+        "trainers/base.py",
+        f"{_TRAINER}_prepare_inputs",
+        f"{_TRAINER}_save_checkpoint",
+        f"{_TRAINER}_get_output_dir",
+        f"{_TRAINER}save_model(_internal_call)",
+        "accelerate:FullyShardedDataParallelPlugin.__init__(transformer_cls_names_to_wrap)",
+    ),
+    *_rows(
+        "trainers/avg_llava.py",
+        "accelerate.state:GradientState._set_sync_gradients",
+        seen="accelerate 1.1 to 1.15",
+    ),
+    # conversion
+    *_rows("convert/__init__.py", "transformers:PreTrainedModel.from_pretrained(config)"),
+    *_rows("convert/__init__.py convert/plan.py report/measured.py", "config:_attn_implementation"),
+    # torch
+    *_rows(
+        "models/kernels_vtc.py",
+        "torch:_C._dispatch_has_kernel_for_dispatch_key",
+        "torch:ops.aten._softmax_backward_data",
+        seen="torch 2.10 to 2.13",
+    ),
+]
+
+# private words that are not attributes of a host: names of ours in text, and keys of files that a host has written
+OWN_OR_IN_FILES = {
+    "_replace": "of named tuples, public in spite of its name",
+    "_attn_implementation_autoset": "a key of old config files",
+    "_name_or_path": "a key of config files",
+    "_from_model_config": "a key of generation_config.json",
+}
