@@ -262,10 +262,10 @@ def _cut(image: Image.Image, layout: TileLayout, settings: TilingSettings) -> li
     if settings.tiling == "pad":
         image = _on_square(image, layout, settings.image_mean)
     if settings.tiling in ("single", "pad"):
-        return [image.resize((size, size), settings.resample)]
+        return [_resized(image, (size, size), settings.resample)]
     if settings.tiling in ("crop", "keep_aspect"):
         return [_short_side_resized(image, layout, settings)]
-    canvas = image.resize(layout.resized_size[::-1], settings.resample)
+    canvas = _resized(image, layout.resized_size[::-1], settings.resample)
     rows, columns = layout.grid
     if settings.tiling == "anyres":
         resized, canvas = canvas, Image.new("RGB", (columns * size, rows * size))
@@ -276,9 +276,23 @@ def _cut(image: Image.Image, layout: TileLayout, settings: TilingSettings) -> li
         for column in range(columns)
     ]
     if layout.num_tiles > len(tiles):
-        whole = image.resize((size, size), settings.resample)
+        whole = _resized(image, (size, size), settings.resample)
         tiles = [whole, *tiles] if settings.tiling == "anyres" else [*tiles, whole]
     return tiles
+
+
+def _resized(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+    """The image at `size`, (width, height), with the pixels of Pillow 13 on every version of Pillow.
+
+    A resize is two passes with 8-bit pixels between them, so their order shows. Pillow resizes the width first until
+    12.3, and from 13.0 on the height first if it shrinks by more than twice as much; here each pass is asked for by
+    itself.
+    """
+    width, height = size
+    lost_rows, lost_columns = image.height - height, image.width - width
+    height_first = lost_rows > max(0, 2 * lost_columns)
+    between = (image.width, height) if height_first else (width, image.height)
+    return image.resize(between, resample).resize(size, resample)
 
 
 def _on_square(image: Image.Image, layout: TileLayout, mean: Sequence[float]) -> Image.Image:
@@ -303,7 +317,7 @@ def _short_side_resized(image: Image.Image, layout: TileLayout, settings: Tiling
             f"`tiling={settings.tiling!r}` would resize an image of {image.height} x {image.width} pixels to {height} "
             f"x {width}, more than twice `PIL.Image.MAX_IMAGE_PIXELS` ({limit}). Crop the image first."
         )
-    resized = image.resize((width, height), settings.resample)
+    resized = _resized(image, (width, height), settings.resample)
     if settings.tiling == "keep_aspect":
         return resized
     top, left = -layout.offset[0], -layout.offset[1]
