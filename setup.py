@@ -2,10 +2,15 @@
 
 HF_VTC_BUILD_OPS=1 pip install --no-build-isolation .       kernels for CPU
 HF_VTC_BUILD_OPS=cuda pip install --no-build-isolation .    and for CUDA, with HF_VTC_OPS_ARCH="80 90" for these alone
+
+A wheel carries the checkpoints and pages of this repository, so that `hf-vtc run` needs nothing else; an editable
+install finds them where they are.
 """
 
 import importlib.util
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +18,7 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
+ROOT = Path(__file__).resolve().parent
 KINDS = {"1": ("cpu",), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}
 
 
@@ -24,11 +30,30 @@ def wanted_kinds() -> tuple[str, ...]:
     return KINDS.get(asked, ())
 
 
-class BuildOps(build_py):
-    """Build the kernels beside their sources in what is being installed."""
+def ship(target: Path) -> None:
+    """Copy the pages, and every checkpoint of a method, to the same places below `target`, which is made anew.
+
+    The uncompressed base of the checkpoints stays behind: no command runs it.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(ROOT / "examples" / "images", target / "examples" / "images")
+    for config in sorted((ROOT / "model_cards").glob("*/config.json")):
+        if json.loads(config.read_text(encoding="utf-8"))["model_type"].startswith("vtc_"):
+            shutil.copytree(config.parent, target / "model_cards" / config.parent.name)
+
+
+class BuildPackage(build_py):
+    """Add to what is installed, unless it stays where it is, what the package finds beside itself in a clone."""
 
     def run(self) -> None:
         super().run()
+        if not self.editable_mode:
+            ship(Path(self.build_lib) / "hf_vtc" / "_shipped")
+        if wanted_kinds():
+            self.build_ops()
+
+    def build_ops(self) -> None:
+        """Build the kernels beside their sources in what is being installed."""
         try:
             import torch  # noqa: F401
         except ImportError:
@@ -66,6 +91,6 @@ class PlatformDistribution(Distribution):
 
 
 if wanted_kinds():
-    setup(distclass=PlatformDistribution, cmdclass={"build_py": BuildOps, "bdist_wheel": PlatformWheel})
+    setup(distclass=PlatformDistribution, cmdclass={"build_py": BuildPackage, "bdist_wheel": PlatformWheel})
 else:
-    setup()
+    setup(cmdclass={"build_py": BuildPackage})

@@ -5,8 +5,7 @@ from typing import Any
 
 from . import models
 from .auto import AutoModelForVision2Seq, install_vision2seq
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 # loaded on first use, so that loading a model costs neither peft, matplotlib nor the trainers
 _SUBMODULES = ("convert", "data", "hub", "lora", "plot", "report", "trainers")

@@ -5,13 +5,16 @@ file.
 """
 
 import functools
+import importlib.util
 import io
 import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -21,10 +24,12 @@ from rich.text import Text
 # what users can cause ends in one line and this status, anything else in a traceback
 _BAD_INPUT = 2
 _INPUT_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
-_ROOT = Path(__file__).resolve().parents[1]
-_SHIPPED_MODELS = _ROOT / "model_cards"
+_PACKAGE = Path(__file__).resolve().parent
+# a wheel carries copies inside of the package (setup.py); in a clone the originals are beside it
+_SHIPPED = _PACKAGE / "_shipped" if (_PACKAGE / "_shipped").is_dir() else _PACKAGE.parent
+_SHIPPED_MODELS = _SHIPPED / "model_cards"
 _DEFAULT_MODEL = "vico-tiny"
-_SHIPPED_PAGES = _ROOT / "examples" / "images" / "pages.json"
+_SHIPPED_PAGES = _SHIPPED / "examples" / "images" / "pages.json"
 _QUESTION = "Describe the image."
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CLONE = "install hf_vtc from a clone of its repository: pip install -e ."
@@ -82,14 +87,59 @@ def _reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             # who reads has seen enough; click ends the process quietly
             raise
-        except _INPUT_ERRORS as error:
-            if debug:
+        except Exception as error:
+            note = _note_on_newer_host(error)
+            if debug or not (note or isinstance(error, _INPUT_ERRORS)):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
-            typer.echo(f"Error: {message}", err=True)
+            if not isinstance(error, _INPUT_ERRORS):
+                message = f"{type(error).__name__}: {message}"
+            typer.echo(f"Error: {message}" + (f" ({note})" if note else ""), err=True)
             raise typer.Exit(_BAD_INPUT) from None
 
     return wrapper
+
+
+def _note_on_newer_host(error: Exception) -> str | None:
+    """The remedy, if transformers is newer than what was proven and `error` may come of that, else None."""
+    host = sys.modules.get("transformers")
+    note = _module_alone("models/window_vtc.py").note_on_newer(host.__version__) if host else None
+    if isinstance(error, ImportError):
+        from_host = (error.name or "").split(".")[0] == "transformers"
+    elif isinstance(error, _INPUT_ERRORS):
+        # a missing file is reported by the host on behalf of whoever named it
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        from_host = not isinstance(error, OSError) and modules[-1].split(".")[0] == "transformers"
+    else:
+        from_host = True
+    return note if from_host else None
+
+
+def _module_alone(path: str) -> ModuleType:
+    """A file of the package as a module by itself; the package would load torch."""
+    file = _PACKAGE / path
+    spec = importlib.util.spec_from_file_location(f"_hf_vtc_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        window = _module_alone("models/window_vtc.py")
+        proven = f"proven on transformers {window.OLDEST_PROVEN} to {window.NEWEST_PROVEN}"
+        typer.echo(f"hf_vtc {_module_alone('version.py').__version__}, {proven}")
+        raise typer.Exit()
+
+
+# the help of all commands is that of `app`, so this function has no docstring
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _silence_transformers() -> None:

@@ -30,6 +30,7 @@ RANK = {
     "auto": 1,
     "models": 1,
     "ops": 0,
+    "version": 0,
 }
 # the standard library needs no permission; these are what remote code may ask of its host
 THIRD_PARTY_OF_MODELS = {"torch", "transformers", "numpy", "PIL"}

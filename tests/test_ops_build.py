@@ -299,6 +299,8 @@ def wheel_of(folder: Path, **environment: str) -> tuple[str, set[str]]:
     shutil.copytree(ROOT / "hf_vtc", source / "hf_vtc", ignore=shutil.ignore_patterns("__pycache__", "_lib"))
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_vtc_cli.py"):
         shutil.copy(ROOT / name, source / name)
+    for name in ("examples", "model_cards"):
+        (source / name).symlink_to(ROOT / name)
     target.mkdir()
     result = subprocess.run(
         [sys.executable, "-c", BUILD_WHEEL, str(target)],

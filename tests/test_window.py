@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
+from typer.testing import CliRunner
+
+from hf_vtc import answers, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,3 +56,46 @@ def test_the_window_needs_the_standard_library_alone():
     text = (ROOT / "hf_vtc" / "models" / "window_vtc.py").read_text(encoding="utf-8")
     imported = re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)
     assert imported and set(imported) <= sys.stdlib_module_names
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """`hf-vtc estimate` on a transformers of some version, where reading the config raises some error."""
+
+    def run(version, error, *options):
+        def config_of(path):
+            # errors of the host come out of its own code
+            if error is HOST_ERROR:
+                transformers.AutoConfig.for_model("no such type")
+            raise error
+
+        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(answers, "config_of", config_of)
+        return CliRunner().invoke(cli.app, ["estimate", "owner/name", "--num-tiles", "1", *options])
+
+    return run
+
+
+HOST_ERROR = "a ValueError of transformers"
+IMPORT_ERROR = ImportError("cannot import name 'Gone' from 'transformers.utils'", name="transformers.utils")
+
+
+@pytest.mark.parametrize("error", [TypeError("no argument 'cache'"), AttributeError("x"), IMPORT_ERROR, HOST_ERROR])
+def test_a_failure_on_a_newer_host_is_one_line_with_the_remedy(failing, error):
+    result = failing("99.1.0", error)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1 and "99.1.0" in result.stderr and "pip install" in result.stderr
+    # whoever looks for the reason sees all of it
+    assert not isinstance(failing("99.1.0", error, "--debug").exception, SystemExit)
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), FileNotFoundError("bad"), ImportError("bad", name="matplotlib")])
+def test_what_has_nothing_to_do_with_the_host_keeps_its_message(failing, error):
+    result = failing("99.1.0", error)
+    assert (result.exit_code, result.stderr) == (2, "Error: bad\n")
+
+
+def test_a_fault_on_a_proven_host_stays_a_traceback(failing, window):
+    error = TypeError("ours")
+    assert failing(window.OLDEST_PROVEN, error).exception is error
+    assert "pip install" not in failing(window.OLDEST_PROVEN, HOST_ERROR).stderr
