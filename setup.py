@@ -31,11 +31,10 @@ def wanted_kinds() -> tuple[str, ...]:
 
 
 def ship(target: Path) -> None:
-    """Copy the pages, and every checkpoint of a method, to the same places below `target`, which is made anew.
+    """Copy the pages, and every checkpoint of a method, to the same places below `target`.
 
     The uncompressed base of the checkpoints stays behind: no command runs it.
     """
-    shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(ROOT / "examples" / "images", target / "examples" / "images")
     for config in sorted((ROOT / "model_cards").glob("*/config.json")):
         if json.loads(config.read_text(encoding="utf-8"))["model_type"].startswith("vtc_"):
@@ -46,9 +45,13 @@ class BuildPackage(build_py):
     """Add to what is installed, unless it stays where it is, what the package finds beside itself in a clone."""
 
     def run(self) -> None:
+        package = Path(self.build_lib) / "hf_vtc"
+        if not self.editable_mode:
+            # files of an earlier build that are gone from here would be installed too
+            shutil.rmtree(package, ignore_errors=True)
         super().run()
         if not self.editable_mode:
-            ship(Path(self.build_lib) / "hf_vtc" / "_shipped")
+            ship(package / "_shipped")
         if wanted_kinds():
             self.build_ops()
 
