@@ -3,6 +3,8 @@
 #include "checks.h"
 #include "cpu_kernels.h"
 
+#include <algorithm>
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -76,17 +78,22 @@ Tensor to_float(const Tensor& tensor) {
   return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
 }
 
-// Checks offsets and indices, since the kernels follow them blindly, and returns the end of the last segment.
-void check_ragged_values(const Tensor& index, const Tensor& offsets, int64_t num_rows, const char* name) {
-  const int64_t *ends = data_of<int64_t>(offsets), *values = data_of<int64_t>(index);
-  int64_t num_segments = offsets.size(0) - 1, count = index.size(0);
-  STD_TORCH_CHECK(ends[0] == 0 && ends[num_segments] == count, "`offsets` must begin with 0 and end with ", count,
-                  ", the length of `", name, "`.");
+// Checks the ends of `count` members' segments: the kernels follow them blindly.
+void check_ends(const Tensor& offsets, int64_t count, const char* name) {
+  const int64_t* ends = data_of<int64_t>(offsets);
+  int64_t num_segments = offsets.size(0) - 1;
+  STD_TORCH_CHECK(ends[0] == 0 && ends[num_segments] == count, "`", name, "` must begin with 0 and end with ", count,
+                  ", the number of members.");
   for (int64_t segment = 0; segment < num_segments; ++segment) {
-    STD_TORCH_CHECK(ends[segment] <= ends[segment + 1], "`offsets` must not fall, but entry ", segment + 1, " does.");
+    STD_TORCH_CHECK(ends[segment] <= ends[segment + 1], "`", name, "` must not fall, but entry ", segment + 1,
+                    " does.");
   }
-  for (int64_t at = 0; at < count; ++at) {
-    STD_TORCH_CHECK(values[at] >= 0 && values[at] < num_rows, "`", name, "` must lie in 0 to ", num_rows - 1, ", got ",
+}
+
+void check_range(const Tensor& index, int64_t limit, const char* name) {
+  const int64_t* values = data_of<int64_t>(index);
+  for (int64_t at = 0; at < index.numel(); ++at) {
+    STD_TORCH_CHECK(values[at] >= 0 && values[at] < limit, "`", name, "` must lie in 0 to ", limit - 1, ", got ",
                     values[at], ".");
   }
 }
@@ -102,17 +109,19 @@ std::vector<float> lengths_of(const int64_t* offsets, int64_t num_segments) {
 Tensor segment_mean(Tensor x, Tensor index, Tensor offsets) {
   Dtype dtype = dtype_of(x, "x");
   check_rank(x, 2, "x");
-  check_ragged(index, offsets);
+  check_indices(index, "index"), check_offsets(offsets, "offsets");
   x = dense_rows(x), index = torch::stable::contiguous(index), offsets = torch::stable::contiguous(offsets);
-  check_ragged_values(index, offsets, x.size(0), "index");
+  check_ends(offsets, index.size(0), "offsets");
+  check_range(index, x.size(0), "index");
 
   int64_t num_segments = offsets.size(0) - 1, width = x.size(1);
   Tensor out = new_output(x, {num_segments, width});
+  if (out.numel() == 0) return out;
   const int64_t *members = data_of<int64_t>(index), *ends = data_of<int64_t>(offsets);
   std::vector<float> lengths = lengths_of(ends, num_segments);
   Rows rows = rows_of(x);
   void* to = out.mutable_data_ptr();
-  int64_t rows_per_segment = num_segments > 0 ? index.size(0) / num_segments + 1 : 1;
+  int64_t rows_per_segment = index.size(0) / num_segments + 1;
   parallel_for(0, num_segments, grain(width * rows_per_segment), [&](int64_t first, int64_t last) {
     kernels().segment_mean(dtype, rows, members, ends, lengths.data(), width, first, last, to);
   });
@@ -122,16 +131,23 @@ Tensor segment_mean(Tensor x, Tensor index, Tensor offsets) {
 Tensor segment_mean_backward(Tensor grad, Tensor segments, Tensor row_offsets, Tensor offsets) {
   Dtype dtype = dtype_of(grad, "grad");
   check_rank(grad, 2, "grad");
-  check_ragged(segments, row_offsets);
+  check_indices(segments, "segments");
+  check_offsets(row_offsets, "row_offsets"), check_offsets(offsets, "offsets");
+  STD_TORCH_CHECK(offsets.size(0) - 1 == grad.size(0), "`offsets` must have one entry more than `grad` has rows.");
   grad = dense_rows(grad), segments = torch::stable::contiguous(segments);
   row_offsets = torch::stable::contiguous(row_offsets), offsets = torch::stable::contiguous(offsets);
-  STD_TORCH_CHECK(offsets.size(0) == grad.size(0) + 1, "`offsets` must have one entry more than `grad` has rows.");
-  check_ragged_values(segments, row_offsets, grad.size(0), "segments");
+  check_ends(row_offsets, segments.size(0), "row_offsets"), check_ends(offsets, segments.size(0), "offsets");
+  check_range(segments, grad.size(0), "segments");
 
   int64_t num_rows = row_offsets.size(0) - 1, width = grad.size(1);
   Tensor out = new_output(grad, {num_rows, width});
   const int64_t *members = data_of<int64_t>(segments), *ends = data_of<int64_t>(row_offsets);
   std::vector<float> lengths = lengths_of(data_of<int64_t>(offsets), grad.size(0));
+  for (int64_t at = 0; at < segments.size(0); ++at) {
+    STD_TORCH_CHECK(lengths[members[at]] > 0, "`segments` names segment ", members[at],
+                    ", which has no members according to `offsets`.");
+  }
+  if (out.numel() == 0) return out;
   Rows rows = rows_of(grad);
   void* to = out.mutable_data_ptr();
   parallel_for(0, num_rows, grain(2 * width), [&](int64_t first, int64_t last) {
@@ -143,47 +159,34 @@ Tensor segment_mean_backward(Tensor grad, Tensor segments, Tensor row_offsets, T
 // The tiles that are folded, as a contiguous tensor that is checked, or nothing for all of them.
 std::optional<Tensor> checked_tiles(const std::optional<Tensor>& tiles, int64_t num_tiles) {
   if (!tiles.has_value()) return std::nullopt;
-  check_rank(*tiles, 1, "tiles");
-  check_type(*tiles, ScalarType::Long, "tiles", "int64");
+  check_indices(*tiles, "tiles");
   Tensor checked = torch::stable::contiguous(*tiles);
-  std::vector<bool> seen(num_tiles);
-  for (int64_t slot = 0; slot < checked.size(0); ++slot) {
-    int64_t tile = data_of<int64_t>(checked)[slot];
-    STD_TORCH_CHECK(tile >= 0 && tile < num_tiles, "`tiles` must lie in 0 to ", num_tiles - 1, ", got ", tile, ".");
-    STD_TORCH_CHECK(!seen[tile], "`tiles` must name a tile once, but ", tile, " comes twice.");
-    seen[tile] = true;
-  }
+  check_range(checked, num_tiles, "tiles");
+  const int64_t* values = data_of<int64_t>(checked);
+  std::vector<int64_t> sorted(values, values + checked.size(0));
+  std::sort(sorted.begin(), sorted.end());
+  auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  STD_TORCH_CHECK(twice == sorted.end(), "`tiles` must name a tile once, but ", *twice, " comes twice.");
   return checked;
 }
 
-struct FoldedShape {
-  int64_t num_tiles;
-  int64_t rows_per_tile;
-  int64_t width;
-};
-
-FoldedShape folded_shape(const Tensor& features, const std::optional<Tensor>& tiles, const Tensor& weight,
-                         int64_t factor) {
-  check_rank(features, 3, "features");
-  int64_t side = side_of(features.size(1));
-  STD_TORCH_CHECK(factor >= 1 && side % factor == 0, "The side of a grid, ", side, ", must be a multiple of `factor`, ",
-                  factor, ".");
-  int64_t width = factor * factor * features.size(2);
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == width, "`weight` must have ", width, " entries.");
-  return {tiles.has_value() ? tiles->size(0) : features.size(0), (side / factor) * (side / factor), width};
+int64_t num_slots_of(const Tensor& features, const std::optional<Tensor>& tiles) {
+  return tiles.has_value() ? tiles->size(0) : features.size(0);
 }
 
 std::tuple<Tensor, Tensor, Tensor> unshuffle_layernorm(Tensor features, std::optional<Tensor> tiles, Tensor weight,
                                                        Tensor bias, int64_t factor, bool transposed, double eps) {
   Dtype dtype = dtype_of(features, "features");
+  Folded folded(features, weight, factor);
+  folded.check_affine(bias, "bias");
   tiles = checked_tiles(tiles, features.size(0));
-  FoldedShape shape = folded_shape(features, tiles, weight, factor);
   features = dense_rows(features), weight = to_float(weight), bias = to_float(bias);
-  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == shape.width, "`bias` must have ", shape.width, " entries.");
 
-  Tensor out = new_output(features, {shape.num_tiles, shape.rows_per_tile, shape.width});
-  Tensor mean = new_empty(features, {shape.num_tiles, shape.rows_per_tile}, ScalarType::Float);
-  Tensor rstd = new_empty(features, {shape.num_tiles, shape.rows_per_tile}, ScalarType::Float);
+  int64_t num_slots = num_slots_of(features, tiles), num_rows = product({num_slots, folded.rows_per_tile});
+  Tensor out = new_output(features, {num_slots, folded.rows_per_tile, folded.width});
+  Tensor mean = new_empty(features, {num_slots, folded.rows_per_tile}, ScalarType::Float);
+  Tensor rstd = new_empty(features, {num_slots, folded.rows_per_tile}, ScalarType::Float);
+  if (num_rows == 0) return {out, mean, rstd};
   Grids grids = grids_of(features);
   const int64_t* chosen = tiles.has_value() ? data_of<int64_t>(*tiles) : nullptr;
   const float *scale = data_of<float>(weight), *shift = data_of<float>(bias);
@@ -191,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> unshuffle_layernorm(Tensor features, std::opt
   float *means = static_cast<float*>(mean.mutable_data_ptr()), *rstds = static_cast<float*>(rstd.mutable_data_ptr());
   Folding folding = {factor, transposed};
   bool large = are_large({out});
-  parallel_for(0, shape.num_tiles * shape.rows_per_tile, grain(shape.width), [&](int64_t first, int64_t last) {
+  parallel_for(0, num_rows, grain(folded.width), [&](int64_t first, int64_t last) {
     kernels().unshuffle_layernorm(dtype, grids, folding, chosen, scale, shift, static_cast<float>(eps), first, last,
                                   to, large, means, rstds);
   });
@@ -203,15 +206,13 @@ std::tuple<Tensor, Tensor, Tensor> unshuffle_layernorm_backward(Tensor grad, Ten
                                                                 Tensor mean, Tensor rstd, int64_t factor,
                                                                 bool transposed) {
   Dtype dtype = dtype_of(features, "features");
-  STD_TORCH_CHECK(grad.scalar_type() == features.scalar_type(), "`grad` and `features` must have the same dtype.");
+  Folded folded(features, weight, factor);
   tiles = checked_tiles(tiles, features.size(0));
-  FoldedShape shape = folded_shape(features, tiles, weight, factor);
+  int64_t num_slots = num_slots_of(features, tiles), width = folded.width;
+  folded.check_saved(features, grad, mean, rstd, num_slots);
   features = dense_rows(features), weight = to_float(weight);
   grad = torch::stable::contiguous(grad), mean = to_float(mean), rstd = to_float(rstd);
-  int64_t num_rows = shape.num_tiles * shape.rows_per_tile, width = shape.width;
-  STD_TORCH_CHECK(grad.numel() == num_rows * width, "`grad` must have ", num_rows * width, " elements.");
-  STD_TORCH_CHECK(mean.numel() == num_rows && rstd.numel() == num_rows, "`mean` and `rstd` must have ", num_rows,
-                  " entries.");
+  int64_t num_rows = product({num_slots, folded.rows_per_tile});
 
   Tensor grad_x = tiles.has_value() ? new_zeros(features, features.sizes()) : new_output(features, features.sizes());
   Grids grids = grids_of(features);
@@ -264,7 +265,7 @@ std::vector<Tensor> pool_pyramid(Tensor features, std::vector<int64_t> halvings)
     outs.push_back(new_output(features, {num_tiles, num_tokens >> level, width}));
     data.push_back(outs.back().mutable_data_ptr());
   }
-  if (outs.empty()) return outs;
+  if (outs.empty() || features.numel() == 0) return outs;
   Grids grids = grids_of(features);
   Levels levels = levels_of(halvings, data, deepest);
   int64_t block = int64_t(1) << deepest;
@@ -279,6 +280,7 @@ Tensor pool_pyramid_backward(std::vector<Tensor> given, std::vector<int64_t> hal
   PyramidGradients grads(given, halvings, kMaxHalvings);
   Dtype dtype = dtype_of(grads.levels[0], "grads");
   Tensor grad_x = new_output(grads.levels[0], {grads.num_tiles, grads.num_tokens, grads.width});
+  if (grad_x.numel() == 0) return grad_x;
   std::vector<void*> data;
   // read only, through the struct that serves the forward pass too
   for (const Tensor& level : grads.levels) data.push_back(const_cast<void*>(level.const_data_ptr()));
@@ -292,25 +294,17 @@ Tensor pool_pyramid_backward(std::vector<Tensor> given, std::vector<int64_t> hal
   return grad_x;
 }
 
-// The groups (T, N): those given, which are checked, or the best one of each row.
-Tensor groups_of(const Tensor& logits, const std::optional<Tensor>& given) {
-  int64_t num_tiles = logits.size(0), num_groups = logits.size(1), num_rows = logits.size(2);
+// The groups (T, N): those given, whose values are checked, or the best one of each row.
+Tensor groups_of(const GroupShape& shape, const Tensor& logits, const std::optional<Tensor>& given) {
+  int64_t num_tiles = shape.num_tiles, num_groups = shape.num_groups, num_rows = shape.num_rows;
   Tensor group_idx = new_empty(logits, {num_tiles, num_rows}, ScalarType::Long);
   int64_t* groups = static_cast<int64_t*>(group_idx.mutable_data_ptr());
   if (given.has_value()) {
-    check_type(*given, ScalarType::Long, "group_idx", "int64");
-    STD_TORCH_CHECK(given->dim() == 2 && given->size(0) == num_tiles && given->size(1) == num_rows,
-                    "`group_idx` must have shape (", num_tiles, ", ", num_rows, ").");
     Tensor dense = torch::stable::contiguous(*given);
-    const int64_t* values = data_of<int64_t>(dense);
-    for (int64_t at = 0; at < num_tiles * num_rows; ++at) {
-      STD_TORCH_CHECK(values[at] >= 0 && values[at] < num_groups, "`group_idx` must lie in 0 to ", num_groups - 1,
-                      ", got ", values[at], ".");
-      groups[at] = values[at];
-    }
+    check_range(dense, num_groups, "group_idx");
+    std::copy_n(data_of<int64_t>(dense), shape.num_places, groups);
     return group_idx;
   }
-  STD_TORCH_CHECK(num_groups > 0 || num_tiles * num_rows == 0, "`logits` must have at least one group.");
   Tensor dense = dense_rows(logits);
   const float* scores = data_of<float>(dense);
   int64_t tile_stride = dense.stride(0), group_stride = dense.stride(1);
@@ -330,43 +324,34 @@ Tensor groups_of(const Tensor& logits, const std::optional<Tensor>& given) {
 std::tuple<Tensor, Tensor, Tensor> assign_segment_mean(Tensor logits, Tensor values, std::optional<Tensor> given,
                                                        double eps, std::optional<double>, double) {
   Dtype dtype = dtype_of(values, "values");
-  check_rank(logits, 3, "logits");
-  check_rank(values, 3, "values");
-  check_type(logits, ScalarType::Float, "logits", "float32");
-  STD_TORCH_CHECK(logits.size(0) == values.size(0) && logits.size(2) == values.size(1),
-                  "`logits` (T, G, N) and `values` (T, N, C) must agree in T and N.");
-  int64_t num_tiles = logits.size(0), num_groups = logits.size(1), num_rows = logits.size(2), width = values.size(2);
-  Tensor group_idx = groups_of(logits, given);
-  const int64_t* groups = data_of<int64_t>(group_idx);
+  GroupShape shape = GroupShape::of_forward(logits, values, given);
+  int64_t num_groups = shape.num_groups, num_rows = shape.num_rows, width = shape.width;
+  Tensor group_idx = groups_of(shape, logits, given);
+  Tensor counts = new_empty(logits, {shape.num_tiles, num_groups}, ScalarType::Long);
+  Tensor means = new_empty(values, {shape.num_tiles, num_groups, width});
+  if (shape.num_slots == 0) return {means, group_idx, counts};
 
   // members of each group in order: a counting sort
-  std::vector<int64_t> offsets(num_tiles * num_groups + 1), members(num_tiles * num_rows);
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    for (int64_t at = 0; at < num_rows; ++at) ++offsets[tile * num_groups + groups[tile * num_rows + at] + 1];
-  }
-  Tensor counts = new_empty(logits, {num_tiles, num_groups}, ScalarType::Long);
+  const int64_t* groups = data_of<int64_t>(group_idx);
+  std::vector<int64_t> offsets(shape.num_slots + 1), members(shape.num_places);
+  for (int64_t at = 0; at < shape.num_places; ++at) ++offsets[at / num_rows * num_groups + groups[at] + 1];
   int64_t* count_of = static_cast<int64_t*>(counts.mutable_data_ptr());
-  std::vector<float> divisors(num_tiles * num_groups);
-  for (int64_t slot = 0; slot < num_tiles * num_groups; ++slot) {
+  std::vector<float> divisors(shape.num_slots);
+  for (int64_t slot = 0; slot < shape.num_slots; ++slot) {
     count_of[slot] = offsets[slot + 1];
     divisors[slot] = static_cast<float>(count_of[slot]) + static_cast<float>(eps);
     offsets[slot + 1] += offsets[slot];
   }
-  // rows of values by number, which takes tiles that follow each other
-  bool follow = num_tiles <= 1 || values.stride(0) == num_rows * values.stride(1);
-  values = follow ? dense_rows(values) : torch::stable::contiguous(values);
   std::vector<int64_t> next(offsets.begin(), offsets.end() - 1);
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    for (int64_t at = 0; at < num_rows; ++at) {
-      members[next[tile * num_groups + groups[tile * num_rows + at]]++] = tile * num_rows + at;
-    }
-  }
+  for (int64_t at = 0; at < shape.num_places; ++at) members[next[at / num_rows * num_groups + groups[at]]++] = at;
 
-  Tensor means = new_empty(values, {num_tiles, num_groups, width});
-  Rows rows = {values.const_data_ptr(), values.stride(1)};
+  // rows of values by number, which takes tiles that follow each other; the stride of a single row means nothing
+  bool follow = shape.num_tiles <= 1 || num_rows <= 1 || values.stride(0) == num_rows * values.stride(1);
+  values = follow ? dense_rows(values) : torch::stable::contiguous(values);
+  Rows rows = {values.const_data_ptr(), num_rows == 1 ? values.stride(0) : values.stride(1)};
   void* to = means.mutable_data_ptr();
-  int64_t slots = num_tiles * num_groups, rows_per_slot = slots > 0 ? num_tiles * num_rows / slots + 1 : 1;
-  parallel_for(0, slots, grain(width * rows_per_slot), [&](int64_t first, int64_t last) {
+  int64_t rows_per_slot = shape.num_places / shape.num_slots + 1;
+  parallel_for(0, shape.num_slots, grain(product({width, rows_per_slot})), [&](int64_t first, int64_t last) {
     kernels().segment_mean(dtype, rows, members.data(), offsets.data(), divisors.data(), width, first, last, to);
   });
   return {means, group_idx, counts};
@@ -374,30 +359,25 @@ std::tuple<Tensor, Tensor, Tensor> assign_segment_mean(Tensor logits, Tensor val
 
 Tensor assign_segment_mean_backward(Tensor grad, Tensor group_idx, Tensor counts, double eps) {
   Dtype dtype = dtype_of(grad, "grad");
-  check_rank(grad, 3, "grad");
-  check_rank(group_idx, 2, "group_idx");
-  check_type(group_idx, ScalarType::Long, "group_idx", "int64");
-  check_type(counts, ScalarType::Long, "counts", "int64");
+  GroupShape shape = GroupShape::of_backward(grad, group_idx, counts);
   grad = torch::stable::contiguous(grad), group_idx = torch::stable::contiguous(group_idx);
   counts = torch::stable::contiguous(counts);
-  int64_t num_tiles = grad.size(0), num_groups = grad.size(1), width = grad.size(2), num_rows = group_idx.size(1);
-  STD_TORCH_CHECK(group_idx.size(0) == num_tiles && counts.numel() == num_tiles * num_groups,
-                  "`grad` (T, G, C), `group_idx` (T, N) and `counts` (T, G) must agree in T and G.");
-  std::vector<int64_t> slots(num_tiles * num_rows), offsets(num_tiles * num_rows + 1);
-  for (int64_t at = 0; at < num_tiles * num_rows; ++at) {
-    int64_t group = data_of<int64_t>(group_idx)[at];
-    STD_TORCH_CHECK(group >= 0 && group < num_groups, "`group_idx` must lie in 0 to ", num_groups - 1, ".");
-    slots[at] = at / num_rows * num_groups + group;
+  check_range(group_idx, shape.num_groups, "group_idx");
+  int64_t width = shape.width;
+  Tensor out = new_output(grad, {shape.num_tiles, shape.num_rows, width});
+  if (out.numel() == 0) return out;
+  std::vector<int64_t> slots(shape.num_places), offsets(shape.num_places + 1);
+  for (int64_t at = 0; at < shape.num_places; ++at) {
+    slots[at] = at / shape.num_rows * shape.num_groups + data_of<int64_t>(group_idx)[at];
     offsets[at + 1] = at + 1;
   }
-  std::vector<float> divisors(num_tiles * num_groups);
-  for (int64_t slot = 0; slot < num_tiles * num_groups; ++slot) {
+  std::vector<float> divisors(shape.num_slots);
+  for (int64_t slot = 0; slot < shape.num_slots; ++slot) {
     divisors[slot] = static_cast<float>(data_of<int64_t>(counts)[slot]) + static_cast<float>(eps);
   }
-  Tensor out = new_output(grad, {num_tiles, num_rows, width});
   Rows rows = {grad.const_data_ptr(), width};
   void* to = out.mutable_data_ptr();
-  parallel_for(0, num_tiles * num_rows, grain(2 * width), [&](int64_t first, int64_t last) {
+  parallel_for(0, shape.num_places, grain(2 * width), [&](int64_t first, int64_t last) {
     kernels().segment_mean_backward(dtype, rows, slots.data(), offsets.data(), divisors.data(), width, first, last, to);
   });
   return out;
