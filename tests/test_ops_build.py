@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from hf_vtc.ops import build, library, recipe
+from hf_vtc.ops.files import place
 from hf_vtc.ops.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +68,16 @@ class Cache:
     @property
     def files(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("*") if path.suffix != ".lock")
+
+
+def put_built(target: Path, content: str) -> None:
+    """A file that passes for built."""
+
+    def write(folder: Path) -> Path:
+        (folder / "made").write_text(content)
+        return folder / "made"
+
+    place(write, target)
 
 
 @pytest.fixture
@@ -199,7 +210,9 @@ def test_the_lock_of_a_builder_that_died_holds_nobody_up(cache):
     locks = list(cache.folder.glob("*.lock"))
     assert len(locks) == 1
     cache.write_compiler()
-    assert library.load("cpu") is not None
+    built = library.load("cpu")
+    # what the dead one left is gone as well
+    assert cache.files == [built.name]
 
 
 def test_an_edited_source_is_another_file(cache, monkeypatch, tmp_path):
@@ -208,8 +221,7 @@ def test_an_edited_source_is_another_file(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(recipe, "SOURCES", sources)
     monkeypatch.setattr(library, "PREBUILT", tmp_path / "_lib")
     old = Recipe("cpu").file_name
-    library.PREBUILT.mkdir()
-    (library.PREBUILT / old).write_text("shipped")
+    put_built(library.PREBUILT / old, "shipped")
     assert library.find_built(Recipe("cpu")) == library.PREBUILT / old
     built = library.build_once(Recipe("cpu"))
 
@@ -242,15 +254,13 @@ def test_every_source_is_in_the_recipe():
 
 def test_a_file_for_all_architectures_serves_this_one(cache):
     everything = recipe.default_recipe("cuda")
-    cache.folder.mkdir()
-    (cache.folder / everything.file_name).write_text("built")
+    put_built(cache.folder / everything.file_name, "built")
     assert library.find_built(Recipe("cuda", ("90",))) == cache.folder / everything.file_name
 
 
 def test_a_cuda_library_does_not_disturb_a_torch_without_cuda(cache, compiled_cpu, monkeypatch):
     # no file that a linker would accept: loading it would fail
-    cache.folder.mkdir()
-    (cache.folder / recipe.default_recipe("cuda").file_name).write_text("not a library")
+    put_built(cache.folder / recipe.default_recipe("cuda").file_name, "not a library")
     script = (
         "import torch\n"
         "from hf_vtc.models.ops_vtc import compiled_ops, segment_mean\n"

@@ -1,5 +1,8 @@
 """Compiled ops and remote code: found where hf_vtc is installed, without importing it; absent where it is not."""
 
+import os
+import shutil
+
 import factories
 import pytest
 import torch
@@ -50,6 +53,24 @@ def test_a_remote_copy_does_not_build(folder, run_python, tmp_path, monkeypatch)
     monkeypatch.setenv("HF_VTC_OPS_DIR", str(tmp_path / "empty"))
     assert run_python(SCRIPT, folder, False, installed=True) == "False\n"
     assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "written by others"])
+def test_a_remote_copy_runs_nothing_that_the_package_would_not(
+    folder, run_python, compiled_cpu, tmp_path, monkeypatch, damage
+):
+    built = tmp_path / "cache" / compiled_cpu.name
+    built.parent.mkdir(mode=0o700)
+    shutil.copy(compiled_cpu, built)
+    monkeypatch.setenv("HF_VTC_OPS", "auto")
+    monkeypatch.setenv("HF_VTC_OPS_DIR", str(built.parent))
+    if damage == "truncated":
+        os.truncate(built, built.stat().st_size // 2)
+    else:
+        built.chmod(0o666)
+    before = built.stat()
+    assert run_python(SCRIPT, folder, False, installed=True) == "False\n"
+    assert built.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_without_the_package_the_reference_runs(folder, run_python, compiled_cpu, monkeypatch):

@@ -79,7 +79,12 @@ def _installed_ops() -> ModuleType | None:
         return None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        # what was left half made would be taken for whole by the next call
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -3,24 +3,20 @@
 import logging
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from .compiler import build, require_tools
+from .files import OpsUnavailable, cache_folder, fault_of, only_builder, place
 from .recipe import Recipe, default_recipe
 
 logger = logging.getLogger("hf_vtc.ops")
 
 MODES = ("auto", "off", "prebuilt", "require")
 PREBUILT = Path(__file__).parent / "_lib"
-
-
-class OpsUnavailable(Exception):
-    """There is no built file and none can be made, which is no fault: the message says what is missing."""
 
 
 def mode() -> str:
@@ -35,14 +31,6 @@ def mode() -> str:
     return chosen
 
 
-def cache_folder() -> Path:
-    """Where built files lie: `HF_VTC_OPS_DIR`, else `hf_vtc/ops` in the user's cache."""
-    own = os.environ.get("HF_VTC_OPS_DIR")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_vtc" / "ops"
-
-
 def recipe_for(kind: str) -> Recipe:
     """What to build for the devices of this machine."""
     if kind == "cpu":
@@ -53,50 +41,42 @@ def recipe_for(kind: str) -> Recipe:
 
 
 def find_built(recipe: Recipe) -> Path | None:
-    """A built file of these very sources: one that came with the package, else one in the cache."""
+    """A built file of these very sources that may run: one that came with the package, else one in the cache.
+
+    One that is damaged, or that others could have written, is passed over, and a warning in the log names it.
+    """
     # it was built elsewhere, perhaps by another compiler
     shipped = sorted(PREBUILT.glob(f"hf_vtc_{recipe.kind}-{recipe.source_hash}-*.so"))
     # the builder's own default is more architectures than this machine has
     cached = [cache_folder() / each.file_name for each in (recipe, default_recipe(recipe.kind))]
-    return next((path for path in (*shipped, *cached) if path.is_file()), None)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait for other processes that build the same file; the kernel frees the lock of one that dies."""
-    # absent on Windows, where nothing is built
-    import fcntl
-
-    with open(path, "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    for path in dict.fromkeys((*shipped, *cached)):
+        if not os.path.lexists(path):
+            continue
+        fault = fault_of(path)
+        if fault is None:
+            return path
+        logger.warning("The built file %s is not used: %s.", path, fault)
+    return None
 
 
 def build_once(recipe: Recipe) -> Path:
-    """The built file in the cache, made if it is not there; processes that ask at once build it once.
+    """The built file in the cache, made if it is not there or may not run; processes that ask at once build it once.
 
     Raises:
         OpsUnavailable: this machine has no compiler for it.
         OSError: the cache cannot be written.
-        RuntimeError: the compiler failed; the message holds what it said.
+        RuntimeError: the compiler failed, and the message holds what it said; or others can write to the cache.
     """
-    from .build import build, require_tools
-
     require_tools(recipe)
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / recipe.file_name
-    with _locked(folder / f"{recipe.file_name}.lock"):
-        if not target.is_file():
+    target = cache_folder() / recipe.file_name
+    with only_builder(target):
+        if not os.path.lexists(target) or fault_of(target) is not None:
             logger.warning(
                 "Building hf_vtc's compiled ops for %s, once for this machine; it takes some seconds. HF_VTC_OPS=off "
                 "or =prebuilt prevents it.",
                 recipe.kind,
             )
-            with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-                built = build(recipe, Path(scratch))
-                # a reader sees the whole file or none
-                os.replace(built, target)
+            place(partial(build, recipe), target)
     return target
 
 
@@ -106,7 +86,9 @@ def _obtain(kind: str, may_build: bool) -> Path:
     if built is not None:
         return built
     if not may_build or mode() == "prebuilt":
-        raise OpsUnavailable("no built file was found, and none may be built here (`python -m hf_vtc.ops.build` does)")
+        raise OpsUnavailable(
+            "no built file that may run was found, and none may be built here (`python -m hf_vtc.ops.build` does)"
+        )
     if sys.platform != "linux":
         raise OpsUnavailable(f"they are built on Linux only, not on {sys.platform}")
     return build_once(recipe)
