@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
 extern "C" int vtc_choose_groups(const float* logits, int64_t tile_stride, int64_t group_stride, VtcGroups shape,
                                  const int64_t* given, int64_t* groups, void* stream) {
   if (shape.num_tiles * shape.num_rows == 0) return 0;
-  const dim3 grid(static_cast<unsigned>(vtc::ceil_div(shape.num_tiles * shape.num_rows, vtc::kThreads)));
+  const dim3 grid = vtc::grid_of(vtc::ceil_div(shape.num_tiles * shape.num_rows, vtc::kThreads));
   VTC_LAUNCH(vtc::choose_groups, grid, vtc::kThreads, 0, stream, logits, tile_stride, group_stride, shape.num_tiles,
              shape.num_groups, shape.num_rows, given, groups);
   return vtc::launch_status();
@@ -124,7 +124,7 @@ extern "C" int vtc_group_mean(int dtype, const void* values, int64_t tile_stride
     const int pack = vtc::pack_size<T>({values, means}, {tile_stride, row_stride, shape.width});
     // one block of columns even without columns: it counts
     const int64_t columns = shape.width > 0 ? vtc::ceil_div(shape.width, vtc::kThreads * pack) : 1;
-    const dim3 grid(static_cast<unsigned>(shape.num_tiles * shape.num_groups), static_cast<unsigned>(columns));
+    const dim3 grid = vtc::grid_of(shape.num_tiles * shape.num_groups, columns);
     const size_t shared = (vtc::kThreads + vtc::kThreads / vtc::kWarp) * sizeof(int);
     if (pack == 1) {
       VTC_LAUNCH((vtc::group_mean<T, 1>), grid, vtc::kThreads, shared, stream, rows, tile_stride, row_stride,
@@ -146,8 +146,8 @@ extern "C" int vtc_group_mean_backward(int dtype, const void* grad, VtcGroups sh
     const T* from = static_cast<const T*>(grad);
     T* to = static_cast<T*>(grad_values);
     const int pack = vtc::pack_size<T>({grad, grad_values}, {shape.width});
-    const dim3 grid(static_cast<unsigned>(shape.num_tiles * shape.num_rows),
-                    static_cast<unsigned>(vtc::ceil_div(shape.width, vtc::kThreads * pack)));
+    const dim3 grid =
+        vtc::grid_of(shape.num_tiles * shape.num_rows, vtc::ceil_div(shape.width, vtc::kThreads * pack));
     if (pack == 1) {
       VTC_LAUNCH((vtc::group_mean_backward<T, 1>), grid, vtc::kThreads, 0, stream, from, shape.num_groups,
                  shape.num_rows, shape.width, groups, counts, eps, to);

@@ -3,10 +3,31 @@
 #include "../checks.h"
 #include "launchers.h"
 
+#if defined(VTC_HOSTSIM)
+// a test brings the device, which is the CPU
+#include "hostsim_device.h"
+#else
 #include <torch/csrc/stable/accelerator.h>
 
 // libtorch_cuda exports it; the header shows it to builds against a CUDA toolkit only
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+#define VTC_DISPATCH_KEY CUDA
+
+namespace vtc {
+
+using torch::stable::accelerator::DeviceGuard;
+
+inline bool is_on_device(const Tensor& tensor) { return tensor.is_cuda(); }
+
+inline void* stream_of(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+}  // namespace vtc
+#endif
 
 namespace vtc {
 namespace {
@@ -14,19 +35,31 @@ namespace {
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
-using torch::stable::accelerator::DeviceGuard;
-
-void* stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
 
 void check_launch(int status) { STD_TORCH_CHECK(status == 0, "A CUDA kernel of hf_vtc failed: error ", status, "."); }
 
 void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), "`", name,
+  STD_TORCH_CHECK(is_on_device(tensor) && tensor.get_device_index() == like.get_device_index(), "`", name,
                   "` must be on the same CUDA device as the rest.");
+}
+
+// Kernels count the elements of a grid and of a row in 32 bits.
+void check_counts(std::initializer_list<int64_t> counts) {
+  for (int64_t count : counts) {
+    STD_TORCH_CHECK(count <= int64_t(1) << 30, "Grids and rows of more than 2^30 elements are too large, got ", count,
+                    ".");
+  }
+}
+
+// Kernels read the first row in place of one that is out of range, before they trap.
+void check_rows(int64_t num_rows, const Tensor& members, const char* name) {
+  STD_TORCH_CHECK(num_rows > 0 || members.size(0) == 0, "`", name, "` must be empty where there are no rows.");
+}
+
+// The element type of the tensor whose device the others must be on.
+int32_t leading_type(const Tensor& tensor, const char* name) {
+  check_device(tensor, tensor, name);
+  return element_type(tensor, name);
 }
 
 template <class T>
@@ -46,79 +79,72 @@ VtcGrids grids_of(const Tensor& tensor) {
 }
 
 Tensor segment_mean(Tensor x, Tensor index, Tensor offsets) {
-  int32_t dtype = element_type(x, "x");
+  int32_t dtype = leading_type(x, "x");
   DeviceGuard guard(x.get_device_index());
   check_rank(x, 2, "x");
-  check_ragged(index, offsets);
+  check_indices(index, "index"), check_offsets(offsets, "offsets");
+  check_rows(x.size(0), index, "index");
   check_device(index, x, "index"), check_device(offsets, x, "offsets");
   x = dense_rows(x), index = contiguous(index), offsets = contiguous(offsets);
   int64_t num_segments = offsets.size(0) - 1, width = x.size(1);
   Tensor out = new_empty(x, {num_segments, width});
   check_launch(vtc_segment_mean(dtype, x.const_data_ptr(), x.stride(0), x.size(0), data_of<int64_t>(index),
-                                data_of<int64_t>(offsets), num_segments, width, out_of<void>(out), stream_of(x)));
+                                index.size(0), data_of<int64_t>(offsets), num_segments, width, out_of<void>(out),
+                                stream_of(x)));
   return out;
 }
 
 Tensor segment_mean_backward(Tensor grad, Tensor segments, Tensor row_offsets, Tensor offsets) {
-  int32_t dtype = element_type(grad, "grad");
+  int32_t dtype = leading_type(grad, "grad");
   DeviceGuard guard(grad.get_device_index());
   check_rank(grad, 2, "grad");
-  check_ragged(segments, row_offsets);
-  check_ragged(segments, offsets);
+  check_indices(segments, "segments");
+  check_offsets(row_offsets, "row_offsets"), check_offsets(offsets, "offsets");
+  check_rows(grad.size(0), segments, "segments");
   check_device(segments, grad, "segments"), check_device(row_offsets, grad, "row_offsets");
   check_device(offsets, grad, "offsets");
-  STD_TORCH_CHECK(offsets.size(0) == grad.size(0) + 1, "`offsets` must have one entry more than `grad` has rows.");
+  STD_TORCH_CHECK(offsets.size(0) - 1 == grad.size(0), "`offsets` must have one entry more than `grad` has rows.");
   grad = dense_rows(grad), segments = contiguous(segments);
   row_offsets = contiguous(row_offsets), offsets = contiguous(offsets);
   int64_t num_rows = row_offsets.size(0) - 1, width = grad.size(1);
   Tensor out = new_empty(grad, {num_rows, width});
   check_launch(vtc_segment_mean_backward(dtype, grad.const_data_ptr(), grad.stride(0), grad.size(0),
-                                         data_of<int64_t>(segments), data_of<int64_t>(row_offsets),
-                                         data_of<int64_t>(offsets), num_rows, width, out_of<void>(out),
-                                         stream_of(grad)));
+                                         data_of<int64_t>(segments), segments.size(0),
+                                         data_of<int64_t>(row_offsets), num_rows, data_of<int64_t>(offsets), width,
+                                         out_of<void>(out), stream_of(grad)));
   return out;
 }
 
-struct Fold {
-  std::optional<Tensor> tiles;
-  int64_t num_slots;
-  int64_t rows_per_tile;
-  int64_t folded;
+// The tiles that are folded, contiguous, or nothing for all of them; their values are the kernels' business.
+std::optional<Tensor> checked_tiles(const std::optional<Tensor>& tiles, const Tensor& features) {
+  if (!tiles.has_value()) return std::nullopt;
+  check_indices(*tiles, "tiles");
+  check_device(*tiles, features, "tiles");
+  return contiguous(*tiles);
+}
 
-  Fold(const Tensor& features, const std::optional<Tensor>& given, const Tensor& weight, int64_t factor) {
-    check_rank(features, 3, "features");
-    int64_t side = side_of(features.size(1));
-    STD_TORCH_CHECK(factor >= 1 && side % factor == 0, "The side of a grid, ", side, ", must be a multiple of ",
-                    "`factor`, ", factor, ".");
-    folded = factor * factor * features.size(2);
-    STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == folded, "`weight` must have ", folded, " entries.");
-    rows_per_tile = (side / factor) * (side / factor);
-    num_slots = features.size(0);
-    if (given.has_value()) {
-      check_rank(*given, 1, "tiles");
-      check_type(*given, ScalarType::Long, "tiles", "int64");
-      check_device(*given, features, "tiles");
-      tiles = contiguous(*given);
-      num_slots = tiles->size(0);
-    }
-  }
-
-  const int64_t* data() const { return tiles.has_value() ? data_of<int64_t>(*tiles) : nullptr; }
-};
+const int64_t* data_of_tiles(const std::optional<Tensor>& tiles) {
+  return tiles.has_value() ? data_of<int64_t>(*tiles) : nullptr;
+}
 
 std::tuple<Tensor, Tensor, Tensor> unshuffle_layernorm(Tensor features, std::optional<Tensor> tiles, Tensor weight,
                                                        Tensor bias, int64_t factor, bool transposed, double eps) {
-  int32_t dtype = element_type(features, "features");
+  int32_t dtype = leading_type(features, "features");
   DeviceGuard guard(features.get_device_index());
-  Fold fold(features, tiles, weight, factor);
+  Folded folded(features, weight, factor);
+  folded.check_affine(bias, "bias");
   check_device(weight, features, "weight"), check_device(bias, features, "bias");
-  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == fold.folded, "`bias` must have ", fold.folded, " entries.");
+  tiles = checked_tiles(tiles, features);
+  check_counts({features.size(1), folded.width});
+  int64_t num_slots = tiles.has_value() ? tiles->size(0) : features.size(0);
   features = dense_rows(features), weight = to_float(weight), bias = to_float(bias);
-  Tensor out = new_empty(features, {fold.num_slots, fold.rows_per_tile, fold.folded});
-  Tensor mean = new_empty(features, {fold.num_slots, fold.rows_per_tile}, ScalarType::Float);
-  Tensor rstd = new_empty(features, {fold.num_slots, fold.rows_per_tile}, ScalarType::Float);
-  check_launch(vtc_unshuffle_layernorm(dtype, features.const_data_ptr(), grids_of(features), fold.data(),
-                                       fold.num_slots, factor, transposed, data_of<float>(weight),
+  Tensor out = new_empty(features, {num_slots, folded.rows_per_tile, folded.width});
+  Tensor mean = new_empty(features, {num_slots, folded.rows_per_tile}, ScalarType::Float);
+  Tensor rstd = new_empty(features, {num_slots, folded.rows_per_tile}, ScalarType::Float);
+  // without channels nothing is launched that would fill them
+  if (folded.width == 0) return {out, new_zeros(mean, mean.sizes()), new_zeros(rstd, rstd.sizes())};
+  check_launch(vtc_unshuffle_layernorm(dtype, features.const_data_ptr(), grids_of(features), data_of_tiles(tiles),
+                                       num_slots, factor, transposed, data_of<float>(weight),
                                        data_of<float>(bias), static_cast<float>(eps), out_of<void>(out),
                                        out_of<float>(mean), out_of<float>(rstd), stream_of(features)));
   return {out, mean, rstd};
@@ -128,42 +154,41 @@ std::tuple<Tensor, Tensor, Tensor> unshuffle_layernorm_backward(Tensor grad, Ten
                                                                 std::optional<Tensor> tiles, Tensor weight,
                                                                 Tensor mean, Tensor rstd, int64_t factor,
                                                                 bool transposed) {
-  int32_t dtype = element_type(features, "features");
+  int32_t dtype = leading_type(features, "features");
   DeviceGuard guard(features.get_device_index());
-  STD_TORCH_CHECK(grad.scalar_type() == features.scalar_type(), "`grad` and `features` must have the same dtype.");
-  Fold fold(features, tiles, weight, factor);
-  int64_t num_rows = fold.num_slots * fold.rows_per_tile;
-  STD_TORCH_CHECK(grad.numel() == num_rows * fold.folded, "`grad` must have ", num_rows * fold.folded, " elements.");
-  STD_TORCH_CHECK(mean.numel() == num_rows && rstd.numel() == num_rows, "`mean` and `rstd` must have ", num_rows,
-                  " entries.");
+  Folded folded(features, weight, factor);
   check_device(grad, features, "grad"), check_device(weight, features, "weight");
   check_device(mean, features, "mean"), check_device(rstd, features, "rstd");
+  tiles = checked_tiles(tiles, features);
+  check_counts({features.size(1), folded.width});
+  int64_t num_slots = tiles.has_value() ? tiles->size(0) : features.size(0), width = folded.width;
+  folded.check_saved(features, grad, mean, rstd, num_slots);
+  int64_t num_rows = product({num_slots, folded.rows_per_tile});
   features = dense_rows(features), weight = to_float(weight), mean = to_float(mean), rstd = to_float(rstd);
   grad = contiguous(grad);
   // tiles that are not folded get no gradient
-  Tensor grad_x =
-      fold.tiles.has_value() ? new_zeros(features, features.sizes()) : new_empty(features, features.sizes());
-  if (num_rows * fold.folded == 0) {
-    return {grad_x, new_zeros(weight, {fold.folded}), new_zeros(weight, {fold.folded})};
-  }
+  Tensor grad_x = tiles.has_value() ? new_zeros(features, features.sizes()) : new_empty(features, features.sizes());
+  if (num_rows == 0 || width == 0) return {grad_x, new_zeros(weight, {width}), new_zeros(weight, {width})};
   int64_t parts = num_rows < 64 ? num_rows : 64;
-  Tensor partial = new_empty(weight, {2, parts, fold.folded});
-  Tensor grad_weight = new_empty(weight, {fold.folded}), grad_bias = new_empty(weight, {fold.folded});
+  Tensor partial = new_empty(weight, {2, parts, width});
+  Tensor grad_weight = new_empty(weight, {width}), grad_bias = new_empty(weight, {width});
   check_launch(vtc_unshuffle_layernorm_backward(
-      dtype, grad.const_data_ptr(), features.const_data_ptr(), grids_of(features), fold.data(), fold.num_slots, factor,
-      transposed, data_of<float>(weight), data_of<float>(mean), data_of<float>(rstd), parts, out_of<float>(partial),
-      out_of<void>(grad_x), out_of<float>(grad_weight), out_of<float>(grad_bias), stream_of(features)));
+      dtype, grad.const_data_ptr(), features.const_data_ptr(), grids_of(features), data_of_tiles(tiles), num_slots,
+      factor, transposed, data_of<float>(weight), data_of<float>(mean), data_of<float>(rstd), parts,
+      out_of<float>(partial), out_of<void>(grad_x), out_of<float>(grad_weight), out_of<float>(grad_bias),
+      stream_of(features)));
   return {grad_x, grad_weight, grad_bias};
 }
 
 constexpr int64_t kMaxHalvings = 4;
 
 std::vector<Tensor> pool_pyramid(Tensor features, std::vector<int64_t> halvings) {
-  int32_t dtype = element_type(features, "features");
+  int32_t dtype = leading_type(features, "features");
   DeviceGuard guard(features.get_device_index());
   check_rank(features, 3, "features");
   features = dense_rows(features);
   deepest_level(halvings, features.size(1), kMaxHalvings);
+  check_counts({features.size(1), features.size(2)});
   std::vector<Tensor> outs;
   std::vector<void*> data;
   for (int64_t level : halvings) {
@@ -177,14 +202,13 @@ std::vector<Tensor> pool_pyramid(Tensor features, std::vector<int64_t> halvings)
 
 Tensor pool_pyramid_backward(std::vector<Tensor> given, std::vector<int64_t> halvings) {
   STD_TORCH_CHECK(!given.empty(), "`grads` must have one tensor per level.");
+  int32_t dtype = leading_type(given[0], "grads");
   DeviceGuard guard(given[0].get_device_index());
+  for (const Tensor& grad : given) check_device(grad, given[0], "grads");
   PyramidGradients grads(given, halvings, kMaxHalvings);
-  int32_t dtype = element_type(grads.levels[0], "grads");
+  check_counts({grads.num_tokens, grads.width});
   std::vector<const void*> data;
-  for (const Tensor& level : grads.levels) {
-    check_device(level, given[0], "grads");
-    data.push_back(level.const_data_ptr());
-  }
+  for (const Tensor& level : grads.levels) data.push_back(level.const_data_ptr());
   Tensor grad_x = new_empty(grads.levels[0], {grads.num_tiles, grads.num_tokens, grads.width});
   check_launch(vtc_pool_pyramid_backward(dtype, data.data(), grids_of(grad_x), halvings.data(),
                                          static_cast<int>(halvings.size()), out_of<void>(grad_x), stream_of(grad_x)));
@@ -194,22 +218,14 @@ Tensor pool_pyramid_backward(std::vector<Tensor> given, std::vector<int64_t> hal
 // The two unnamed arguments matter to the gradient alone: the divisor of a group without members, and the temperature.
 std::tuple<Tensor, Tensor, Tensor> assign_segment_mean(Tensor logits, Tensor values, std::optional<Tensor> given,
                                                        double eps, std::optional<double>, double) {
-  int32_t dtype = element_type(values, "values");
+  int32_t dtype = leading_type(values, "values");
   DeviceGuard guard(values.get_device_index());
-  check_rank(logits, 3, "logits");
-  check_rank(values, 3, "values");
-  check_type(logits, ScalarType::Float, "logits", "float32");
+  GroupShape sizes = GroupShape::of_forward(logits, values, given);
   check_device(logits, values, "logits");
-  VtcGroups shape = {logits.size(0), logits.size(1), logits.size(2), values.size(2)};
-  STD_TORCH_CHECK(values.size(0) == shape.num_tiles && values.size(1) == shape.num_rows,
-                  "`logits` (T, G, N) and `values` (T, N, C) must agree in T and N.");
-  STD_TORCH_CHECK(shape.num_groups > 0 || shape.num_tiles * shape.num_rows == 0,
-                  "`logits` must have at least one group.");
+  check_counts({sizes.num_rows});
+  VtcGroups shape = {sizes.num_tiles, sizes.num_groups, sizes.num_rows, sizes.width};
   if (given.has_value()) {
-    check_type(*given, ScalarType::Long, "group_idx", "int64");
     check_device(*given, values, "group_idx");
-    STD_TORCH_CHECK(given->dim() == 2 && given->size(0) == shape.num_tiles && given->size(1) == shape.num_rows,
-                    "`group_idx` must have shape (", shape.num_tiles, ", ", shape.num_rows, ").");
     given = contiguous(*given);
   }
   logits = dense_rows(logits), values = dense_rows(values);
@@ -227,17 +243,13 @@ std::tuple<Tensor, Tensor, Tensor> assign_segment_mean(Tensor logits, Tensor val
 }
 
 Tensor assign_segment_mean_backward(Tensor grad, Tensor group_idx, Tensor counts, double eps) {
-  int32_t dtype = element_type(grad, "grad");
+  int32_t dtype = leading_type(grad, "grad");
   DeviceGuard guard(grad.get_device_index());
-  check_rank(grad, 3, "grad");
-  check_rank(group_idx, 2, "group_idx");
-  check_type(group_idx, ScalarType::Long, "group_idx", "int64");
-  check_type(counts, ScalarType::Long, "counts", "int64");
+  GroupShape sizes = GroupShape::of_backward(grad, group_idx, counts);
   check_device(group_idx, grad, "group_idx"), check_device(counts, grad, "counts");
+  check_counts({sizes.num_rows});
   grad = contiguous(grad), group_idx = contiguous(group_idx), counts = contiguous(counts);
-  VtcGroups shape = {grad.size(0), grad.size(1), group_idx.size(1), grad.size(2)};
-  STD_TORCH_CHECK(group_idx.size(0) == shape.num_tiles && counts.numel() == shape.num_tiles * shape.num_groups,
-                  "`grad` (T, G, C), `group_idx` (T, N) and `counts` (T, G) must agree in T and G.");
+  VtcGroups shape = {sizes.num_tiles, sizes.num_groups, sizes.num_rows, sizes.width};
   Tensor out = new_empty(grad, {shape.num_tiles, shape.num_rows, shape.width});
   check_launch(vtc_group_mean_backward(dtype, grad.const_data_ptr(), shape, data_of<int64_t>(group_idx),
                                        data_of<int64_t>(counts), static_cast<float>(eps), out_of<void>(out),
@@ -247,7 +259,7 @@ Tensor assign_segment_mean_backward(Tensor grad, Tensor group_idx, Tensor counts
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(hf_vtc, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(hf_vtc, VTC_DISPATCH_KEY, library) {
   library.impl("segment_mean", TORCH_BOX(&segment_mean));
   library.impl("segment_mean_backward", TORCH_BOX(&segment_mean_backward));
   library.impl("unshuffle_layernorm", TORCH_BOX(&unshuffle_layernorm));

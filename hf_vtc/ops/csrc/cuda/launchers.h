@@ -7,14 +7,17 @@
 
 extern "C" {
 
-// out[s] (num_segments, width): mean of x[index[m]], m in [offsets[s], offsets[s + 1]). A row out of range traps.
+// out[s] (num_segments, width): mean of x[index[m]], m in [offsets[s], offsets[s + 1]). Rows out of range and offsets
+// that do not rise from 0 to num_members trap.
 int vtc_segment_mean(int dtype, const void* x, int64_t row_stride, int64_t num_rows, const int64_t* index,
-                     const int64_t* offsets, int64_t num_segments, int64_t width, void* out, void* stream);
+                     int64_t num_members, const int64_t* offsets, int64_t num_segments, int64_t width, void* out,
+                     void* stream);
 
-// out[r] (num_rows, width): sum of grad[s] / length of segment s, s = segments[m], m in the range of row r.
+// out[r] (num_rows, width): sum of grad[s] / length of segment s, s = segments[m], m in the range of row r. Segments
+// without members that are named trap too.
 int vtc_segment_mean_backward(int dtype, const void* grad, int64_t row_stride, int64_t num_segments,
-                              const int64_t* segments, const int64_t* row_offsets, const int64_t* offsets,
-                              int64_t num_rows, int64_t width, void* out, void* stream);
+                              const int64_t* segments, int64_t num_members, const int64_t* row_offsets,
+                              int64_t num_rows, const int64_t* offsets, int64_t width, void* out, void* stream);
 
 struct VtcGrids {
   int64_t num_tiles;
@@ -24,7 +27,8 @@ struct VtcGrids {
   int64_t width;
 };
 
-// out (num_slots, rows, folded), mean and rstd (num_slots, rows); `tiles` null: all in order.
+// out (num_slots, rows, folded), mean and rstd (num_slots, rows); `tiles` null: all in order. A tile out of range, or
+// named twice, traps.
 int vtc_unshuffle_layernorm(int dtype, const void* features, VtcGrids grids, const int64_t* tiles, int64_t num_slots,
                             int64_t factor, bool transposed, const float* weight, const float* bias, float eps,
                             void* out, float* mean, float* rstd, void* stream);

@@ -108,7 +108,7 @@ int launch_deepest(int deepest, T* data, const VtcGrids& grids, const Pyramid& p
     }
   }
   const int64_t blocks = grids.num_tiles * (grids.side * grids.side >> kDeepest);
-  const dim3 grid(static_cast<unsigned>(ceil_div(blocks * (grids.width / N), kThreads)));
+  const dim3 grid = grid_of(ceil_div(blocks * (grids.width / N), kThreads));
   VTC_LAUNCH((walk_pyramid<T, N, kDeepest, kGradient>), grid, kThreads, 0, stream, data, grids.tile_stride,
              grids.row_stride, blocks, pyramid);
   return launch_status();
@@ -117,7 +117,7 @@ int launch_deepest(int deepest, T* data, const VtcGrids& grids, const Pyramid& p
 template <bool kGradient>
 int launch(int dtype, void* data, const VtcGrids& grids, const int64_t* halvings, void* const* levels, int num_levels,
            void* stream) {
-  if (grids.num_tiles == 0 || grids.width == 0 || num_levels == 0) return 0;
+  if (grids.num_tiles == 0 || grids.side == 0 || grids.width == 0 || num_levels == 0) return 0;
   Pyramid pyramid = {};
   int64_t deepest = 0;
   for (int level = 0; level < num_levels; ++level) {

@@ -49,14 +49,25 @@ struct FoldedRow {
   }
 };
 
+// Traps if the tile of folded row `item` is named by another slot as well: two blocks would write to one place. The
+// threads of a block share the search.
+VTC_DEVICE void check_named_once(const Folding& folding, const int64_t* tiles, int64_t num_slots, int64_t item) {
+  if (!tiles) return;
+  const int64_t own = item / (folding.small() * folding.small());
+  for (int64_t slot = threadIdx.x; slot < num_slots; slot += blockDim.x) {
+    if (slot != own && tiles[slot] == tiles[own]) VTC_TRAP();
+  }
+}
+
 // kPacks packs of each thread are kept in registers; with 0 the row is read three times, which any width allows.
 template <class T, int N, int kPacks>
 __global__ void __launch_bounds__(kMostThreads, 1)
     normalize(const T* __restrict__ features, Folding folding, const int64_t* __restrict__ tiles, int64_t num_tiles,
-              const float* __restrict__ weight, const float* __restrict__ bias, float eps, T* __restrict__ out,
+              int64_t num_slots, const float* __restrict__ weight, const float* __restrict__ bias, float eps, T* __restrict__ out,
               float* __restrict__ means, float* __restrict__ rstds) {
   VTC_SHARED(float, partial);
   const int64_t item = blockIdx.x;
+  check_named_once(folding, tiles, num_slots, item);
   const FoldedRow row(folding, tiles, num_tiles, item);
   const int folded = folding.folded(), step = blockDim.x * N;
   // as they came: float32 would take twice the registers of half precision
@@ -113,11 +124,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     normalize_backward(const T* __restrict__ grad, const T* __restrict__ features, Folding folding, Folding dense,
-                       const int64_t* __restrict__ tiles, int64_t num_tiles, const float* __restrict__ weight,
-                       const float* __restrict__ means, const float* __restrict__ rstds,
+                       const int64_t* __restrict__ tiles, int64_t num_tiles, int64_t num_slots,
+                       const float* __restrict__ weight, const float* __restrict__ means, const float* __restrict__ rstds,
                        T* __restrict__ grad_features) {
   VTC_SHARED(float, partial);
   const int64_t item = blockIdx.x;
+  check_named_once(folding, tiles, num_slots, item);
   const FoldedRow row(folding, tiles, num_tiles, item), to(dense, tiles, num_tiles, item);
   const int folded = folding.folded();
   const float mean = means[item], rstd = rstds[item];
@@ -218,10 +230,10 @@ int launch_normalize(const void* features, const VtcGrids& grids, const int64_t*
   const int threads = ceil_div(packs, kThreads) > kPacksInRegisters ? kMostThreads : kThreads;
   const int64_t per_thread = ceil_div(packs, threads);
   const size_t shared = threads / kWarp * sizeof(float);
-  const dim3 grid(static_cast<unsigned>(shape.num_rows));
+  const dim3 grid = grid_of(shape.num_rows);
   const auto launch = [&](auto kernel) {
     VTC_LAUNCH(kernel, grid, threads, shared, stream, static_cast<const T*>(features), folding, tiles,
-               grids.num_tiles, weight, bias, eps, static_cast<T*>(out), mean, rstd);
+               grids.num_tiles, num_slots, weight, bias, eps, static_cast<T*>(out), mean, rstd);
   };
   if (per_thread <= 1) {
     launch(normalize<T, N, 1>);
@@ -248,13 +260,13 @@ int launch_backward(const void* grad, const void* features, const VtcGrids& grid
   dense.row_stride = grids.width;
   dense.tile_stride = grids.side * grids.side * grids.width;
   const T *upstream = static_cast<const T*>(grad), *values = static_cast<const T*>(features);
-  const dim3 rows(static_cast<unsigned>(shape.num_rows));
+  const dim3 rows = grid_of(shape.num_rows);
   VTC_LAUNCH((normalize_backward<T, N>), rows, kThreads, kThreads / kWarp * sizeof(float), stream, upstream, values,
-             folding, dense, tiles, grids.num_tiles, weight, mean, rstd, static_cast<T*>(grad_features));
-  const dim3 columns(static_cast<unsigned>(ceil_div(shape.folded, kThreads * N)), static_cast<unsigned>(parts));
+             folding, dense, tiles, grids.num_tiles, num_slots, weight, mean, rstd, static_cast<T*>(grad_features));
+  const dim3 columns = grid_of(ceil_div(shape.folded, kThreads * N), parts);
   VTC_LAUNCH((affine_partial<T, N>), columns, kThreads, 0, stream, upstream, values, folding, tiles, grids.num_tiles,
              mean, rstd, shape.num_rows, parts, partial);
-  const dim3 totals(static_cast<unsigned>(ceil_div(shape.folded, kThreads)));
+  const dim3 totals = grid_of(ceil_div(shape.folded, kThreads));
   VTC_LAUNCH(affine_total, totals, kThreads, 0, stream, partial, parts, shape.folded, grad_weight, grad_bias);
   return launch_status();
 }
@@ -266,7 +278,7 @@ extern "C" int vtc_unshuffle_layernorm(int dtype, const void* features, VtcGrids
                                        int64_t num_slots, int64_t factor, bool transposed, const float* weight,
                                        const float* bias, float eps, void* out, float* mean, float* rstd,
                                        void* stream) {
-  if (num_slots == 0 || grids.width == 0) return 0;
+  if (num_slots == 0 || grids.side == 0 || grids.width == 0) return 0;
   return vtc::by_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kPack = 16 / sizeof(T);
@@ -286,7 +298,7 @@ extern "C" int vtc_unshuffle_layernorm_backward(int dtype, const void* grad, con
                                                 bool transposed, const float* weight, const float* mean,
                                                 const float* rstd, int64_t parts, float* partial, void* grad_features,
                                                 float* grad_weight, float* grad_bias, void* stream) {
-  if (num_slots == 0 || grids.width == 0) return 0;
+  if (num_slots == 0 || grids.side == 0 || grids.width == 0) return 0;
   return vtc::by_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kPack = 16 / sizeof(T);

@@ -37,6 +37,12 @@ VTC_DEVICE float block_sum(float value, float* partial) {
 
 inline int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
+// A grid of blocks; what no device can launch becomes an empty one, which every device refuses.
+inline dim3 grid_of(int64_t x, int64_t y = 1) {
+  const bool fits = x <= 0x7fffffff && y <= 65535;
+  return dim3(fits ? static_cast<unsigned>(x) : 0, fits ? static_cast<unsigned>(y) : 0);
+}
+
 // elements of a 16-byte vector, if every address and stride allows it, else 1
 template <class T>
 int pack_size(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
