@@ -1,29 +1,19 @@
-"""The CUDA kernels, executed on the CPU by `ops/hostsim.h` under the address and undefined behaviour sanitizers."""
+"""The CUDA kernels and their binding, executed on the CPU by `ops/hostsim.h` under the sanitizers of g++."""
 
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ops.cases import CASES
+from ops.hostile import unexpected
+from ops.sanitizers import FLAGS, run_sanitized, sanitizer_library
 
-from hf_vtc.ops.recipe import Recipe
+from hf_vtc.ops.recipe import TORCH_FLAGS, Recipe
 
 HERE = Path(__file__).resolve().parent
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-# fibers are no leak, and change stacks on purpose
-SANITIZER_OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0"
-
-
-def sanitizer_library() -> str | None:
-    """Path of libasan.so of this g++, or None where either is missing."""
-    if shutil.which("g++") is None:
-        return None
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    return found if os.path.isabs(found) else None
-
+INCLUDES = ("-I", str(HERE / "ops"), "-isystem", str(Path(torch.__file__).parent / "include"))
+LIBRARIES = (f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,27 +23,18 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory) -> Path:
-    """The .cu files compiled as C++ for the simulator."""
+    """The .cu files and their binding compiled as C++ for the simulator, for tensors on the CPU."""
     target = tmp_path_factory.mktemp("simulated") / "kernels.so"
-    kernels = [str(source) for source in Recipe("cuda").sources if source.suffix == ".cu"]
-    flags = ["-std=c++17", "-O0", "-g1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-DVTC_HOSTSIM", *SANITIZERS]
-    command = ["g++", "-x", "c++", *flags, "-I", str(HERE / "ops"), *kernels, "-o", str(target)]
+    sources = [str(source) for source in Recipe("cuda").sources if source.suffix in (".cu", ".cpp")]
+    flags = ["-std=c++17", "-O0", "-g1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-DVTC_HOSTSIM", *TORCH_FLAGS]
+    command = ["g++", "-x", "c++", *flags, *FLAGS, *INCLUDES, *sources, "-x", "none", *LIBRARIES, "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return target
 
 
 def simulate(library: Path, task: str, reverse: bool) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE / "ops"))),
-        "LD_PRELOAD": sanitizer_library(),
-        "ASAN_OPTIONS": SANITIZER_OPTIONS,
-        "VTC_SIM_REVERSE": str(int(reverse)),
-        "HF_VTC_OPS": "off",
-    }
-    command = [sys.executable, str(HERE / "ops" / "simulate.py"), str(library), task]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return run_sanitized("simulate.py", library, task, VTC_SIM_REVERSE=str(int(reverse)))
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reversed"])
@@ -69,3 +50,9 @@ def test_an_index_out_of_range_traps(simulated):
     result = simulate(simulated, "trap", reverse=False)
     assert result.returncode != 0
     assert "hostsim: trap" in result.stderr
+
+
+def test_no_argument_leads_the_binding_or_a_kernel_astray(simulated):
+    result = run_sanitized("hostile.py", simulated)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert not unexpected(result.stdout, traps=True)

@@ -197,12 +197,20 @@ def _unshuffle_layernorm_backward_shape(grad, features, tiles, weight, mean, rst
     return features.new_empty(features.shape), grad_weight, torch.empty_like(grad_weight)
 
 
+def _check_halvings(halvings):
+    # two to the power of any number would be a number that no memory holds
+    if not all(0 < level < 64 for level in halvings):
+        raise ValueError(f"`halvings` must be numbers of halvings of a grid, at least 1, got {list(halvings)}.")
+
+
 def _pool_pyramid_shape(features, halvings):
+    _check_halvings(halvings)
     num_tiles, num_tokens, width = features.shape
     return [features.new_empty(num_tiles, num_tokens // 2**level, width) for level in halvings]
 
 
 def _pool_pyramid_backward_shape(grads, halvings):
+    _check_halvings(halvings)
     num_tiles, num_tokens, width = grads[0].shape
     return grads[0].new_empty(num_tiles, num_tokens * 2 ** halvings[0], width)
 
@@ -225,6 +233,19 @@ class _Op(NamedTuple):
     shape: Callable
     gradient: Callable = _no_second_gradient
     keep: Callable | None = None
+
+
+def _on_one_device(shape: Callable) -> Callable:
+    """A fake kernel that refuses what no kernel takes; torch asks it for a mixture of real and of meta tensors too."""
+
+    def checked(*arguments: Any) -> Any:
+        tensors = [each for argument in arguments for each in (argument if isinstance(argument, list) else [argument])]
+        devices = {str(each.device) for each in tensors if isinstance(each, torch.Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"All tensors of an op must be on one device, got {', '.join(sorted(devices))}.")
+        return shape(*arguments)
+
+    return checked
 
 
 _OPS = {
@@ -277,5 +298,5 @@ for _name, _op in _OPS.items():
     # the package and a copy beside weights may both be loaded in one process, and an op is defined once
     if not hasattr(torch.ops.hf_vtc, _name):
         torch.library.define(f"hf_vtc::{_name}", _op.signature)
-        torch.library.register_fake(f"hf_vtc::{_name}", _op.shape)
+        torch.library.register_fake(f"hf_vtc::{_name}", _on_one_device(_op.shape))
         torch.library.register_autograd(f"hf_vtc::{_name}", _op.gradient, setup_context=_op.keep)

@@ -326,9 +326,10 @@ std::tuple<Tensor, Tensor, Tensor> assign_segment_mean(Tensor logits, Tensor val
   Dtype dtype = dtype_of(values, "values");
   GroupShape shape = GroupShape::of_forward(logits, values, given);
   int64_t num_groups = shape.num_groups, num_rows = shape.num_rows, width = shape.width;
-  Tensor group_idx = groups_of(shape, logits, given);
+  // before any work, so that what has no place is refused at once
   Tensor counts = new_empty(logits, {shape.num_tiles, num_groups}, ScalarType::Long);
   Tensor means = new_empty(values, {shape.num_tiles, num_groups, width});
+  Tensor group_idx = groups_of(shape, logits, given);
   if (shape.num_slots == 0) return {means, group_idx, counts};
 
   // members of each group in order: a counting sort

@@ -30,6 +30,8 @@ inline int64_t product(std::initializer_list<int64_t> sizes) {
 
 // Checks that a tensor's elements are there: whoever freed the memory of its storage left its shape as it was.
 inline void check_storage(const Tensor& tensor, const char* name) {
+  // a tensor without data does not keep torch from choosing this kernel
+  STD_TORCH_CHECK(tensor.is_cpu() || tensor.is_cuda(), "`", name, "` must be on the CPU or on a CUDA device.");
   if (tensor.numel() == 0) return;
   int64_t last = tensor.storage_offset(), bytes = 0;
   for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
