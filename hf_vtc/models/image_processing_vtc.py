@@ -139,8 +139,44 @@ class VtcImageProcessor(ImageProcessorBase):
             height (`int`): of the upright image, in pixels.
             width (`int`): of the upright image, in pixels.
             **overrides: fields of this processor for this call.
+
+        Raises:
+            ValueError: the image has no pixels, or is so long and thin that the resized one would exhaust memory.
         """
-        return self._settings(**overrides).layout(height, width)
+        return _bounded_layout(height, width, self._settings(**overrides))
+
+    def padded_size(self, image_sizes: Sequence[tuple[int, int]], **overrides: Any) -> tuple[int, int]:
+        """(height, width) in pixels of what holds each of these images in one call: that of the largest sides.
+
+        Args:
+            image_sizes (`Sequence[tuple[int, int]]`): (height, width) in pixels of upright images, at least one.
+            **overrides: fields of this processor for this call.
+
+        Raises:
+            ValueError: as `get_tile_layout`.
+        """
+        settings = self._settings(**overrides)
+        sizes = [settings.processed_size(_bounded_layout(*size, settings)) for size in image_sizes]
+        return max(height for height, _ in sizes), max(width for _, width in sizes)
+
+    def check_padded_size(self, height: int, width: int) -> None:
+        """Raise a `ValueError` if images of this height and this width cannot share a call, as `padded_size` says."""
+        if _is_too_large(height, width):
+            raise ValueError(
+                f"Images that share a call are padded to the largest sides, here {height} x {width} pixels (height x "
+                f"width), more than twice `PIL.Image.MAX_IMAGE_PIXELS` ({Image.MAX_IMAGE_PIXELS}). Crop the longest "
+                "ones, or keep them apart."
+            )
+
+    def check_sizes(self, image_sizes: Sequence[tuple[int, int]], **overrides: Any) -> None:
+        """Raise the `ValueError` that `preprocess` would raise for the sizes of these images, without their pixels.
+
+        Args:
+            image_sizes (`Sequence[tuple[int, int]]`): (height, width) in pixels of upright images.
+            **overrides: fields of this processor for this call.
+        """
+        if image_sizes:
+            self.check_padded_size(*self.padded_size(image_sizes, **overrides))
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Tiles of an image of this size in pixels, under the name that serving engines call."""
@@ -191,7 +227,9 @@ class VtcImageProcessor(ImageProcessorBase):
         images = _flatten(_fetch(images, "images", input_data_format))
         if not images:
             raise ValueError("`images` must hold at least one image, got none. Leave it out for text alone.")
-        layouts = [settings.layout(image.height, image.width) for image in images]
+        layouts = [_bounded_layout(image.height, image.width, settings) for image in images]
+        sizes = [settings.processed_size(layout) for layout in layouts]
+        self.check_padded_size(max(height for height, _ in sizes), max(width for _, width in sizes))
         tiles = [tile for image, layout in zip(images, layouts) for tile in _cut(image, layout, settings)]
         data = {
             "pixel_values": _stacked(tiles, settings),
@@ -295,14 +333,35 @@ def _resized(image: Image.Image, size: tuple[int, int], resample: int) -> Image.
     return image.resize(between, resample).resize(size, resample)
 
 
+def _is_too_large(height: int, width: int) -> bool:
+    limit = Image.MAX_IMAGE_PIXELS
+    return limit is not None and height * width > 2 * limit
+
+
+def _bounded_layout(height: int, width: int, settings: TilingSettings) -> TileLayout:
+    """The layout of an image, none of whose resized or padded forms is larger than PIL would open.
+
+    Raises:
+        ValueError: the image has no pixels, or is too long and thin.
+    """
+    layout = settings.layout(height, width)
+    if settings.tiling == "pad" and height != width:
+        verb, (rows, columns) = "pad", (max(height, width),) * 2
+    elif settings.tiling in ("crop", "keep_aspect"):
+        verb, (rows, columns) = "resize", layout.resized_size
+    else:
+        return layout
+    if _is_too_large(rows, columns):
+        raise ValueError(
+            f"`tiling={settings.tiling!r}` would {verb} an image of {height} x {width} pixels (height x width) to {rows} "
+            f"x {columns}, more than twice `PIL.Image.MAX_IMAGE_PIXELS` ({Image.MAX_IMAGE_PIXELS}). Crop or shrink the "
+            "image first."
+        )
+    return layout
+
+
 def _on_square(image: Image.Image, layout: TileLayout, mean: Sequence[float]) -> Image.Image:
     side = max(layout.image_size)
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and side * side > 2 * limit and image.height != image.width:
-        raise ValueError(
-            f"`tiling='pad'` would pad an image of {image.height} x {image.width} pixels to {side} x {side}, more "
-            f"than twice `PIL.Image.MAX_IMAGE_PIXELS` ({limit}). Crop or shrink the image first."
-        )
     # truncation, not rounding, as in the original
     square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
     square.paste(image, layout.offset[::-1])
@@ -318,6 +377,8 @@ def _short_side_resized(image: Image.Image, layout: TileLayout, settings: Tiling
             f"x {width}, more than twice `PIL.Image.MAX_IMAGE_PIXELS` ({limit}). Crop the image first."
         )
     resized = _resized(image, (width, height), settings.resample)
+=======
+    resized = image.resize((width, height), settings.resample)
     if settings.tiling == "keep_aspect":
         return resized
     top, left = -layout.offset[0], -layout.offset[1]
