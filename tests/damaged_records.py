@@ -171,6 +171,37 @@ def _set(index: int, field: int, value: object):
     return _in_messages(change)
 
 
+def _marked(index: int, **fields: object):
+    """Give a message more fields."""
+    return _in_messages(lambda messages, *words: messages[index].update(fields))
+
+
+def _two_weights(rng: np.random.Generator) -> dict:
+    messages = [("user", "what?", {}), ("assistant", "a box", {"weight": 0}), ("assistant", "a bowl", {})]
+    return {"messages": [{"role": role, "content": content, **more} for role, content, more in messages]}
+
+
+def _marker_in_an_answer(rng: np.random.Generator) -> dict:
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "it is <image>"}]
+    return {"conversations": turns, "image": "square.png"}
+
+
+def _all_weights_zero(messages: list, *words: str) -> None:
+    for message in messages:
+        message["weight"] = 0
+
+
+def _with_field(name: str, value: object):
+    return lambda rng: record_of(rng, str(rng.choice(FORMATS)), []) | {name: value}
+
+
+def _detail(rng: np.random.Generator) -> dict:
+    record = record_of(rng, "openai", ["square.png"])
+    parts = next(message["content"] for message in record["messages"] if message["role"] == "user")
+    parts[0]["image_url"]["detail"] = "low"
+    return record
+
+
 def _changed(change):
     """A record of one image in LLaVA's format, changed in place."""
 
@@ -240,8 +271,8 @@ def _many_images(rng: np.random.Generator) -> dict:
     return record_of(rng, "hub", ["square.png"] * (MAX_LENGTH // 16))
 
 
-def _token_in_text(rng: np.random.Generator) -> dict:
-    return STYLES["llava"]([], [("what is <IMG_CONTEXT>?", "a token")], None)
+def _token_in_text(token: str):
+    return lambda rng: STYLES["llava"]([], [(f"what is {token} here?", "a token")], None)
 
 
 def damages(world: World) -> dict[str, Damage]:
@@ -250,7 +281,7 @@ def damages(world: World) -> dict[str, Damage]:
     return {
         "missing file": Damage(_with_image("nowhere.png", "sub/none.jpg"), "cannot be opened \\(No such file"),
         "path too long": Damage(_with_image("x" * 300 + ".png"), "cannot be opened"),
-        "empty file name": Damage(_changed(lambda record: record.update(image="  ")), "entry 0 is empty"),
+        "empty file name": Damage(_changed(lambda record: record.update(image="  ")), "has no image"),
         "empty entry": Damage(_changed(lambda record: record.update(image=[None])), "entry 0 is empty"),
         "image is a number": Damage(_changed(lambda record: record.update(image=[3.5])), "got float"),
         "two fields of images": Damage(_changed(_two_image_fields), "must have one of `images`, `image`"),
@@ -263,6 +294,7 @@ def damages(world: World) -> dict[str, Damage]:
         "system prompt inside": Damage(_insert(2, "system"), "one system prompt, before all"),
         "two system prompts": Damage(_two_systems, "one system prompt, before all"),
         "unknown role": Damage(_set(1, 0, "tool"), "must be one of .*, got 'tool'"),
+        "role of a function": Damage(_set(1, 0, "observation"), "must be one of .*, got 'observation'"),
         "role is missing": Damage(_set(0, 0, None), "got nothing"),
         "role is a number": Damage(_set(0, 0, 7), "got int"),
         "content is missing": Damage(_set(1, 1, None), "Message 1 has no content"),
@@ -284,9 +316,40 @@ def damages(world: World) -> dict[str, Damage]:
         "nothing to learn": Damage(
             _in_messages(lambda messages, *words: messages.__delitem__(slice(1, None))), "learn"
         ),
-        "answer first": Damage(_in_messages(lambda messages, *words: messages.pop(0)), "must have the role `user`"),
-        "two questions": Damage(_insert(1, "user"), "Message 1 must have the role `assistant`"),
-        "two answers": Damage(_insert(2, "assistant"), "Message 2 must have the role `user`"),
+        "answer to nothing": Damage(
+            _in_messages(lambda messages, *words: messages.__delitem__(slice(2, None)) or messages.pop(0)), "learn"
+        ),
+        "weight between": Damage(_marked(1, weight=0.5), "`weight` of message 1 must be 0 or 1"),
+        "weight of a question": Damage(_marked(0, weight=1), "Message 0: only answers can be learned"),
+        "weights that contradict": Damage(_marked(1, weight=1, loss=False), "`weight` and `loss` contradict"),
+        "weights of one answer": Damage(_two_weights, "Message 2 continues the answer before it"),
+        "no weight at all": Damage(_in_messages(_all_weights_zero), "every answer has weight 0"),
+        "history mask that is no flag": Damage(_with_field("mask_history", "yes"), "`mask_history` must be 0 or 1"),
+        "field of a message": Damage(_marked(1, reasoning_content="hm"), "Message 1 has a field 'reasoning_content'"),
+        "calls of tools": Damage(_marked(1, tool_calls=[{"name": "f"}]), "'tool_calls', .*Tools are neither"),
+        "tools": Damage(_with_field("tools", [{"name": "f"}]), "a field 'tools', .*Tools are neither shown"),
+        "video": Damage(_with_field("video", "a.mp4"), "a field 'video', .*Only images can be shown"),
+        "videos": Damage(_with_field("videos", ["a.mp4"]), "a field 'videos', .*Only images can be shown"),
+        "sound": Damage(_with_field("audios", ["a.wav"]), "a field 'audios', .*Only images can be shown"),
+        "preference": Damage(_with_field("rejected", "no"), "a field 'rejected', .*Preferences are not learned"),
+        "images under another name": Damage(_with_field("image_path", "square.png"), "'image_path', .*`images`"),
+        "unknown field": Damage(_with_field("score", 0.5), "a field 'score', which is neither read nor known"),
+        "marker of a video": Damage(_set(0, 1, "<video>\nwhat?"), "'<video>', which stands for an image or another"),
+        "marker of a sound": Damage(_set(0, 1, "what? <audio>"), "'<audio>', which stands for"),
+        "marker of another model": Damage(_set(0, 1, "see <|image_pad|>"), "'<\\|image_pad\\|>', which stands for"),
+        "numbered marker": Damage(_set(2, 1, "see <image_1>, what?"), "'<image_1>', which stands for"),
+        "marker in capitals": Damage(_set(0, 1, "<Image> what?"), "'<Image>', which stands for"),
+        "marker in an answer": Damage(_marker_in_an_answer, "Message 1: only messages of role `user` may show images"),
+        "detail of an image": Damage(_detail, "asks for `detail` 'low'"),
+        "pixels of a part": Damage(
+            _set(0, 1, [{"type": "image", "image": "square.png", "max_pixels": 9}]), "not read"
+        ),
+        "prompt in plain text": Damage(lambda rng: {"prompt": "what?", "completion": "a box"}, "`prompt` is plain"),
+        "texts without an answer": Damage(lambda rng: {"texts": [{"user": "what?"}]}, "`user` and `assistant` as str"),
+        "instruction without output": Damage(lambda rng: {"instruction": "what?"}, "`instruction` and `output`"),
+        "history of no pairs": Damage(
+            lambda rng: {"query": "what?", "response": "a box", "history": ["hm"]}, "Entry 0 of `history` must be a"
+        ),
         "image in an answer": Damage(
             _set(1, 1, [{"type": "image", "image": "square.png"}]), "only messages of role `user` may show images"
         ),
@@ -317,7 +380,8 @@ def damages(world: World) -> dict[str, Damage]:
         "truncated PNG": Damage(_with_image("truncated.png"), "'truncated.png' cannot be read", in_pixels=True),
         "flipped bits": Damage(_with_image("flipped.png"), "'flipped.png' cannot be read", in_pixels=True),
         "truncated base64": Damage(_truncated_data_uri, "cannot be read", in_pixels=True),
-        "token of the model": Damage(_token_in_text, "wrote 1 times <IMG_CONTEXT>", needs_collator=True),
+        "token of the model": Damage(_token_in_text("<IMG_CONTEXT>"), "holds '<IMG_CONTEXT>'", needs_collator=True),
+        "end token in a text": Damage(_token_in_text("<|im_end|>"), "holds '<\\|im_end\\|>'", needs_collator=True),
         "images too long": Damage(_many_images, "must not cut images", needs_collator=True),
         "prompt too long": Damage(_long_prompt, "leaves nothing to learn", needs_collator=True),
     }

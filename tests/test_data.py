@@ -162,8 +162,9 @@ def test_collator_needs_a_template_that_only_appends():
         ({"messages": [user("?")]}, "nothing to learn"),
         (["no mapping"], "must be a mapping"),
         ({"messages": [user({"type": "video"}), assistant("!")]}, "got 'video'"),
-        ({"messages": [user("<IMG_CONTEXT>"), assistant("!")]}, "wrote 1 times <IMG_CONTEXT> for 0 images"),
-        ({"messages": [assistant("!")], "images": [image()]}, "role `user`"),
+        ({"messages": [user("<IMG_CONTEXT>"), assistant("!")]}, "holds '<IMG_CONTEXT>', which stands for"),
+        ({"messages": [user("<|im_end|>"), assistant("!")]}, r"Message 0: the text holds '<\|im_end\|>', which is a"),
+        ({"messages": [assistant("!")], "images": [image()]}, "nothing to learn"),
     ],
 )
 def test_collator_names_the_record(record, message):

@@ -146,6 +146,10 @@ def write(path, content):
     return path
 
 
+def _id_of(record):
+    return ", id 'x'" if "id" in record else ""
+
+
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_files_of_lines(suffix, world, tmp_path):
     rng = np.random.default_rng(0)
@@ -154,7 +158,9 @@ def test_files_of_lines(suffix, world, tmp_path):
     # a byte order mark, blank lines, Windows line ends
     data = write(tmp_path / f"data{suffix}", b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines))
     records = load_records(data, world.folder)
-    assert [records[idx]["origin"] for idx in range(5)] == [f"data{suffix}, line {line}" for line in (1, 3, 5, 7, 9)]
+    assert [records[idx]["origin"] for idx in range(5)] == [
+        f"data{suffix}, line {1 + 2 * idx} (record {idx}{_id_of(entry)})" for idx, entry in enumerate(expected)
+    ]
     listed = load_records(expected, world.folder)
     for idx in range(5):
         assert records[idx]["messages"] == listed[idx]["messages"]
@@ -162,16 +168,18 @@ def test_files_of_lines(suffix, world, tmp_path):
 
 def test_json_lists_know_their_lines(world, tmp_path):
     entries = [record("square.png"), {"text": "bad"}, record(), 3]
+    entries[0]["id"] = 17
     data = write(tmp_path / "data.json", entries)
     lines = data.read_text().splitlines()
     first_lines = [2, lines.index('  "text": "bad"'), None, len(lines) - 1]
     with pytest.raises(RecordError) as error:
         load_records(data, world.folder)
-    assert f"data.json, line {first_lines[1]}: A record must have either" in str(error.value)
-    assert f"data.json, line {first_lines[3]}: A record must be a mapping" in str(error.value)
+    assert f"data.json, line {first_lines[1]} (record 1): A record must have one of" in str(error.value)
+    assert f"data.json, line {first_lines[3]} (record 3): A record must be a mapping" in str(error.value)
     records = load_records(data, world.folder, on_error="skip")
-    assert len(records) == 2 and records[0]["origin"] == "data.json, line 2"
-    assert [error.origin for error in records.errors] == [f"data.json, line {first_lines[idx]}" for idx in (1, 3)]
+    assert len(records) == 2 and records[0]["origin"] == "data.json, line 2 (record 0, id 17)"
+    refused = [f"data.json, line {first_lines[idx]} (record {idx})" for idx in (1, 3)]
+    assert [error.origin for error in records.errors] == refused
 
 
 @pytest.mark.parametrize(
@@ -201,7 +209,7 @@ def test_images_start_from_the_folder_of_the_data(world, tmp_path):
     (tmp_path / "square.png").write_bytes((world.folder / "square.png").read_bytes())
     data = write(tmp_path / "data.json", [record("square.png")])
     assert load_records(data)[0]["images"][0].size == (32, 32)
-    with pytest.raises(RecordError, match="record 0: Image 'square.png' is a path. Give `image_folder`"):
+    with pytest.raises(RecordError, match="record 0 .*: Image 'square.png' is a path. Give `image_folder`"):
         load_records([record("square.png")])
 
 
@@ -213,7 +221,10 @@ def test_a_folder_holds_several_files_and_images(world, tmp_path):
     write(tmp_path / "metadata.jsonl", json.dumps(line).encode())
     write(tmp_path / "notes.txt", b"nothing")
     records = load_records(tmp_path)
-    assert [records[idx]["origin"] for idx in range(2)] == ["b.json, line 2", "metadata.jsonl, line 1"]
+    assert [records[idx]["origin"] for idx in range(2)] == [
+        "b.json, line 2 (record 0, id 'x')",
+        "metadata.jsonl, line 1 (record 0)",
+    ]
     assert texts(records[1]["messages"])[0][1][0] == {"type": "image"}
     with pytest.raises(ValueError, match="must hold .json, .jsonl, .parquet files"):
         load_records(world.folder)
@@ -235,7 +246,9 @@ def test_datasets_and_parquet(world, tmp_path):
     dataset.to_parquet(tmp_path / "data.parquet")
     for source, name in ((dataset, "row 1 of the data set"), (tmp_path / "data.parquet", "data.parquet, row 1")):
         # the header of a damaged image is fine: nothing was decoded
-        assert len(load_records(source)) == 3
+        assert len(load_records(source, check_images="header")) == 3
+        with pytest.raises(RecordError, match="'truncated.png' cannot be read"):
+            load_records(source)
         records = load_records(source, on_error="skip")
         (error,) = records.errors
         assert error.origin == name and "'truncated.png' cannot be read" in error.reason
@@ -302,9 +315,9 @@ def test_addresses_are_downloaded_if_allowed(world):
         good, missing = record(f"{address}/square.png"), record(f"{address}/nowhere.png")
         with pytest.raises(RecordError, match="Only `allow_urls=True` permits"):
             load_records([good])
-        records = load_records([good, missing], allow_urls=True)
+        records = load_records([good, missing], allow_urls=True, check_images="header")
         assert np.array_equal(records[0]["images"][0], Image.open(world.folder / "square.png"))
-        with pytest.raises(RecordError, match="record 1: .*could not be downloaded"):
+        with pytest.raises(RecordError, match="record 1 .*: .*could not be downloaded"):
             records[1]
         records = load_records([good, missing], allow_urls=True, on_error="skip")
         assert len(records) == 1 and "could not be downloaded" in records.errors[0].reason
@@ -324,10 +337,13 @@ def test_what_is_left_out_is_reported(world, caplog):
     bad = [{"text": str(idx)} for idx in range(12)]
     with caplog.at_level(logging.WARNING, logger="hf_vtc"):
         records = load_records([record(), *bad, record("square.png")], world.folder, on_error="skip")
-    assert len(records) == 2 and [records[idx]["origin"] for idx in range(2)] == ["record 0", "record 13"]
+    assert len(records) == 2 and [records[idx]["origin"] for idx in range(2)] == [
+        "record 0 (id 'x')",
+        "record 13 (id 'x')",
+    ]
     assert [error.origin for error in records.errors] == [f"record {idx}" for idx in range(1, 13)]
     assert isinstance(records.errors[0], BadRecord)
-    assert "12 of 14 records cannot be used:\n  record 1: A record must have either" in caplog.text
+    assert "12 of 14 records cannot be used:\n  record 1: A record must have one of" in caplog.text
     assert "and 2 more" in caplog.text
     caplog.clear()
     load_records([record()])
@@ -346,6 +362,7 @@ def test_nothing_left_is_an_error(tmp_path):
     [
         ({"on_error": "ignore"}, "`on_error` must be one of raise, skip"),
         ({"check_images": "none"}, "`check_images` must be one of header, pixels"),
+        ({"ignore_fields": "score"}, "`ignore_fields` must be a list of names"),
         ({"max_image_pixels": 0}, "`max_image_pixels` must be positive"),
         ({"image_folder": "nowhere"}, "`image_folder` must be an existing folder"),
     ],
@@ -364,6 +381,6 @@ def test_records_feed_workers_of_every_kind(world):
     (batch,) = DataLoader(copy, batch_size=3, collate_fn=collator, num_workers=1)
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[name], value) for name, value in expected.items())
-    assert records[-1]["origin"] == "record 2"
+    assert records[-1]["origin"] == "record 2 (id 'x')"
     with pytest.raises(IndexError):
         records[3]

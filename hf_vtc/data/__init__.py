@@ -1,8 +1,9 @@
 """Your own records for training: read from files and data sets, checked, and made into batches."""
 
-from .collator import IGNORE_INDEX, VtcCollator
+from .collator import VtcCollator
 from .conversation import Conversation
 from .records import BadRecord, ChatRecords, RecordError, load_records
+from .tokenization import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",

@@ -1,141 +1,177 @@
 """One record, in any of the usual formats, to messages as chat templates take them.
 
-The formats differ in names only: LLaVA and ShareGPT write `conversations` of `from` and `value`, OpenAI and Hugging
-Face `messages` of `role` and `content`. Where an image stands in the text is marked by `<image>` or by a content part.
+Where an image stands in the text is marked by `<image>` or by a content part.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .formats import IMAGES_FIELDS, Message, kind_of, messages_of
+
 # stands for an image in plain text, as in the data of LLaVA and all that follow it
 IMAGE_MARKER = "<image>"
-
-# what the formats call the three roles that chat templates know
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+# what stands for an image, a video or a sound in the data and prompts of others; no prose writes it
+_FOREIGN_MARKERS = re.compile(
+    r"<\|[^|<>\s]*(?:image|img|video|audio|vision|media)[^|<>\s]*\|>"
+    r"|<(?:image|img|video|audio)[ _-]?(?:pad|placeholder|token|start|end|here|context|soft_token|\d+)>"
+    r"|</image>|<imagehere>|<fake_token_around_image>|<(?:start|end)_of_image>|<ref-object>|<bbox>"
+    r"|\[IMG(?:_BREAK|_END)?\]"
+    # our own marker, spelled otherwise
+    r"|<(?!(?-i:image>))image>",
+    re.IGNORECASE,
+)
+# these are also the names of HTML elements: they stand for a medium where a message begins or ends with them
+_FOREIGN_AT_AN_END = re.compile(r"^\s*<(?:video|audio|speech|sound|img)>|<(?:video|audio|speech|sound|img)>\s*$")
 # where a content part may carry its image: HF chats and OpenAI messages
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
-# where a record may carry its images: HF data sets and ShareGPT, LLaVA, HF image folders
-_IMAGES_KEYS = ("images", "image", "file_name")
+# keys of a mapping that is an image: tables, and OpenAI messages
+_KEYS_OF_IMAGES = ("bytes", "path", "url", "detail")
 
 
 @dataclass
 class Conversation:
-    """One record as chat templates take it: `messages` with bare image parts, and their `images` in order."""
+    """One record as chat templates take it: `messages` with bare image parts, and their `images` in order.
+
+    An answer that is not to be learned has `weight` 0.
+    """
 
     messages: list[dict[str, Any]]
     images: list[Any]
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "Conversation":
+    def from_record(cls, record: Mapping[str, Any], ignore_fields: Collection[str] = ()) -> "Conversation":
         """Read and check one record; nothing is opened.
 
-        - `messages` or `conversations`: a list of `role` and `content`, or of `from` and `value`. Roles are `system`
-          (at most one, first, also as a field `system` of the record), then `user` (`human`) and `assistant` (`gpt`)
-          in turn, the user first, with at least one answer. No message is empty, and only users show images.
-        - A content is a string, in which each `<image>` stands for an image, or a list of parts of type `text`,
-          `image` (HF) or `image_url` (OpenAI), which may carry their images.
+        - Messages in one of these formats: `messages` or `conversations`, a list of `role` and `content`, or of `from`
+          and `value`; `prompt` and `completion`, both lists of messages, of which only the completion is learned;
+          `texts`, a list of `user` and `assistant`; `instruction` (with `input`) and `output`; `query` and `response`.
+          The last two may have a `history`, a list of pairs of question and answer.
+        - Roles are `system` (or `developer`; at most one, first, also as a field `system` of the record), then `user`
+          (`human`) and `assistant` (`gpt`) in turn. Consecutive messages of one role are joined by a line break. An
+          answer before the first question is left out, as in LLaVA's own loader. No message is empty, and only users
+          show images.
+        - A content is a string or a list of parts of type `text`, `image` (HF) or `image_url` (OpenAI), which may
+          carry their images. Each `<image>` in a text stands for an image. Other spellings of placeholders, and those
+          of other media, are refused.
         - `images`, `image` or `file_name`: one image or a list, for those places of the text that carry none. If the
-          text has no place for any, they come before the text of the first user message.
+          text has no place for any, they come before the text of the first user message. An empty string is no image.
+        - An answer whose `weight`, `loss` or `loss_mask` is 0 or false is shown but not learned; with `mask_history`
+          true only the last one is learned. At least one must be.
 
         A single `<image>` at the end of a message goes to its front, as in LLaVA's own loader; others stay where they
-        are. Other fields are ignored, and so are those that are None, with which tables fill gaps.
+        are. Fields that only describe a record (`formats.HARMLESS_FIELDS`) are ignored, and so are empty ones, with
+        which tables fill gaps. All others are refused by name.
+
+        Args:
+            record (`Mapping`): the record.
+            ignore_fields (`Collection[str]`): more fields of records that are ignored.
 
         Raises:
             ValueError: the record breaks one of these rules; the message says which.
         """
         if not isinstance(record, Mapping):
-            raise ValueError(f"A record must be a mapping with `messages` or `conversations`, got {_kind(record)}.")
-        given = _images_of(record)
-        messages, images, left = [], [], iter(given)
-        for idx, (role, content) in enumerate(_messages_of(record)):
+            raise ValueError(f"A record must be a mapping with `messages` or `conversations`, got {kind_of(record)}.")
+        given = _images_of(record, ignore_fields)
+        read, images, left = [], [], iter(given)
+        for idx, message in enumerate(messages_of(record, ignore_fields)):
             try:
-                messages.append({"role": role, "content": _content(content, left, images)})
+                _refuse_foreign_markers(message)
+                read.append(message._replace(content=_content(message.content, left, images)))
             except ValueError as error:
                 raise ValueError(f"Message {idx}: {error}") from error
+        _check_messages(read)
+        read = _in_turn(read)
         surplus = len(list(left))
-        if surplus and not images and any(message["role"] == "user" for message in messages):
-            _put_first(messages, surplus)
+        if surplus and not images and read:
+            first = next(idx for idx, message in enumerate(read) if message.role == "user")
+            parts = [{"type": "image"} for _ in range(surplus)] + _parts(read[first].content)
+            read[first] = read[first]._replace(content=parts)
             images, surplus = given, 0
-        _check_turns(messages)
         if surplus:
             raise ValueError(
                 f"`images` must hold one image per `{IMAGE_MARKER}` or image part, but {surplus} of {len(given)} are "
                 "left over. Mark in the text where each belongs."
             )
-        return cls(messages, images)
+        return cls([_as_dict(message) for message in read], images)
 
 
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
+def _as_dict(message: Message) -> dict[str, Any]:
+    masked = message.role == "assistant" and not message.learned
+    return {"role": message.role, "content": message.content, **({"weight": 0} if masked else {})}
 
 
-def _images_of(record: Mapping[str, Any]) -> list[Any]:
+def _images_of(record: Mapping[str, Any], ignore_fields: Collection[str]) -> list[Any]:
     """The images that a record carries outside of its text."""
-    filled = [key for key in _IMAGES_KEYS if record.get(key) is not None]
+    given = {key: record.get(key) for key in IMAGES_FIELDS if key not in ignore_fields}
+    filled = [key for key, value in given.items() if not _is_no_image(value)]
     if not filled:
         return []
     if len(filled) > 1:
-        raise ValueError(f"A record must have one of `{'`, `'.join(_IMAGES_KEYS)}`, got `{'` and `'.join(filled)}`.")
+        raise ValueError(f"A record must have one of `{'`, `'.join(IMAGES_FIELDS)}`, got `{'` and `'.join(filled)}`.")
     images = record[filled[0]]
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     for idx, image in enumerate(images):
-        if image is None or isinstance(image, str) and not image.strip():
+        if _is_no_image(image):
             raise ValueError(f"`{filled[0]}` must name an image, but entry {idx} is empty. Remove it, or fill it in.")
+        _refuse_more_keys(image, f"Entry {idx} of `{filled[0]}`")
     return images
 
 
-def _messages_of(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Role and content of each message, in the words of chat templates."""
-    filled = [key for key in ("messages", "conversations") if record.get(key) is not None]
-    if len(filled) != 1:
+def _is_no_image(value: Any) -> bool:
+    return value is None or isinstance(value, str) and not value.strip()
+
+
+def _refuse_more_keys(image: Any, owner: str) -> None:
+    """Raise if a mapping that stands for an image says more of it than where it is."""
+    if not isinstance(image, Mapping):
+        return
+    more = [key for key, value in image.items() if value is not None and key not in _KEYS_OF_IMAGES]
+    if more:
+        raise ValueError(f"{owner} has {more[0]!r} beside its image, which is not read. Remove it.")
+    if image.get("detail") not in (None, "auto", "high"):
         raise ValueError(
-            f"A record must have either `messages` or `conversations`, got {'both' if filled else 'neither'}."
+            f"{owner} asks for `detail` {image['detail']!r}, but every image is shown as the image processor says. "
+            "Remove it."
         )
-    messages = record[filled[0]]
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"`{filled[0]}` must be a list of at least one message, got {_kind(messages)}.")
-    system = record.get("system")
-    # an empty field is how tables say that there is none
-    if system:
-        yield "system", system
-    for idx, message in enumerate(messages, start=1 if system else 0):
-        if not isinstance(message, Mapping):
-            raise ValueError(f"Message {idx} must be a mapping of `role` and `content`, got {_kind(message)}.")
-        role, content = (
-            next((message[key] for key in keys if message.get(key) is not None), None)
-            for keys in (("role", "from"), ("content", "value"))
-        )
-        if not isinstance(role, str) or role not in _ROLES:
-            shown = repr(role) if isinstance(role, str) else _kind(role)
-            raise ValueError(f"Message {idx}: the role must be one of {', '.join(_ROLES)}, got {shown}.")
-        if content is None:
-            raise ValueError(f"Message {idx} has no content. Give `content` or `value`, or remove the message.")
-        yield _ROLES[role], content
+
+
+def _refuse_foreign_markers(message: Message) -> None:
+    """Raise if a question holds what stands for an image or another medium elsewhere, but would be text here."""
+    if message.role == "assistant":
+        return
+    contents = message.content if isinstance(message.content, (list, tuple)) else [message.content]
+    for part in contents:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        found = isinstance(text, str) and (_FOREIGN_MARKERS.search(text) or _FOREIGN_AT_AN_END.search(text))
+        if found:
+            raise ValueError(
+                f"The text holds {found[0].strip()!r}, which stands for an image or another medium elsewhere, and "
+                f"would be text here. Write `{IMAGE_MARKER}` for an image; other media cannot be shown."
+            )
 
 
 def _content(content: Any, left: Iterator[Any], images: list[Any]) -> str | list[dict[str, Any]]:
     """The content of a message without its images, which go to `images`; those that it lacks come from `left`."""
     if isinstance(content, str):
         parts = _marked_parts(_text(content))
-        if parts is None:
-            return content
-    elif isinstance(content, (list, tuple)):
-        parts = content
-    else:
-        raise ValueError(f"The content must be a string or a list of parts, got {_kind(content)}.")
-    return [_bare_part(part, left, images) for part in parts]
+        return content if parts is None else [_bare_part(part, left, images) for part in parts]
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"The content must be a string or a list of parts, got {kind_of(content)}.")
+    bare = []
+    for part in content:
+        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        marked = _marked_parts(_text(part.get("text"))) if is_text else None
+        if marked is not None:
+            _refuse_more_of_part(part)
+        bare += [_bare_part(each, left, images) for each in (marked or [part])]
+    return bare
 
 
 def _text(text: Any) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"Text must be a string, got {_kind(text)}.")
+        raise ValueError(f"Text must be a string, got {kind_of(text)}.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -160,22 +196,36 @@ def _marked_parts(text: str) -> list[dict[str, Any]] | None:
     return [part for part in parts if part["type"] == "image" or part["text"]]
 
 
+def _refuse_more_of_part(part: Mapping[str, Any], *known: str) -> None:
+    more = [key for key, value in part.items() if value is not None and key not in ("type", "text", *known)]
+    if more:
+        raise ValueError(f"A part of type {part['type']!r} has {more[0]!r}, which is not read. Remove it.")
+
+
 def _bare_part(part: Any, left: Iterator[Any], images: list[Any]) -> dict[str, Any]:
     if not isinstance(part, Mapping):
-        raise ValueError(f"Content parts must be mappings with a `type`, got {_kind(part)}.")
+        raise ValueError(f"Content parts must be mappings with a `type`, got {kind_of(part)}.")
     kind = part.get("type")
     if kind == "text":
+        _refuse_more_of_part(part)
         return {"type": "text", "text": _text(part.get("text"))}
     if kind not in ("image", "image_url"):
-        raise ValueError(f"Content parts must be of type `text`, `image` or `image_url`, got {kind!r}.")
+        raise ValueError(
+            f"Content parts must be of type `text`, `image` or `image_url`, got {kind!r}. Other media cannot be shown."
+        )
+    _refuse_more_of_part(part, *_IMAGE_KEYS, "detail")
+    _refuse_more_keys({"detail": part.get("detail")}, "The image part")
     # data sets that are stored as tables fill the keys that a part lacks with None
-    key = next((key for key in _IMAGE_KEYS if part.get(key) is not None), None)
-    source = next(left, None) if key is None else part[key]
+    given = [key for key in _IMAGE_KEYS if part.get(key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"An image part must have one image, got `{'` and `'.join(given)}`.")
+    source = part[given[0]] if given else next(left, None)
+    _refuse_more_keys(source, "The image part")
     if isinstance(source, Mapping) and source.get("url") is not None:
         source = source["url"]
-    if key == "base64" and isinstance(source, str) and not source.startswith("data:"):
+    if given == ["base64"] and isinstance(source, str) and not source.startswith("data:"):
         source = f"data:image;base64,{source}"
-    if source is None or isinstance(source, str) and not source.strip():
+    if _is_no_image(source):
         raise ValueError(
             f"An image part or `{IMAGE_MARKER}` has no image. Put it in the part, or add it to `images` of the record."
         )
@@ -183,32 +233,59 @@ def _bare_part(part: Any, left: Iterator[Any], images: list[Any]) -> dict[str, A
     return {"type": "image"}
 
 
-def _put_first(messages: list[dict[str, Any]], num_images: int) -> None:
-    user = next(message for message in messages if message["role"] == "user")
-    content = user["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    user["content"] = [{"type": "image"} for _ in range(num_images)] + parts
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _check_turns(messages: list[dict[str, Any]]) -> None:
-    expected = "user"
+def _check_messages(messages: list[Message]) -> None:
+    """Raise if a message is empty, or shows or says what its role may not."""
     for idx, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = _parts(message.content)
         has_image = any(part["type"] == "image" for part in parts)
-        if has_image and role != "user":
-            raise ValueError(f"Message {idx}: only messages of role `user` may show images, not those of `{role}`.")
+        if has_image and message.role != "user":
+            raise ValueError(
+                f"Message {idx}: only messages of role `user` may show images, not those of `{message.role}`."
+            )
         if not has_image and not any(part["text"].strip() for part in parts):
             raise ValueError(f"Message {idx} is empty. Remove its turn from the record.")
-        if role == "system":
-            if idx > 0:
-                raise ValueError(f"Message {idx}: there may be one system prompt, before all other messages.")
-        elif role != expected:
+        if message.role == "system" and idx > 0:
+            raise ValueError(f"Message {idx}: there may be one system prompt, before all other messages.")
+
+
+def _in_turn(messages: list[Message]) -> list[Message]:
+    """The messages with those of one role joined, and without an answer to nothing.
+
+    Raises:
+        ValueError: answers would be joined of which some are learned and some are not, or nothing is learned.
+    """
+    joined: list[Message] = []
+    for idx, message in enumerate(messages):
+        if message.role == "assistant" and all(before.role == "system" for before in joined):
+            continue
+        if not joined or joined[-1].role != message.role:
+            joined.append(message)
+            continue
+        if joined[-1].learned != message.learned:
             raise ValueError(
-                f"Message {idx} must have the role `{expected}`, got `{role}`: after the system prompt, user and "
-                "assistant take turns, and the user begins. Join or remove messages."
+                f"Message {idx} continues the answer before it, but one of them is learned and the other is not. Give "
+                "both the same weight."
             )
-        else:
-            expected = "assistant" if role == "user" else "user"
-    if all(message["role"] != "assistant" for message in messages):
-        raise ValueError("`messages` hold nothing to learn, since no message has the role `assistant`. Add one.")
+        joined[-1] = message._replace(content=_joined(joined[-1].content, message.content))
+    answers = [message for message in joined if message.role == "assistant"]
+    if not answers:
+        raise ValueError(
+            "`messages` hold nothing to learn, since no message has the role `assistant` and a question before it. "
+            "Add one."
+        )
+    if not any(message.learned for message in answers):
+        raise ValueError("The messages hold nothing to learn, since every answer has weight 0. Leave the record out.")
+    return joined
+
+
+def _joined(content: str | list, more: str | list) -> str | list:
+    if isinstance(content, str) and isinstance(more, str):
+        return f"{content}\n{more}"
+    first, second = _parts(content), _parts(more)
+    # the chat template writes the line break after an image
+    between = [{"type": "text", "text": "\n"}] if first[-1]["type"] == "text" else []
+    return [*first, *between, *second]

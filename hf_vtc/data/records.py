@@ -1,19 +1,21 @@
 """Data sets of chat records, checked before the first step: what is wrong is named, and never dropped silently."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .collator import VtcCollator
 from .conversation import Conversation
 from .images import ImageReader
-from .sources import RecordError, Rows, open_source
+from .sources import RecordError, Rows, named, open_source
 
 logger = logging.get_logger(__name__)
 
@@ -21,6 +23,10 @@ logger = logging.get_logger(__name__)
 MAX_IMAGE_PIXELS = 89_478_485
 _POLICIES = ("raise", "skip")
 _CHECKS = ("header", "pixels")
+_PROGRESS = {
+    "header": "Checking records",
+    "pixels": "Checking records and decoding their images (check_images='header' leaves that out)",
+}
 # records that are checked together, and bad ones that a message lists
 _CHUNK = 1024
 _MOST_LISTED = 10
@@ -41,8 +47,16 @@ class ChatRecords(Dataset):
     asked for, and `origin`, where the record comes from. `errors` lists what was left out.
     """
 
-    def __init__(self, sources: list[Rows], reader: ImageReader, check_images: str, collator: VtcCollator | None):
+    def __init__(
+        self,
+        sources: list[Rows],
+        reader: ImageReader,
+        check_images: str,
+        collator: VtcCollator | None,
+        ignore_fields: Collection[str] = (),
+    ):
         self._sources, self._reader, self._check_images = sources, reader, check_images
+        self._ignore_fields = frozenset(ignore_fields)
         # (source, row) of each usable record
         self._places: list[tuple[int, int]] = []
         self.errors: list[BadRecord] = []
@@ -57,16 +71,13 @@ class ChatRecords(Dataset):
         Raises:
             RecordError: an image is damaged in a way that its header does not show, or was changed since.
         """
-        place = self._places[idx]
-        try:
-            conversation = self._conversation(place)
-            images = [self._reader.read(image) for image in conversation.images]
-        except ValueError as error:
+        looked = self._look(self._places[idx], "pixels", keep=True)
+        if looked.error is not None:
             remedy = "It was usable when the records were loaded: somebody changed it since."
             if self._check_images == "header":
                 remedy = "`load_records(..., check_images='pixels')` finds such images before training."
-            raise RecordError(f"{self._origin(place)}: {error} {remedy}") from error
-        return {"messages": conversation.messages, "images": images, "origin": self._origin(place)}
+            raise RecordError(f"{looked.origin}: {looked.error} {remedy}") from looked.error
+        return {"messages": looked.conversation.messages, "images": looked.images, "origin": looked.origin}
 
     def to_dataset(self) -> Any:
         """The records as a `datasets.Dataset`, the only kind that TRL takes.
@@ -87,55 +98,108 @@ class ChatRecords(Dataset):
         items = [self[idx] for idx in batch["index"]]
         return {name: [item[name] for item in items] for name in ("messages", "images", "origin")}
 
-    def _conversation(self, place: tuple[int, int]) -> Conversation:
-        source_idx, row_idx = place
-        return Conversation.from_record(self._sources[source_idx][row_idx])
-
-    def _origin(self, place: tuple[int, int]) -> str:
-        source_idx, row_idx = place
-        return self._sources[source_idx].origin(row_idx)
-
     def _check(self, collator: VtcCollator | None) -> None:
         """Look at every record of the sources, and sort it into `_places` or `errors`."""
         places = [(idx, row) for idx, source in enumerate(self._sources) for row in range(len(source))]
-        need_sizes = collator is not None
+        # a header is not enough where the collator must know the size of an image from an address
+        depth = "size" if self._check_images == "header" and collator is not None else self._check_images
+        room = None if collator is None else SharedCanvas(collator.processor.image_processor)
         # threads, since decoding and reading leave the interpreter free
         with (
             ThreadPoolExecutor(min(_NUM_THREADS, os.cpu_count() or 1)) as pool,
             # shown only if it takes long
-            logging.tqdm(total=len(places), desc="Checking records", delay=5) as progress,
+            logging.tqdm(total=len(places), desc=_PROGRESS[self._check_images], delay=5) as progress,
         ):
             for chunk in _chunks(places):
-                for place, looked in zip(chunk, pool.map(partial(self._look, need_sizes=need_sizes), chunk)):
+                for place, looked in zip(chunk, pool.map(partial(self._look, depth=depth), chunk)):
                     try:
-                        if isinstance(looked, ValueError):
-                            raise looked
+                        if looked.error is not None:
+                            raise looked.error
                         if collator is not None:
                             # here and not in the threads, which tokenizers do not bear
-                            collator.check(*looked)
+                            collator.check(looked.conversation.messages, looked.sizes)
+                            room.add(looked.origin, looked.sizes)
                         self._places.append(place)
                     except ValueError as error:
-                        self.errors.append(BadRecord(self._origin(place), str(error)))
+                        self.errors.append(BadRecord(looked.origin, str(error)))
                 progress.update(len(chunk))
+        if room is not None:
+            refused = room.refused()
+            self.errors += [BadRecord(room.origins[idx], reason) for idx, reason in sorted(refused.items())]
+            self._places = [place for idx, place in enumerate(self._places) if idx not in refused]
 
-    def _look(
-        self, place: tuple[int, int], need_sizes: bool
-    ) -> tuple[list[dict[str, Any]], list[tuple[int, int]]] | ValueError:
-        """Messages of a record and, if needed, the sizes of its images; or what is wrong with it."""
+    def _look(self, place: tuple[int, int], depth: str, keep: bool = False) -> "_Looked":
+        """Read a record, and its images as deep as asked: `"header"`, `"size"` or `"pixels"`, which `keep` holds."""
+        source_idx, row_idx = place
+        source = self._sources[source_idx]
+        looked = _Looked(source.origin(row_idx))
         try:
-            conversation = self._conversation(place)
-            sizes = []
-            for image in conversation.images:
-                if self._check_images == "pixels":
+            record = source[row_idx]
+            looked.origin = source.origin(row_idx, named(record))
+            looked.conversation = Conversation.from_record(record, self._ignore_fields)
+            for image in looked.conversation.images:
+                if depth == "pixels":
                     decoded = self._reader.read(image)
-                    sizes.append((decoded.height, decoded.width))
-                elif need_sizes:
-                    sizes.append(self._reader.size(image))
+                    looked.sizes.append((decoded.height, decoded.width))
+                    looked.images += [decoded] if keep else []
+                elif depth == "size":
+                    looked.sizes.append(self._reader.size(image))
                 else:
                     self._reader.check_header(image)
         except ValueError as error:
-            return error
-        return conversation.messages, sizes
+            looked.error = error
+        return looked
+
+
+@dataclass
+class _Looked:
+    """What one look at a record found, or the error that it ended with."""
+
+    origin: str
+    conversation: Conversation | None = None
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+    error: ValueError | None = None
+
+
+class SharedCanvas:
+    """Finds records whose images no batch can hold together, where smaller images are padded to the largest.
+
+    Args:
+        image_processor (`VtcImageProcessor`): decides to which size images are padded.
+    """
+
+    def __init__(self, image_processor: Any):
+        self.image_processor = image_processor
+        self.origins: list[str] = []
+        # (height, width) that the images of each record ask for, 0 for text
+        self._canvases: list[tuple[int, int]] = []
+
+    def add(self, origin: str, image_sizes: Sequence[tuple[int, int]]) -> None:
+        """Note a record that was found good by itself."""
+        self.origins.append(origin)
+        self._canvases.append(self.image_processor.padded_size(image_sizes) if image_sizes else (0, 0))
+
+    def refused(self) -> dict[int, str]:
+        """Which records must go, by their number, so that any others can share a batch, and why."""
+        heights, widths = (sorted(range(len(self.origins)), key=self._side(axis)) for axis in (0, 1))
+        refused: dict[int, str] = {}
+        while heights:
+            tallest, widest = heights[-1], widths[-1]
+            canvas = self._canvases[tallest][0], self._canvases[widest][1]
+            try:
+                self.image_processor.check_padded_size(*canvas)
+                return refused
+            except ValueError as error:
+                # the longer one, next to which fewer others have room
+                longer = tallest if canvas[0] >= canvas[1] else widest
+                other = widest if longer == tallest else tallest
+                refused[longer] = f"It cannot share a batch with {self.origins[other]}: {error}"
+            heights, widths = ([idx for idx in order if idx != longer] for order in (heights, widths))
+        return refused
+
+    def _side(self, axis: int) -> Callable[[int], int]:
+        return lambda idx: self._canvases[idx][axis]
 
 
 def _chunks(places: list) -> Iterator[list]:
@@ -150,8 +214,9 @@ def load_records(
     on_error: str = "raise",
     allow_urls: bool = False,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
-    check_images: str | None = None,
+    check_images: str = "pixels",
     collator: VtcCollator | None = None,
+    ignore_fields: Collection[str] = (),
 ) -> ChatRecords:
     """Read chat records of any usual format, and check every one of them before training begins.
 
@@ -165,17 +230,20 @@ def load_records(
             opened: paths with `..`, absolute ones and links that lead out of it make a record a bad one. Default: the
             folder of the data file; records from memory may then hold no paths.
         on_error (`str`): `"raise"`: bad records are an error, which lists the first ten. `"skip"`: they are left out,
-            counted in a warning at the end, and kept in `.errors` of the result with file and line.
+            counted in a warning at the end, and kept in `.errors` with file, line, index (from 0) and id.
         allow_urls (`bool`): whether images may be downloaded. Everyone who writes a record can then make this machine
             ask any address.
         max_image_pixels (`int`): height times width of the largest image that is decoded.
-        check_images (`str`, *optional*): `"pixels"`: decode every image once, so that no bad one is left. `"header"`:
-            read the beginning only, and no address; damage further inside then stops training with an error that
-            names the record, because replacing or leaving out a record in the midst of training would change the
-            batches without a word. Default: `"pixels"` if bad records are skipped, else `"header"`.
-        collator (`VtcCollator`, *optional*): records that it cannot make a row of, for one because images alone are
-            longer than its `max_length`, are bad ones too. It tokenizes each record once, and must know the size of
-            every image, so that addresses are downloaded for it.
+        check_images (`str`): `"pixels"`: decode every image once, so that no bad one is left; a bar shows the progress
+            if it takes long. `"header"`: read the beginning only, and no address; damage further inside then stops
+            training with an error that names the record, because replacing or leaving out a record in the midst of
+            training would change the batches without a word.
+        collator (`VtcCollator`, *optional*): records that it cannot make a row of are bad ones too: because a text
+            holds a token of the model, images alone are longer than its `max_length`, or are so long and thin that a
+            batch cannot hold them beside those of another record. It tokenizes each record once, and must know the
+            size of every image, so that addresses are downloaded for it.
+        ignore_fields (`Collection[str]`): fields of records that are not looked at. Without it a field is an error if
+            it is neither read nor known to be harmless.
 
     Returns:
         A data set for `transformers.Trainer` and `torch.utils.data.DataLoader` with a `VtcCollator`; TRL takes its
@@ -187,13 +255,13 @@ def load_records(
     """
     if on_error not in _POLICIES:
         raise ValueError(f"`on_error` must be one of {', '.join(_POLICIES)}, got {on_error!r}.")
-    if check_images is None:
-        check_images = "pixels" if on_error == "skip" else "header"
+    if isinstance(ignore_fields, str):
+        raise ValueError(f"`ignore_fields` must be a list of names, got the string {ignore_fields!r}.")
     if check_images not in _CHECKS:
         raise ValueError(f"`check_images` must be one of {', '.join(_CHECKS)}, got {check_images!r}.")
     sources, folder = open_source(source)
     reader = ImageReader(folder if image_folder is None else image_folder, allow_urls, max_image_pixels)
-    records = ChatRecords(sources, reader, check_images, collator)
+    records = ChatRecords(sources, reader, check_images, collator, ignore_fields)
 
     total = len(records) + len(records.errors)
     if records.errors:

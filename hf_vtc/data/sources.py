@@ -2,13 +2,15 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers.utils import is_datasets_available
-
 _SUFFIXES = (".json", ".jsonl", ".parquet")
+# what records are known by, and how much of it is shown
+_ID_FIELDS = ("id", "_id", "idx", "uuid", "sample_id", "question_id", "image_id")
+_LONGEST_ID = 60
 
 
 class RecordError(ValueError):
@@ -22,13 +24,13 @@ class Rows(Protocol):
 
     def __getitem__(self, idx: int) -> Mapping[str, Any]: ...
 
-    def origin(self, idx: int) -> str:
-        """Where a record is, for messages."""
+    def origin(self, idx: int, name: str = "") -> str:
+        """Where a record is, for messages; `name` is its id as `named` says it."""
         ...
 
 
 class ListRows:
-    """Records in memory; an entry that is a `ValueError` could not be parsed."""
+    """Records in memory, counted from 0; an entry that is a `ValueError` could not be parsed."""
 
     def __init__(self, records: Sequence[Any], origins: Sequence[str] | None = None):
         self.records, self.origins = records, origins
@@ -41,8 +43,26 @@ class ListRows:
             raise self.records[idx]
         return self.records[idx]
 
-    def origin(self, idx: int) -> str:
-        return f"record {idx}" if self.origins is None else self.origins[idx]
+    def origin(self, idx: int, name: str = "") -> str:
+        if self.origins is None:
+            return f"record {idx}" + _in_brackets(name)
+        # the line alone says nothing of a file that is one line
+        return self.origins[idx] + _in_brackets(f"record {idx}", name)
+
+
+def _in_brackets(*notes: str) -> str:
+    notes = ", ".join(filter(None, notes))
+    return f" ({notes})" if notes else ""
+
+
+def named(record: Any) -> str:
+    """The id of a record for messages, empty if it has none."""
+    names = (record.get(field) for field in _ID_FIELDS) if isinstance(record, Mapping) else ()
+    name = next((name for name in names if isinstance(name, (str, int)) and name != ""), None)
+    if name is None:
+        return ""
+    name = ascii(name)
+    return f"id {name}" if len(name) <= _LONGEST_ID else f"id {name[:_LONGEST_ID]}..."
 
 
 class DatasetRows:
@@ -60,8 +80,8 @@ class DatasetRows:
     def __getitem__(self, idx: int) -> Mapping[str, Any]:
         return _only_row(self.dataset[idx]) if self.encoded else self.dataset[idx]
 
-    def origin(self, idx: int) -> str:
-        return f"row {idx} of the data set"
+    def origin(self, idx: int, name: str = "") -> str:
+        return f"row {idx} of the data set" + _in_brackets(name)
 
 
 class ParquetRows:
@@ -84,8 +104,8 @@ class ParquetRows:
     def __getitem__(self, idx: int) -> Mapping[str, Any]:
         return _only_row(self.table.slice(idx, 1))
 
-    def origin(self, idx: int) -> str:
-        return f"{self.name}, row {idx}"
+    def origin(self, idx: int, name: str = "") -> str:
+        return f"{self.name}, row {idx}" + _in_brackets(name)
 
 
 def open_source(source: Any) -> tuple[list[Rows], Path | None]:
@@ -198,11 +218,9 @@ def _past_space(text: str, position: int) -> int:
 
 
 def _is_dataset(source: Any) -> bool:
-    if not is_datasets_available():
-        return False
-    from datasets import Dataset
-
-    return isinstance(source, Dataset)
+    # whoever has one has imported the package
+    module = sys.modules.get("datasets")
+    return module is not None and isinstance(source, module.Dataset)
 
 
 def _only_row(table: Any) -> Mapping[str, Any]:

@@ -353,9 +353,9 @@ def _bounded_layout(height: int, width: int, settings: TilingSettings) -> TileLa
         return layout
     if _is_too_large(rows, columns):
         raise ValueError(
-            f"`tiling={settings.tiling!r}` would {verb} an image of {height} x {width} pixels (height x width) to {rows} "
-            f"x {columns}, more than twice `PIL.Image.MAX_IMAGE_PIXELS` ({Image.MAX_IMAGE_PIXELS}). Crop or shrink the "
-            "image first."
+            f"`tiling={settings.tiling!r}` would {verb} an image of {height} x {width} pixels (height x width) to "
+            f"{rows} x {columns}, more than twice `PIL.Image.MAX_IMAGE_PIXELS` ({Image.MAX_IMAGE_PIXELS}). Crop or "
+            "shrink the image first."
         )
     return layout
 
