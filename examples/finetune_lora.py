@@ -22,23 +22,28 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from hf_vtc import AutoModelForVision2Seq
 from hf_vtc.data import VtcCollator, load_records
 from hf_vtc.lora import default_lora_config, quantization_config
-from hf_vtc.trainers import VtcTrainer
+from hf_vtc.trainers import Responses, VtcTrainer
 
 
 class FineTuneTrainer(VtcTrainer):
     """Next-token loss with the compression that the model chooses by itself; logs how many visual tokens it keeps."""
+
+    without_effect = ("use_liger_kernel",)
 
     def __init__(self, *args: Any, compressor_learning_rate: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.compressor_learning_rate = compressor_learning_rate
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        inputs = dict(inputs)
+        responses = Responses.from_labels(inputs.pop("labels"))
+        loss, outputs = self.next_token_loss(model, responses, inputs, num_items_in_batch)
         self.record_visual_tokens(outputs)
         kept = outputs.num_visual_tokens
         if kept is not None:
             reserved = int((inputs["input_ids"] == self.unwrap(model).config.image_token_id).sum())
             self.record("kept_share", int(kept.sum()) / reserved, reserved)
+        loss = self.across_processes(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ import torch
 from trainer_helpers import arguments, collate, make_records
 from transformers import TrainerCallback
 
-import hf_vtc.trainers.base
+import hf_vtc.trainers.checkpoints
 from hf_vtc.trainers import LlavoltaTrainer, Stage, VicoRouterTrainer, VistogTrainer
 
 TILES = ((1,), (2, 1), (), (3,), (2,), (1, 1))
@@ -117,7 +117,7 @@ def run(name: str, model: torch.nn.Module, moment: str, folder: Path) -> None:
     elif moment == "mark":
         Path.touch = before_the_mark(checkpoint)
     elif moment == "rotation":
-        hf_vtc.trainers.base.shutil.rmtree = shutil.rmtree = half_a_deletion
+        hf_vtc.trainers.checkpoints.shutil.rmtree = shutil.rmtree = half_a_deletion
     else:
         die_in_file(trainer, checkpoint / moment)
     trainer.train()

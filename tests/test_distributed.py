@@ -17,7 +17,7 @@ from factories import tiny_model
 from trainer_helpers import changed, snapshot
 
 from hf_vtc.trainers import VtcTrainer
-from hf_vtc.trainers.base import sharded_units
+from hf_vtc.trainers.sharding import sharded_units
 
 TESTS = Path(__file__).resolve().parent
 ONE_TILE = "vico_router_one_tile"

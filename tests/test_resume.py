@@ -16,7 +16,7 @@ from trainer_helpers import arguments, changed, collate, make_records, snapshot
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vtc.trainers import LlavoltaTrainer
-from hf_vtc.trainers.base import COMPLETE, complete_checkpoints
+from hf_vtc.trainers.checkpoints import COMPLETE, complete_checkpoints
 
 TESTS = Path(__file__).resolve().parent
 RUNS = [(name, moment) for name, moments in MOMENTS.items() for moment in moments]

@@ -2,9 +2,10 @@
 
 from . import losses
 from .avg_llava import AvgLlavaGranularityTrainer, AvgLlavaRouterTrainer
-from .base import Responses, VtcTrainer
+from .base import VtcTrainer
 from .convllava import ConvllavaTrainer
 from .llavolta import LlavoltaTrainer
+from .responses import Responses
 from .schedule import SCHEMES, Stage, stages_of
 from .vico import VicoConsistencyTrainer, VicoRouterTrainer
 from .vistog import VistogTrainer

@@ -15,16 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..models.packing_vtc import rows_of_images
-from .base import Responses, VtcTrainer, black_tile, freeze, train_router_alone
+from .base import VtcTrainer, freeze, train_router_alone
 from .losses import (
     IGNORE_INDEX,
     best_granularity_loss,
     granularity_ranking_loss,
-    mean_over_items,
     mean_per_row,
     router_entropy,
     token_cross_entropy,
 )
+from .responses import Responses
+from .sharding import black_tile
 
 
 def images_in(batch: dict[str, Any]) -> int:
@@ -50,6 +51,8 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
     Raises:
         ValueError: `train_vision_tower` under DeepSpeed.
     """
+
+    without_effect = ("use_liger_kernel",)
 
     def __init__(
         self,
@@ -115,13 +118,13 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
             inputs["image_features"] = self._encode(model, inputs)
             inputs.pop("pixel_values")
         if idx is None and num_images == 0:
-            loss = self._granularity_loss(model, responses, inputs, num_items_in_batch)
+            loss, _ = self.next_token_loss(model, responses, inputs, num_items_in_batch)
         else:
             chosen = range(len(scales)) if idx is None else [idx]
             losses = []
             for each in chosen:
                 override = {"router_decisions": torch.full((num_images,), each)} if num_images else {}
-                losses.append(self._granularity_loss(model, responses, inputs | override, num_items_in_batch))
+                losses.append(self.next_token_loss(model, responses, inputs | override, num_items_in_batch)[0])
                 self._record_loss(f"loss_{scales[each]}", losses[-1], responses, num_items_in_batch)
             loss = torch.stack(losses).sum() / len(scales)
         loss = self.across_processes(loss, num_items_in_batch)
@@ -135,16 +138,6 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         base = self.unwrap(model).model
         with torch.set_grad_enabled(with_gradients), self.compute_loss_context_manager():
             return self.in_forward(model, lambda: base.encode(inputs["pixel_values"]))
-
-    def _granularity_loss(
-        self,
-        model: nn.Module,
-        responses: Responses,
-        inputs: dict[str, Any],
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> torch.Tensor:
-        logits, _ = self.response_logits(model, responses, inputs)
-        return mean_over_items(token_cross_entropy(logits, responses.targets), num_items_in_batch)
 
     def _record_loss(
         self,
@@ -188,6 +181,9 @@ class AvgLlavaRouterTrainer(VtcTrainer):
     Raises:
         ValueError: a number is negative, `ranking` is unknown, or `model` is a `PeftModel`.
     """
+
+    # noise is for decoders that train
+    without_effect = (*VtcTrainer.without_effect, "neftune_noise_alpha")
 
     def __init__(
         self,

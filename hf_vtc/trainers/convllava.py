@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from .base import VtcTrainer
+from .responses import Responses
 
 
 class Recipe(NamedTuple):
@@ -140,6 +141,8 @@ class ConvllavaTrainer(VtcTrainer):
         ValueError: `stage` is none of these, or the tower has no such stages or blocks.
     """
 
+    without_effect = ("use_liger_kernel",)
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -169,7 +172,9 @@ class ConvllavaTrainer(VtcTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """Next-token loss over the supervised tokens."""
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
+        inputs = dict(inputs)
+        responses = Responses.from_labels(inputs.pop("labels"))
+        loss, outputs = self.next_token_loss(model, responses, inputs, num_items_in_batch)
         self.record_visual_tokens(outputs)
-        loss = self.across_processes(outputs.loss, num_items_in_batch)
+        loss = self.across_processes(loss, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss

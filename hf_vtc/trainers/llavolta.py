@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .base import Responses, VtcTrainer
-from .losses import mean_over_items, token_cross_entropy
+from .base import VtcTrainer
+from .responses import Responses
 from .schedule import Stage, check_stages, stage_at, stages_of
 
 
@@ -38,6 +38,8 @@ class LlavoltaTrainer(VtcTrainer):
     Raises:
         ValueError: scheme or stages do not fit the decoder, or both are given.
     """
+
+    without_effect = ("use_liger_kernel",)
 
     def __init__(
         self,
@@ -81,8 +83,7 @@ class LlavoltaTrainer(VtcTrainer):
         """Next-token loss over the supervised tokens, as many at every stage."""
         inputs = dict(inputs)
         responses = Responses.from_labels(inputs.pop("labels"))
-        logits, outputs = self.response_logits(model, responses, inputs)
-        loss = mean_over_items(token_cross_entropy(logits, responses.targets), num_items_in_batch)
+        loss, outputs = self.next_token_loss(model, responses, inputs, num_items_in_batch)
         self.record_visual_tokens(outputs)
         loss = self.across_processes(loss, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss

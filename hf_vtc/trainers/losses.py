@@ -40,17 +40,41 @@ def token_kl(reference_logits: torch.Tensor, policy_logits: torch.Tensor) -> tor
     return F.kl_div(policy, reference, reduction="none", log_target=True).sum(dim=-1)
 
 
-def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy of every token.
 
     Args:
         logits (`torch.Tensor` of shape `(N, V)`): row `n` predicts `targets[n]`; the shift is the caller's.
         targets (`torch.Tensor` of shape `(N,)`): token ids.
+        label_smoothing (`float`): share of the target that is spread evenly over the vocabulary, in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `(N,)`, float32, in nats.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+
+
+def next_token_loss(
+    outputs: Any,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Next-token loss of a model's output, as a `compute_loss_func` of `transformers.Trainer` or one of TRL.
+
+    The stock `Trainer` smooths labels without shifting them, unless it knows a model's class by name: with these
+    models `label_smoothing_factor` would teach them to repeat the token that they are given. In its place pass
+    `compute_loss_func=functools.partial(next_token_loss, label_smoothing=0.1)`. Logits are then made at full length.
+
+    Args:
+        outputs: with `logits` `(B, L, V)`.
+        labels (`torch.Tensor` of shape `(B, L)`): -100 where nothing is supervised.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): see `mean_over_items`.
+        label_smoothing (`float`): see `token_cross_entropy`.
+    """
+    mask = labels[:, 1:] != IGNORE_INDEX
+    values = token_cross_entropy(outputs.logits[:, :-1][mask], labels[:, 1:][mask], label_smoothing)
+    return mean_over_items(values, num_items_in_batch)
 
 
 def mean_over_items(values: torch.Tensor, num_items: torch.Tensor | int | None = None) -> torch.Tensor:

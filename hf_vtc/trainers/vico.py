@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .base import Responses, VtcTrainer, black_tile, freeze, train_router_alone
+from .base import VtcTrainer, freeze, train_router_alone
 from .losses import (
     IGNORE_INDEX,
     SlidingWindowPercentile,
@@ -28,6 +28,8 @@ from .losses import (
     token_cross_entropy,
     token_kl,
 )
+from .responses import Responses
+from .sharding import black_tile
 
 
 def tile_rows(input_ids: torch.Tensor, image_token_id: int, image_seq_length: int) -> list[int]:
@@ -212,6 +214,9 @@ class VicoRouterTrainer(VtcTrainer):
         ValueError: an option is none of those above, the reference is missing, `model` is a `PeftModel`, or
             `"one_tile"` meets sharded parameters.
     """
+
+    # noise is for decoders that train
+    without_effect = (*VtcTrainer.without_effect, "neftune_noise_alpha")
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from .base import VtcTrainer
+from .responses import Responses
 
 GROUPING_PARTS = ("model.semantic_tokens", "model.grouping")
 
@@ -68,6 +69,8 @@ class VistogTrainer(VtcTrainer):
         ValueError: `stage` is neither 1 nor 2, the model is of another method, or stage 1 is to train a `PeftModel`.
     """
 
+    without_effect = ("use_liger_kernel",)
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -110,12 +113,13 @@ class VistogTrainer(VtcTrainer):
         """Next-token loss with every image grouped, or with none."""
         # Trainer switches the whole model to training mode before each step
         self.unwrap(model).model.vision_tower.eval()
-        # evaluation needs the loss alone: without the last argument the model would build full-length logits
-        inputs = {**inputs, "vtc_budget": "auto" if self.grouping else "full", "logits_to_keep": 1, "use_cache": False}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        inputs = {**inputs, "vtc_budget": "auto" if self.grouping else "full"}
+        responses = Responses.from_labels(inputs.pop("labels"))
+        loss, outputs = self.next_token_loss(model, responses, inputs, num_items_in_batch)
         self.record_visual_tokens(outputs)
         if self.grouping and outputs.router_decisions is not None:
             self._record_usage(outputs.router_decisions)
+        loss = self.across_processes(loss, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     @torch.no_grad()
