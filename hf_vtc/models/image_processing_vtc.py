@@ -378,7 +378,7 @@ def _short_side_resized(image: Image.Image, layout: TileLayout, settings: Tiling
         )
     resized = _resized(image, (width, height), settings.resample)
 =======
-    resized = image.resize((width, height), settings.resample)
+    resized = _resized(image, (width, height), settings.resample)
     if settings.tiling == "keep_aspect":
         return resized
     top, left = -layout.offset[0], -layout.offset[1]
