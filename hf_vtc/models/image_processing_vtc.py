@@ -370,14 +370,6 @@ def _on_square(image: Image.Image, layout: TileLayout, mean: Sequence[float]) ->
 
 def _short_side_resized(image: Image.Image, layout: TileLayout, settings: TilingSettings) -> Image.Image:
     height, width = layout.resized_size
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and height * width > 2 * limit:
-        raise ValueError(
-            f"`tiling={settings.tiling!r}` would resize an image of {image.height} x {image.width} pixels to {height} "
-            f"x {width}, more than twice `PIL.Image.MAX_IMAGE_PIXELS` ({limit}). Crop the image first."
-        )
-    resized = _resized(image, (width, height), settings.resample)
-=======
     resized = _resized(image, (width, height), settings.resample)
     if settings.tiling == "keep_aspect":
         return resized
