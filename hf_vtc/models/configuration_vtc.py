@@ -22,7 +22,8 @@ class VtcConfig(PretrainedConfig):
     Args:
         vision_config (`dict` or `PretrainedConfig`): the tower; a dict needs `model_type`. Default: InternViT-300M.
         text_config (`dict` or `PretrainedConfig`): the decoder; a dict needs `model_type`. Default: Qwen3.
-        image_token_id (`int`): id of the placeholder token in `input_ids`.
+        image_token_id (`int`): id of the placeholder token in `input_ids`. It may lie beyond the vocabulary, which
+            then has no row for it.
         image_seq_length (`int`, *optional*): reserved placeholders per tile, derived from the tower if not given:
             `(image_size / patch_size)^2 * downsample_ratio^2` (256 for 448 px, patch 14, ratio 0.5).
         vision_feature_layer (`int`): hidden state of the tower that is read, counted as in LLaVA: -1 is what the last

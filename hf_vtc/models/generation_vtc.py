@@ -84,7 +84,8 @@ class VtcGenerationMixin(GenerationMixin):
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _FullPromptStreamer(kwargs["streamer"], input_ids)
         out = super().generate(
-            packed_ids,
+            # the loop looks tokens up in the vocabulary: embeddings of candidates, scores of repeated tokens
+            self.model.ids_with_embeddings(packed_ids),
             generation_config,
             *args,
             inputs_embeds=packed.inputs_embeds,

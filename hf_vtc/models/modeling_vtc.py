@@ -152,11 +152,27 @@ class VtcModel(VtcPreTrainedModel):
         """Embeddings `(B, L, D)` of a prompt and where its placeholders are, `(B, L)`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        embed = self.get_input_embeddings()
         if inputs_embeds is None:
-            return embed(input_ids), input_ids == self.config.image_token_id
+            embeds = self.get_input_embeddings()(self.ids_with_embeddings(input_ids))
+            return embeds, input_ids == self.config.image_token_id
+        if self.placeholder_is_beyond_vocabulary:
+            raise ValueError(
+                f"`inputs_embeds` cannot say where images belong: the placeholder (id {self.config.image_token_id}) "
+                "lies beyond the vocabulary and has no embedding. Pass `input_ids`."
+            )
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return inputs_embeds, (inputs_embeds == embed(token)).all(-1)
+        return inputs_embeds, (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    @property
+    def placeholder_is_beyond_vocabulary(self) -> bool:
+        """Whether the placeholder is no token of the language model, as in official LLaVA checkpoints."""
+        return self.config.image_token_id >= self.config.text_config.vocab_size
+
+    def ids_with_embeddings(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """`input_ids`, with token 0 for placeholders that have no row in the embeddings; images replace it anyway."""
+        if not self.placeholder_is_beyond_vocabulary:
+            return input_ids
+        return input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
 
     def require_no_placeholders(self, input_ids: torch.LongTensor) -> None:
         """Raise a ValueError for a prompt that expects images."""

@@ -242,7 +242,7 @@ class _Oracle:
 
     def _pack(self, input_ids: torch.Tensor, visual: torch.Tensor) -> None:
         # written apart from `pack_visual_tokens`, row by row, so that neither can hide a mistake of the other
-        embeds = self.model.get_input_embeddings()(input_ids)
+        embeds = self.model.get_input_embeddings()(self.model.model.ids_with_embeddings(input_ids))
         embeds[(self.kept_mask & self.placeholders).to(embeds.device)] = visual.to(embeds.dtype)
         rows = [row[kept.to(row.device)] for row, kept in zip(embeds, self.kept_mask)]
         longest = max(len(row) for row in rows)
