@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ _SUFFIXES = (".json", ".jsonl", ".parquet")
 # what records are known by, and how much of it is shown
 _ID_FIELDS = ("id", "_id", "idx", "uuid", "sample_id", "question_id", "image_id")
 _LONGEST_ID = 60
+# what JSON takes for space
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class RecordError(ValueError):
@@ -212,9 +215,7 @@ def _array_entries(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _past_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\n\r":
-        position += 1
-    return position
+    return _SPACE.match(text, position).end()
 
 
 def _is_dataset(source: Any) -> bool:
