@@ -26,6 +26,7 @@ RANK = {
     "data": 2,
     "plot": 2,
     "report": 2,
+    "files": 1,
     "__init__": 1,
     "auto": 1,
     "models": 1,

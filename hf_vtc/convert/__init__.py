@@ -1,8 +1,8 @@
 """From published checkpoints to models of hf_vtc.
 
 `load_official` gives a model in memory, `from_base` turns an uncompressed model into a compressing one, and `convert`
-streams a folder into a folder without ever holding the model. A layout is one file of this package and one entry of
-`LAYOUTS`.
+streams a folder into a folder without ever holding the model. A layout is one file of this package, with a `Layout`
+that is one entry of `LAYOUTS`.
 """
 
 import inspect
@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
+from ..files import blaming, read_json, replacing_folder, require_own_files
 from ..models.configuration_vtc import VtcConfig
+from ..models.image_processing_vtc import write_json
 from . import avg_llava_official, convllava_official, internvl_hf, internvl_official, llava_hf, llava_official
 from .assets import (
     build_processor,
@@ -29,32 +30,24 @@ from .assets import (
     load_tokenizer,
 )
 from .folders import local_folder, tower_folder
-from .plan import Plan, Renamed, Source, fresh_tensors, match
-from .shards import CheckpointReader, ShardWriter, read_json, replacing_folder, write_json
+from .layout import Layout
+from .plan import Plan, Renamed, Source, fresh_tensors, match, require_plausible
+from .shards import CheckpointReader, ShardWriter, num_bytes
 from .targets import Target
 
 __all__ = ["LAYOUTS", "ConversionReport", "convert", "from_base", "load_official"]
 
 logger = logging.get_logger(__name__)
 
-# The first layout that matches counts, so a special one stands before the one that it specialises. Every layout offers
-# - TITLE, IMAGE_TOKEN: its name for messages, and how the placeholder is spelt;
-# - matches(config): whether a config.json is of this layout;
-# - methods(config, stored): name -> `Target`, what such a checkpoint can become;
-# - stored_image_token_id(config): the id of the placeholder, if the file says it;
-# - growing_vocab_size(config): rows of the embeddings if the placeholder may be added to them, else None;
-# - tower_name(config, stored): folder or repository of a tower of its own, None if it is part of the checkpoint;
-# - rename(name): pure map of names; plan(source, target, overrides).
-LAYOUTS: tuple[ModuleType, ...] = (
-    internvl_official,
-    internvl_hf,
-    avg_llava_official,
-    convllava_official,
-    llava_official,
-    llava_hf,
+# the first layout that matches counts, so a special one stands before the one that it specialises
+LAYOUTS: tuple[Layout, ...] = (
+    internvl_official.LAYOUT,
+    internvl_hf.LAYOUT,
+    avg_llava_official.LAYOUT,
+    convllava_official.LAYOUT,
+    llava_official.LAYOUT,
+    llava_hf.LAYOUT,
 )
-# layouts of transformers' own classes, which are bases in memory as well; they offer MODEL_CLASSES too
-_IN_MEMORY: tuple[ModuleType, ...] = (internvl_hf, llava_hf)
 
 # names of a tower that lies in a folder of its own, as if it were part of the checkpoint
 _TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -124,7 +117,8 @@ def load_official(
         folder (`str` or `os.PathLike`): checkpoint folder, or the id of a repository on the Hub.
         method (`str`, *optional*): such as `"vico"`; needed only if the layout fits several.
         image_token_id (`int`, *optional*): id of the placeholder. Default: what the folder says; where an official
-            LLaVA vocabulary has none, the next free id, and embeddings and head grow by its row.
+            LLaVA vocabulary has none, the next free id. It lies beyond the embeddings then, and no row is added: an
+            image needs none, and a row of the head would take its share of every softmax.
         dtype (`torch.dtype` or `str`, *optional*): of the parameters. Default: as stored.
         vision_tower (`str` or `os.PathLike`, *optional*): folder or repository of a tower that is not part of the
             checkpoint. Default: what config.json names, inside of the folder, beside it or on the Hub.
@@ -133,11 +127,12 @@ def load_official(
         ValueError: the layout is unknown, the id of the placeholder is, or tensors are missing or do not fit.
         FileNotFoundError: the folder or a shard is missing.
     """
+    dtype = _checked_dtype(dtype)
     checkpoint = _open(folder, method, image_token_id, vision_tower)
     plan = checkpoint.plan({})
     for note in plan.notes:
         logger.warning("%s: %s", checkpoint.folder, note)
-    return checkpoint.load(plan, _checked_dtype(dtype))
+    return checkpoint.load(plan, dtype)
 
 
 def from_base(
@@ -220,18 +215,20 @@ def convert(
         The report. Without a tokenizer in the source no processor is written, and its notes say so.
 
     Raises:
-        FileExistsError: `dst` exists and `overwrite` is False.
+        FileExistsError: `dst` is not empty and `overwrite` is False, or it holds something that no conversion or
+            export writes, or it has appeared meanwhile.
         FileNotFoundError: the source or a shard is missing.
         ValueError: layout, placeholder id, tensors or config fields, as in `load_official`.
     """
     dst = Path(dst).absolute()
-    dtype = _checked_dtype(dtype)
+    dtype, max_shard_size = _checked_dtype(dtype), num_bytes(max_shard_size)
     with replacing_folder(dst, overwrite) as partial:
         checkpoint = _open(src, method, image_token_id, vision_tower)
         if dst.resolve() == checkpoint.folder.resolve():
             raise ValueError(f"`src` and `dst` are both {dst}. Choose another destination.")
         plan = checkpoint.plan(config_overrides)
-        matched = match(plan, checkpoint.shapes(), str(checkpoint.folder))
+        with blaming(checkpoint.folder):
+            matched = match(plan, checkpoint.shapes(), str(checkpoint.folder))
         dtype = dtype or checkpoint.reader.main_dtype()
 
         writer = ShardWriter(partial, max_shard_size)
@@ -269,7 +266,7 @@ class _Checkpoint:
     """A folder whose layout is known; small files and headers are read, weights are not."""
 
     folder: Path
-    layout: ModuleType
+    layout: Layout
     method: str
     target: Target
     config: dict[str, Any]
@@ -291,29 +288,34 @@ class _Checkpoint:
             self.tower,
             chat_template=chat_template_of(self.folder),
         )
-        return self.layout.plan(source, self.target, overrides)
+        with blaming(self.folder):
+            return self.layout.plan(source, self.target, overrides)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self.reader.tensors.items()}
 
     def load(self, plan: Plan, dtype: torch.dtype | None) -> PreTrainedModel:
-        matched = match(plan, self.shapes(), str(self.folder))
+        with blaming(self.folder):
+            matched = match(plan, self.shapes(), str(self.folder))
+            settings = generation_settings(self.folder, plan.config.text_config, self.tokenizer)
+            generation_config = GenerationConfig(**settings)
         dtype = dtype or self.reader.main_dtype()
         # copied, since a mapped tensor would lean on the file for as long as the model lives
         state = {name: tensor.clone() for name, tensor in _streamed(self.reader, matched.used, dtype)}
         model = _build(plan, state | dict(fresh_tensors(matched, dtype)), dtype)
         if matched.unused or matched.missing:
             logger.warning("%s: not used: %s; missing: %s", self.folder, matched.unused, matched.missing)
-        settings = generation_settings(self.folder, plan.config.text_config, self.tokenizer)
-        model.generation_config = GenerationConfig(**settings)
+        model.generation_config = generation_config
         return model
 
     def write_assets(self, plan: Plan, folder: Path, save_code: bool) -> None:
-        settings = generation_settings(self.folder, plan.config.text_config, self.tokenizer)
-        # written as it stands: transformers refuses to save what some published files hold
-        write_json(folder / "generation_config.json", settings)
-        if self.tokenizer is not None:
-            build_processor(self.tokenizer, plan).save_pretrained(folder, save_code=save_code)
+        with blaming(self.folder):
+            settings = generation_settings(self.folder, plan.config.text_config, self.tokenizer)
+            GenerationConfig(**settings)
+            # written as it stands: transformers refuses to save what some published files hold
+            write_json(folder / "generation_config.json", settings)
+            if self.tokenizer is not None:
+                build_processor(self.tokenizer, plan).save_pretrained(folder, save_code=save_code)
 
 
 def _open(
@@ -321,33 +323,58 @@ def _open(
 ) -> _Checkpoint:
     """Find out what a folder is. Raises as the public functions say."""
     folder = local_folder(folder)
+    require_own_files(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint. Give a model's folder.")
     config = read_json(folder / "config.json")
-    layout = _layout_of(config, folder)
-    reader = CheckpointReader(folder)
-    method, target = _target_of(layout.methods(config, reader.tensors), folder, method)
-    tower, image_processor = {}, image_processor_settings(folder)
-    name = layout.tower_name(config, reader.tensors)
-    if name is None:
-        _refuse_tower(vision_tower, folder)
-    else:
-        has_tower = any(name.startswith(_TOWER_PREFIX) for name in reader.tensors)
-        beside = tower_folder(name, folder, vision_tower, has_tower)
-        tower = read_json(beside / "config.json")
-        image_processor = image_processor_settings(beside) or image_processor
-        if not has_tower:
-            reader.add(CheckpointReader(beside), _TOWER_PREFIX)
-    tokenizer = load_tokenizer(folder)
-    token_id = find_image_token_id(
-        tokenizer,
-        layout.IMAGE_TOKEN,
-        layout.stored_image_token_id(config),
-        image_token_id,
-        layout.growing_vocab_size(config),
-        folder,
-    )
+    with blaming(folder):
+        layout = _layout_of(config, folder)
+        _refuse_quantised(config, folder)
+        reader = CheckpointReader(folder)
+        require_plausible(config, len(reader.tensors), folder)
+        method, target = _target_of(layout.methods(config, reader.tensors), folder, method)
+        name = layout.tower_name(config, reader.tensors)
+        tower, image_processor = {}, image_processor_settings(folder)
+        if name is None:
+            _refuse_tower(vision_tower, folder)
+        else:
+            tower, settings = _add_tower(reader, name, folder, vision_tower)
+            image_processor = settings or image_processor
+        tokenizer = load_tokenizer(folder)
+        token_id = find_image_token_id(
+            tokenizer,
+            layout.image_token,
+            layout.stored_image_token_id(config),
+            image_token_id,
+            layout.vocab_size(config),
+            folder,
+        )
     return _Checkpoint(folder, layout, method, target, config, reader, tokenizer, token_id, tower, image_processor)
+
+
+def _add_tower(
+    reader: CheckpointReader, name: str, folder: Path, given: str | os.PathLike | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`config.json` and image settings of a tower in a folder of its own, whose weights `reader` takes in."""
+    has_tower = any(stored.startswith(_TOWER_PREFIX) for stored in reader.tensors)
+    beside = tower_folder(name, folder, given, has_tower)
+    require_own_files(beside)
+    config = read_json(beside / "config.json")
+    if not has_tower:
+        reader.add(CheckpointReader(beside), _TOWER_PREFIX)
+    require_plausible(config, len(reader.tensors), beside)
+    return config, image_processor_settings(beside)
+
+
+def _refuse_quantised(config: Mapping[str, Any], folder: Path) -> None:
+    for part in (config, *config.values()):
+        found = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if found:
+            name = found.get("quant_method", "unnamed") if isinstance(found, Mapping) else "unnamed"
+            raise ValueError(
+                f"{folder} is quantised (`quant_method` {name!r} in config.json), which is not read. Convert the "
+                "checkpoint that it was made from, and quantise the result."
+            )
 
 
 def _refuse_tower(vision_tower: str | os.PathLike | None, source: Path | str) -> None:
@@ -355,14 +382,14 @@ def _refuse_tower(vision_tower: str | os.PathLike | None, source: Path | str) ->
         raise ValueError(f"`vision_tower` is of no use for {source}, which has its tower. Leave it out.")
 
 
-def _layout_of(config: Mapping[str, Any], folder: Path) -> ModuleType:
+def _layout_of(config: Mapping[str, Any], folder: Path) -> Layout:
     found = next((layout for layout in LAYOUTS if layout.matches(config)), None)
     if found is None:
         if str(config.get("model_type")).startswith("vtc_"):
             raise ValueError(f"{folder} is a model of hf_vtc already. Load it by `from_pretrained`.")
         raise ValueError(
             f"{folder} has an unknown layout: `model_type` {config.get('model_type')!r}, architectures "
-            f"{config.get('architectures')}. Supported: {'; '.join(layout.TITLE for layout in LAYOUTS)}."
+            f"{config.get('architectures')}. Supported: {'; '.join(layout.title for layout in LAYOUTS)}."
         )
     return found
 
@@ -386,9 +413,9 @@ def _from_model(
     overrides: Mapping[str, Any],
 ) -> PreTrainedModel:
     config = model.config.to_dict()
-    layout = next((layout for layout in _IN_MEMORY if layout.matches(config)), None)
+    layout = next((layout for layout in LAYOUTS if layout.model_classes and layout.matches(config)), None)
     if layout is None or model.get_output_embeddings() is None:
-        classes = [name for each in _IN_MEMORY for name in each.MODEL_CLASSES]
+        classes = [name for each in LAYOUTS for name in each.model_classes]
         raise ValueError(
             f"The base must be one of {', '.join(classes)}, got {type(model).__name__}. Load it by "
             "`AutoModelForImageTextToText`."

@@ -6,10 +6,10 @@ from typing import Any
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
+from ..files import read_json, read_text
 from ..models.image_processing_vtc import VtcImageProcessor
 from ..models.processing_vtc import VtcProcessor
 from .plan import Plan
-from .shards import read_json
 
 # ends a turn in the chat format of every InternVL3 model
 TURN_END = "<|im_end|>"
@@ -75,8 +75,8 @@ def find_image_token_id(
         token (`str`): the placeholder of the layout.
         stored (`int`, *optional*): what `config.json` says.
         given (`int`, *optional*): what the caller says.
-        vocab_size (`int`, *optional*): rows of the embeddings of a layout whose vocabulary may grow by the
-            placeholder: the next free id is taken where nobody says one. None: it has the placeholder already.
+        vocab_size (`int`, *optional*): rows of the embeddings of a layout whose vocabulary has no placeholder: the
+            next free id is taken where nobody says one, which is no row of them. None: it has the placeholder.
         folder (`Path`): of the checkpoint, for messages.
 
     Raises:
@@ -88,6 +88,9 @@ def find_image_token_id(
         if vocab_size is not None and token not in tokenizer.get_vocab():
             known["the tokenizer's next free id"] = len(tokenizer)
     known = {who: token_id for who, token_id in known.items() if token_id is not None}
+    for who, token_id in known.items():
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise ValueError(f"The id of the image placeholder must be an integer, {who} says {token_id!r}.")
     if not known and vocab_size is not None:
         return vocab_size
     if not known:
@@ -123,7 +126,7 @@ def chat_template_of(folder: Path) -> str | None:
     """The chat template in a folder of any transformers version, None if there is none."""
     plain, nested = folder / "chat_template.jinja", folder / "chat_template.json"
     if plain.is_file():
-        return plain.read_text(encoding="utf-8")
+        return read_text(plain)
     return read_json(nested).get("chat_template") if nested.is_file() else None
 
 

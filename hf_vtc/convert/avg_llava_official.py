@@ -7,38 +7,12 @@ and no text for the later images of a sample: the new config says so.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from .llava_official import (
-    IMAGE_TOKEN,
-    KNOWN_TOWERS,
-    anyres_fields,
-    decoder_of,
-    feature_fields,
-    growing_vocab_size,
-    processor_settings,
-    stored_image_token_id,
-    tower_config,
-    tower_name,
-)
-from .llava_official import matches as is_llava
-from .llava_official import rename as rename_llava
-from .plan import Plan, ProcessorSettings, Renamed, Source, in_thirds, with_rows_for
+from . import llava_official
+from .plan import Plan, ProcessorSettings, Renamed, Source, in_thirds
 from .targets import TARGETS, Target
-
-__all__ = [
-    "IMAGE_TOKEN",
-    "TITLE",
-    "growing_vocab_size",
-    "matches",
-    "methods",
-    "plan",
-    "rename",
-    "stored_image_token_id",
-    "tower_name",
-]
-
-TITLE = "official AVG-LLaVA (`vis_token_granularity` in config.json)"
 
 # the published config.json does not have it
 _FILTERED_TEXT_NUM = 32
@@ -55,7 +29,7 @@ _FUSED_ATTENTION = re.compile(r"^merger\.self_attn\.in_proj_(weight|bias)$")
 
 def matches(config: Mapping[str, Any]) -> bool:
     """Whether a `config.json` is of this layout."""
-    return is_llava(config) and "vis_token_granularity" in config
+    return llava_official.matches(config) and "vis_token_granularity" in config
 
 
 def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
@@ -66,7 +40,7 @@ def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, T
 def rename(name: str) -> Renamed | None:
     """Map one official name to ours, None for a name that this layout does not have."""
     if not name.startswith(_ROUTER):
-        return rename_llava(name)
+        return llava_official.rename(name)
     part = name.removeprefix(_ROUTER)
     fused = _FUSED_ATTENTION.match(part)
     if fused:
@@ -89,16 +63,16 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
         ValueError: a tower, projector, decoder or setting that has no counterpart here.
     """
     config = source.config
-    tower = tower_config(source.tower or KNOWN_TOWERS[config["mm_vision_tower"]])
-    text, ignored = decoder_of(source)
+    tower = llava_official.tower_config(source.tower or llava_official.KNOWN_TOWERS[config["mm_vision_tower"]])
+    text, ignored = llava_official.decoder_of(source)
     has_router = any(name.startswith(_ROUTER) for name in source.stored)
     fields = {
         "vision_config": tower,
         "text_config": text,
         "image_token_id": source.image_token_id,
         "tie_word_embeddings": text.tie_word_embeddings,
-        **feature_fields(config, tower),
-        **anyres_fields(config),
+        **llava_official.feature_fields(config, tower),
+        **llava_official.anyres_fields(config),
         "vis_token_granularity": list(config["vis_token_granularity"]),
         "router_select": has_router and bool(config.get("router_select", True)),
         "filtered_text_num": config.get("filtered_text_num") or _FILTERED_TEXT_NUM,
@@ -107,9 +81,8 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
         "router_attention": "tiles",
         "router_text": "first_image",
     }
-    renamed = with_rows_for(rename, text, source.image_token_id)
     new_config = target.config(**{**fields, **overrides})
-    processor = processor_settings(source, tower, text)
+    processor = llava_official.processor_settings(source, tower, text)
     notes = ["The chat template is the one of the authors' evaluation on Vicuna; official files name none."]
     if not has_router:
         notes.append(
@@ -120,7 +93,7 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
         layout="official AVG-LLaVA",
         config=new_config,
         model_class=target.model,
-        rename=renamed,
+        rename=rename,
         processor=ProcessorSettings(
             processor.images, {**processor.fields, "count_rule": f"unpad_{new_config.unpad_rule}"}
         ),
@@ -128,3 +101,13 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
         fresh_modules=() if has_router else target.new_modules,
         notes=notes,
     )
+
+
+LAYOUT = replace(
+    llava_official.LAYOUT,
+    title="official AVG-LLaVA (`vis_token_granularity` in config.json)",
+    matches=matches,
+    methods=methods,
+    rename=rename,
+    plan=plan,
+)

@@ -8,26 +8,12 @@ files.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from . import llava_official
-from .llava_official import IMAGE_TOKEN, growing_vocab_size, stored_image_token_id
-from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, with_rows_for
+from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields
 from .targets import TARGETS, Target
-
-__all__ = [
-    "IMAGE_TOKEN",
-    "TITLE",
-    "growing_vocab_size",
-    "matches",
-    "methods",
-    "plan",
-    "rename",
-    "stored_image_token_id",
-    "tower_name",
-]
-
-TITLE = "official ConvLLaVA (`mm_vision_tower` names a ConvNeXt in config.json)"
 
 _TOWER = "model.vision_tower.vision_tower."
 # of the pooled vector, which ConvLLaVA does not read; upstream does not save it
@@ -86,15 +72,13 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
         "tie_word_embeddings": text.tie_word_embeddings,
         **llava_official.feature_fields(config, vision),
     }
-    # before the configuration is built: the vocabulary may grow by the placeholder
-    renamed = with_rows_for(rename, text, source.image_token_id)
     new_config = target.config(**fields | overrides)
     pooled_norm = [name for name in source.stored if name.startswith(_POOLED_NORM)]
     return Plan(
         layout="official ConvLLaVA",
         config=new_config,
         model_class=target.model,
-        rename=renamed,
+        rename=rename,
         processor=ProcessorSettings(
             images={**images, "token_stride": new_config.token_stride},
             fields=llava_official.prompt_fields(source, text, "stride"),
@@ -113,3 +97,14 @@ def image_settings(source: Source) -> dict[str, Any]:
     if isinstance(size, Mapping):
         size = size["shortest_edge"] if "shortest_edge" in size else size["height"]
     return {"tiling": "pad" if ratio == "pad" else "crop", "size": size, **llava_official.normalization(source)}
+
+
+LAYOUT = replace(
+    llava_official.LAYOUT,
+    title="official ConvLLaVA (`mm_vision_tower` names a ConvNeXt in config.json)",
+    matches=matches,
+    methods=methods,
+    rename=rename,
+    plan=plan,
+    tower_name=tower_name,
+)

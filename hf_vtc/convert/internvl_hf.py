@@ -6,12 +6,9 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from .layout import Layout
 from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, is_tied
 from .targets import Target, plan_base, targets_of
-
-TITLE = "InternVL of transformers, `-HF` (`model_type` 'internvl')"
-MODEL_CLASSES = ("InternVLForConditionalGeneration",)
-IMAGE_TOKEN = "<IMG_CONTEXT>"
 
 # files of 4.52 and later keep the names that the model had before its parts moved under `model`
 _OLD_PREFIXES = (
@@ -31,21 +28,6 @@ def matches(config: Mapping[str, Any]) -> bool:
 def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
     """What a checkpoint of this layout can become."""
     return targets_of("internvl")
-
-
-def stored_image_token_id(config: Mapping[str, Any]) -> int | None:
-    """Id of the placeholder in `config.json`."""
-    return config.get("image_token_id")
-
-
-def growing_vocab_size(config: Mapping[str, Any]) -> int | None:
-    """None: the vocabulary has the placeholder."""
-    return None
-
-
-def tower_name(config: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
-    """None: the tower is part of the checkpoint."""
-    return None
 
 
 def rename(name: str) -> Renamed | None:
@@ -133,3 +115,14 @@ def one_layer(layer: int | list[int]) -> int:
             "here. Use a base that reads one."
         )
     return layer
+
+
+LAYOUT = Layout(
+    title="InternVL of transformers, `-HF` (`model_type` 'internvl')",
+    image_token="<IMG_CONTEXT>",
+    matches=matches,
+    methods=methods,
+    rename=rename,
+    plan=plan,
+    model_classes=("InternVLForConditionalGeneration",),
+)

@@ -10,11 +10,9 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from .layout import Layout
 from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, in_thirds, is_tied
 from .targets import TARGETS, Target, plan_base, targets_of
-
-TITLE = "official InternVL3 / InternVL3.5 / InternVL3.5-Flash (`model_type` 'internvl_chat')"
-IMAGE_TOKEN = "<IMG_CONTEXT>"
 
 # parts of a Flash checkpoint that a base checkpoint lacks
 FLASH_PREFIXES = ("mlp2.", "pooling_before_gating.", "gating.")
@@ -83,21 +81,6 @@ def has_flash(config: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
 def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
     """What a checkpoint of this layout can become: a Flash model is a ViCO model already."""
     return {"vico": TARGETS["vico"]} if has_flash(config, stored) else targets_of("internvl")
-
-
-def stored_image_token_id(config: Mapping[str, Any]) -> int | None:
-    """Id of the placeholder in `config.json`."""
-    return config.get("image_token_id")
-
-
-def growing_vocab_size(config: Mapping[str, Any]) -> int | None:
-    """None: the vocabulary has the placeholder."""
-    return None
-
-
-def tower_name(config: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
-    """None: the tower is part of the checkpoint."""
-    return None
 
 
 def rename(name: str) -> Renamed | None:
@@ -297,3 +280,13 @@ def _required(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(config.get(name), dict):
         raise ValueError(f"config.json needs `{name}`, a JSON object. Download it again from the official repository.")
     return config[name]
+
+
+LAYOUT = Layout(
+    title="official InternVL3 / InternVL3.5 / InternVL3.5-Flash (`model_type` 'internvl_chat')",
+    image_token="<IMG_CONTEXT>",
+    matches=matches,
+    methods=methods,
+    rename=rename,
+    plan=plan,
+)

@@ -6,25 +6,10 @@ from typing import Any
 
 from ..models.image_processing_vtc import LLAVA_NEXT_PINPOINTS
 from .internvl_hf import decoder_config, head_name, one_layer, require_object
+from .layout import Layout
 from .llava_official import IMAGE_TOKEN, llava_processor, merge_fields, tower_config
 from .plan import Plan, Renamed, Source, is_tied
 from .targets import Target, plan_base, targets_of
-
-__all__ = [
-    "IMAGE_TOKEN",
-    "MODEL_CLASSES",
-    "TITLE",
-    "growing_vocab_size",
-    "matches",
-    "methods",
-    "plan",
-    "rename",
-    "stored_image_token_id",
-    "tower_name",
-]
-
-TITLE = "LLaVA and LLaVA-NeXT of transformers, `llava-hf` (`model_type` 'llava', 'llava_next')"
-MODEL_CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
 
 _PREFIXES = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
@@ -50,16 +35,6 @@ def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, T
 def stored_image_token_id(config: Mapping[str, Any]) -> int | None:
     """Id of the placeholder in `config.json`, under its name of any version."""
     return config.get("image_token_id", config.get("image_token_index"))
-
-
-def growing_vocab_size(config: Mapping[str, Any]) -> int | None:
-    """None: the vocabulary has the placeholder."""
-    return None
-
-
-def tower_name(config: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
-    """None: the tower is part of the checkpoint."""
-    return None
 
 
 def rename(name: str) -> Renamed | None:
@@ -112,3 +87,15 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
         ignored={head: "equal to the input embeddings"} if tied and head else {},
         notes=[] if anyres else ["Images are padded to squares, as in training; transformers crops them by default."],
     )
+
+
+LAYOUT = Layout(
+    title="LLaVA and LLaVA-NeXT of transformers, `llava-hf` (`model_type` 'llava', 'llava_next')",
+    image_token=IMAGE_TOKEN,
+    matches=matches,
+    methods=methods,
+    rename=rename,
+    plan=plan,
+    stored_image_token_id=stored_image_token_id,
+    model_classes=("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"),
+)

@@ -5,7 +5,7 @@ Beckschen/LLaVolta@31ec151, which adds nothing to the format. The tower may be p
 folder that `mm_vision_tower` names; its config always does. Key names and shapes are facts of the published files.
 """
 
-import ast
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..models.processing_vtc import chat_template_for
+from .layout import Layout
 from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, is_tied
 from .targets import Target, plan_base, targets_of
 
-TITLE = "official LLaVA-1.5 / LLaVA-NeXT / LLaVolta (`mm_projector_type` and `mm_vision_tower` in config.json)"
 IMAGE_TOKEN = "<image>"
 
 # architectures, and `model_type` of files that name none
@@ -76,8 +76,8 @@ def stored_image_token_id(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def growing_vocab_size(config: Mapping[str, Any]) -> int | None:
-    """Rows of the embeddings, to which the placeholder is added."""
+def vocab_size(config: Mapping[str, Any]) -> int | None:
+    """Rows of the embeddings, none of which is the placeholder's."""
     return config["vocab_size"]
 
 
@@ -203,7 +203,9 @@ def anyres_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if merge != "spatial_unpad":
         raise ValueError(f"`mm_patch_merge_type` must be 'flat' or 'spatial_unpad', got {merge!r}.")
     pinpoints = config["image_grid_pinpoints"]
-    pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+    if isinstance(pinpoints, str):
+        # as Python writes a list of pairs
+        pinpoints = json.loads(pinpoints.replace("(", "[").replace(")", "]"))
     return {"image_grid_pinpoints": [[height, width] for width, height in pinpoints]}
 
 
@@ -249,3 +251,16 @@ def prompt_fields(source: Source, text: PretrainedConfig, count_rule: str) -> di
         "chat_template": source.chat_template or chat_template_for(text.model_type, IMAGE_TOKEN),
         "count_rule": count_rule,
     }
+
+
+LAYOUT = Layout(
+    title="official LLaVA-1.5 / LLaVA-NeXT / LLaVolta (`mm_projector_type` and `mm_vision_tower` in config.json)",
+    image_token=IMAGE_TOKEN,
+    matches=matches,
+    methods=methods,
+    rename=rename,
+    plan=plan,
+    stored_image_token_id=stored_image_token_id,
+    vocab_size=vocab_size,
+    tower_name=tower_name,
+)

@@ -7,6 +7,7 @@ plan against the tensors that are really there.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +51,18 @@ _NO_ARCHITECTURE = {
     "use_bfloat16",
 }
 
-# what has one row for each token
-_VOCABULARY = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+
+# fields that say how often something is built, each time with tensors of its own
+_COUNTS = {
+    "depth",
+    "depths",
+    "n_routed_experts",
+    "num_experts",
+    "num_hidden_layers",
+    "num_layers",
+    "num_local_experts",
+    "num_stages",
+}
 
 
 def unchanged(tensor: torch.Tensor) -> tuple[torch.Tensor]:
@@ -79,7 +90,7 @@ class Source(NamedTuple):
     Args:
         config (`Mapping`): content of `config.json`.
         stored (`Mapping[str, Any]`): its tensors by name, those of a tower in a folder of its own included.
-        image_token_id (`int`): id of the placeholder; beyond the vocabulary where the layout lets it grow.
+        image_token_id (`int`): id of the placeholder, beyond the vocabulary where that has none.
         equal (`Callable[[str, str], bool]`): whether two of its tensors hold the same values.
         image_processor (`Mapping`): settings of its image processor, empty if unknown.
         tower (`Mapping`): content of the `config.json` of a tower in a folder of its own, empty if there is none.
@@ -209,6 +220,30 @@ def match(plan: Plan, stored: Mapping[str, Shape], origin: str, on_disk: bool = 
     return Match(used, unused, missing, [name for name in absent if name in in_fresh or name in missing], skeleton)
 
 
+def require_plausible(config: Mapping[str, Any], num_tensors: int, origin: str | PathLike) -> None:
+    """Refuse a `config.json` that asks for more parts than there are tensors: building them would not end.
+
+    Args:
+        config (`Mapping`): content of the file.
+        num_tensors (`int`): that the checkpoint holds.
+        origin (`str` or `PathLike`): its folder, for messages.
+
+    Raises:
+        ValueError: it does.
+    """
+    parts: list[Any] = [config]
+    while parts:
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, Mapping) else ():
+            numbers = value if isinstance(value, list) else [value]
+            if name in _COUNTS and any(isinstance(number, int | float) and number > num_tensors for number in numbers):
+                raise ValueError(
+                    f"config.json of {origin} says `{name}` {str(value)[:40]}, but there are {num_tensors} tensors. "
+                    "Check that both belong together."
+                )
+            parts += numbers
+
+
 def is_tied(source: Source, text_config: Mapping[str, Any], head: str | None, embeddings: str) -> bool:
     """Whether the head of a checkpoint shares the weight of its input embeddings: `source.tied` where that is known.
 
@@ -254,45 +289,6 @@ def architecture_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     generation = GenerationConfig().to_dict().keys() - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
     dropped = generation | _NO_ARCHITECTURE
     return {name: value for name, value in with_both_ropes(fields).items() if name not in dropped}
-
-
-def with_rows_for(
-    rename: Callable[[str], Renamed | None], text_config: PretrainedConfig, image_token_id: int
-) -> Callable[[str], Renamed | None]:
-    """Let a vocabulary grow until it holds the placeholder: sets `text_config.vocab_size`, returns the map to use.
-
-    Embeddings and head get rows that are the means of those that they have. A mean logit is never the largest, and
-    `exp(mean) <= mean(exp)`: whatever the decoder says, the new token gets at most one part in V + 1 of the
-    probability, and greedy decoding is unchanged.
-
-    Args:
-        rename (`Callable[[str], Renamed | None]`): pure map of names of the layout.
-        text_config (`PretrainedConfig`): of the decoder.
-        image_token_id (`int`): id of the placeholder.
-    """
-    num_rows = image_token_id + 1 - text_config.vocab_size
-    if num_rows <= 0:
-        return rename
-    text_config.vocab_size = image_token_id + 1
-
-    def grown(tensor: torch.Tensor) -> tuple[torch.Tensor]:
-        return (torch.cat([tensor, _mean_row(tensor).expand(num_rows, -1)]),)
-
-    def rename_and_grow(name: str) -> Renamed | None:
-        renamed = rename(name)
-        has_vocabulary = renamed is not None and renamed.names[0] in _VOCABULARY
-        return Renamed(renamed.names, grown) if has_vocabulary else renamed
-
-    return rename_and_grow
-
-
-def _mean_row(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean of the rows of `(V, D)`, `(1, D)`, summed in float32 without a float32 copy of the whole."""
-    total = tensor.new_zeros(1, tensor.shape[1], dtype=torch.float32)
-    buffer = tensor.new_empty(1024, tensor.shape[1], dtype=torch.float32)
-    for rows in tensor.split(len(buffer)):
-        total += buffer[: len(rows)].copy_(rows).sum(0, keepdim=True)
-    return (total / len(tensor)).to(tensor.dtype)
 
 
 def _misfits(name: str, shape: Shape, renamed: Renamed, expected: Mapping[str, Shape]) -> list[str]:

@@ -1,9 +1,6 @@
-"""Checkpoint folders as streams of tensors: read shard by shard, write shard by shard, replace a folder at once."""
+"""Checkpoint folders as streams of tensors: read shard by shard, write shard by shard."""
 
-import json
-import pickle
-import shutil
-import tempfile
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +10,44 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files import read_json
+from ..models.image_processing_vtc import write_json
+
 # in the order in which a folder is searched: an index lists the shards, a single file holds everything
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+# weights that other software reads, by the end of their names
+_OTHER_FORMATS = {
+    ".gguf": "GGUF",
+    ".ggml": "GGML",
+    ".onnx": "ONNX",
+    ".h5": "TensorFlow",
+    ".msgpack": "Flax",
+    ".pth": "torch's own, under a name that may stand for anything",
+    ".pt": "torch's own, under a name that may stand for anything",
+    ".npz": "NumPy",
+    ".engine": "TensorRT",
+    ".xml": "OpenVINO",
+}
+
+
+def num_bytes(size: int | str, name: str = "max_shard_size") -> int:
+    """Bytes from a number of them or a text such as `"2GB"`, `"500MB"`, `"20KB"`.
+
+    Raises:
+        ValueError: it is neither, or below one byte; the message calls it `name`.
+    """
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([KMG]B)\s*", size, flags=re.IGNORECASE | re.ASCII)
+        if found is None:
+            raise ValueError(f"`{name}` must be bytes or like '2GB', '500MB', '20KB', got {size!r}.")
+        size = int(float(found[1]) * _SIZE_UNITS[found[2].upper()])
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"`{name}` must be positive bytes or like '2GB', '500MB', '20KB', got {size!r}.")
+    return size
 
 
 class StoredTensor(NamedTuple):
@@ -108,7 +139,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, max_shard_size: int | str):
         self.folder = folder
-        self.max_bytes = _num_bytes(max_shard_size)
+        self.max_bytes = num_bytes(max_shard_size)
         self.total_bytes = 0
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
@@ -153,64 +184,6 @@ class ShardWriter:
         return self.folder / f"part-{shard_idx:05d}.safetensors"
 
 
-@contextmanager
-def replacing_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder that becomes `folder` when the block succeeds and vanishes when it does not.
-
-    Args:
-        folder (`Path`): the destination. Missing parents are created.
-        overwrite (`bool`): replace an existing model folder, after success only.
-
-    Raises:
-        FileExistsError: `folder` exists and `overwrite` is False, or it holds something that is no model.
-    """
-    _require_replaceable(folder, overwrite)
-    created = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = None
-    try:
-        # beside the destination, since a rename to another file system would be a copy
-        scratch = Path(tempfile.mkdtemp(prefix=".vtc_convert_", dir=folder.parent))
-        partial, previous = scratch / "new", scratch / "previous"
-        partial.mkdir()
-        yield partial
-        try:
-            if folder.exists():
-                folder.rename(previous)
-            partial.rename(folder)
-        except BaseException:
-            if previous.exists() and not folder.exists():
-                previous.rename(folder)
-            raise
-    finally:
-        if scratch is not None and (folder.exists() or not (scratch / "previous").exists()):
-            shutil.rmtree(scratch, ignore_errors=True)
-        if not folder.exists():
-            for parent in created:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}.")
-    return content
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object as transformers does, sorted and indented."""
-    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 class _Shard(NamedTuple):
     entries: dict[str, tuple[tuple[int, ...], torch.dtype]]
     read: Any
@@ -230,7 +203,7 @@ def _open_shard(file: Path) -> Iterator[_Shard]:
 def _open_safetensors(file: Path) -> Iterator[_Shard]:
     try:
         handle = safe_open(file, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         with file.open("rb") as raw:
             pointer = raw.read(40).startswith(b"version https://git-lfs")
         reason = "a Git LFS pointer, not the file itself" if pointer else f"truncated or corrupt ({error})"
@@ -247,15 +220,34 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
         # mapped, so that opening a shard reads no weights; weights_only refuses pickles that run code
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    # a damaged pickle fails in every way that its instructions can
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{file} cannot be read as plain tensors ({str(error).splitlines()[0]}): it is truncated, holds code, or "
-            "was written by a torch before 1.6. Use the safetensors files of this checkpoint, or save it again with "
+            f"{file} cannot be read as plain tensors ({reason}): it is truncated, holds code, or was written by a "
+            "torch before 1.6. Use the safetensors files of this checkpoint, or save it again with "
             "`torch.save(state_dict)`."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{file} must hold a dict of tensors (a state dict). Save `model.state_dict()` instead.")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not _is_plain(tensor):
+            raise ValueError(
+                f"{file}: {name!r} must be a dense tensor that is stored as large as it is. Save the state dict again "
+                "from a plain model."
+            )
     return state
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    # a tensor that repeats a small storage could claim any size
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -266,17 +258,27 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
         if (folder / single_name).is_file():
             return [folder / single_name], {}
         # a lone file under another name is a checkpoint too; several without an index may be anything
-        lone = sorted(folder.glob(f"*{Path(single_name).suffix}"))
-        if len(lone) == 1 and lone[0].suffix == ".safetensors":
+        lone = [file for file in sorted(folder.glob(f"*{Path(single_name).suffix}")) if file.is_file()]
+        if len(lone) == 1 and lone[0].suffix == ".safetensors" and not (folder / "adapter_config.json").is_file():
             return lone, {}
         if len(lone) > 1:
             raise FileNotFoundError(
                 f"{folder} has {len(lone)} {Path(single_name).suffix} files but no `{index_name}`. Download it too."
             )
     raise FileNotFoundError(
-        f"{folder} has no weights: `model.safetensors`, or `model.safetensors.index.json` and its shards, is needed "
-        "(`pytorch_model.bin` and its index are read too)."
+        f"{folder} has no weights{_other_weights(folder)}: `model.safetensors`, or `model.safetensors.index.json` and "
+        "its shards, is needed (`pytorch_model.bin` and its index are read too)."
     )
+
+
+def _other_weights(folder: Path) -> str:
+    """What a folder has instead of weights that are read, for a message."""
+    if (folder / "adapter_config.json").is_file():
+        return " of a model, but an adapter. Merge it into its model (`merge_and_unload`) and convert that"
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in _OTHER_FORMATS:
+            return f" in a format that is read, but {file.name} ({_OTHER_FORMATS[file.suffix.lower()]})"
+    return ""
 
 
 def _indexed_shards(index_file: Path) -> tuple[list[Path], dict[str, str]]:
@@ -299,17 +301,6 @@ def _indexed_shards(index_file: Path) -> tuple[list[Path], dict[str, str]]:
     return [index_file.parent / name for name in names], weight_map
 
 
-def _require_replaceable(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} exists already. Choose another one, or pass `overwrite=True` to replace it.")
-    if not folder.is_dir() or folder.is_symlink():
-        raise FileExistsError(f"{folder} is not a folder, so it is left alone. Choose another destination.")
-    if any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise FileExistsError(f"{folder} has no `config.json`, so it is no model folder and is left alone.")
-
-
 def _torch_dtype(name: str, file: Path) -> torch.dtype:
     names = {
         "F64": torch.float64,
@@ -328,17 +319,6 @@ def _torch_dtype(name: str, file: Path) -> torch.dtype:
     if name not in names:
         raise ValueError(f"{file} holds tensors of type {name}, which are not read. Use an unquantised checkpoint.")
     return names[name]
-
-
-def _num_bytes(size: int | str) -> int:
-    if isinstance(size, str):
-        number, unit = size[:-2].strip(), size[-2:].upper()
-        if unit not in _SIZE_UNITS or not number.replace(".", "", 1).isdigit():
-            raise ValueError(f"`max_shard_size` must be bytes or like '2GB', '500MB', '20KB', got {size!r}.")
-        size = int(float(number) * _SIZE_UNITS[unit])
-    if size < 1:
-        raise ValueError(f"`max_shard_size` must be positive, got {size}.")
-    return size
 
 
 def _some(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from ..models.modeling_convllava import ConvllavaForConditionalGeneration
 from ..models.modeling_llavolta import LlavoltaForConditionalGeneration
 from ..models.modeling_vico import VicoForConditionalGeneration
 from ..models.modeling_vistog import VistogForConditionalGeneration
-from .plan import Plan, ProcessorSettings, Renamed, with_rows_for
+from .plan import Plan, ProcessorSettings, Renamed
 
 
 class Target(NamedTuple):
@@ -98,13 +98,12 @@ def plan_base(
         target (`Target`): the method.
         overrides (`Mapping`): fields of its config that the caller gave.
         layout (`str`): name of the source layout.
-        fields (`Mapping`): fields of `VtcConfig` that the source gives, `text_config` with its own vocabulary.
+        fields (`Mapping`): fields of `VtcConfig` that the source gives, `text_config` among them.
         rename (`Callable[[str], Renamed | None]`): pure map of names of the layout.
         processor (`ProcessorSettings`): what the base needs.
         ignored (`dict[str, str]`): source name -> why it is left out on purpose.
         notes (`list[str]`): what the caller should know about the source.
     """
-    rename = with_rows_for(rename, fields["text_config"], fields["image_token_id"])
     new_fields = {**fields, **target.fresh_fields, **overrides}
     # a caller who sets these fields knows what the note says
     fresh = all(new_fields[name] == value for name, value in target.fresh_fields.items())
