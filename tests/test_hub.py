@@ -96,12 +96,13 @@ def test_export_takes_a_path(method, exported, tmp_path):
 
 
 def test_export_replaces_a_model_folder_only_if_told(parts, exported):
-    (exported / "stale.txt").write_text("from the last time")
+    stale = exported / "model-00001-of-00002.safetensors"
+    stale.write_text("from the last time")
     with pytest.raises(FileExistsError, match="overwrite=True"):
         hub.export(*parts, exported, check=False)
-    assert (exported / "stale.txt").is_file()
+    assert stale.is_file()
     hub.export(*parts, exported, check=False, overwrite=True)
-    assert not (exported / "stale.txt").exists()
+    assert not stale.exists()
     assert (exported / "config.json").is_file()
 
 
@@ -127,7 +128,7 @@ def test_export_that_fails_changes_nothing(parts, tmp_path, monkeypatch, there_b
     folder = tmp_path / "tiny"
     if there_before:
         hub.export(model, processor, folder, check=False)
-        (folder / "mark.txt").write_text("before")
+        (folder / "README.md").write_text("before")
 
     def fail(*args, **kwargs):
         raise OSError("no space left")
@@ -136,7 +137,7 @@ def test_export_that_fails_changes_nothing(parts, tmp_path, monkeypatch, there_b
     with pytest.raises(OSError, match="no space left"):
         hub.export(model, processor, folder, check=False, overwrite=True)
     assert folder.exists() == there_before
-    assert not there_before or (folder / "mark.txt").read_text() == "before"
+    assert not there_before or (folder / "README.md").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"] * there_before
 
 
@@ -329,7 +330,7 @@ class FakeHub:
         return [(args, kwargs) for called, args, kwargs, _ in self.calls if called == name]
 
     def whoami(self):
-        return {"name": "me"}
+        return {"name": "me", "orgs": [{"name": "someone", "roleInOrg": "write"}]}
 
     def create_repo(self, repo_id, **kwargs):
         return RepoUrl(f"https://huggingface.co/{repo_id}")
@@ -356,7 +357,7 @@ def test_push_makes_one_commit(method, parts, monkeypatch):
     fake = FakeHub(monkeypatch, private=True)
     url = hub.push(*parts, "someone/tiny", private=True, commit_message="First", token="secret", check=False)
     assert url == "https://huggingface.co/someone/tiny/tree/abc123"
-    assert [name for name, *_ in fake.calls] == ["create_repo", "model_info", "create_commit"]
+    assert [name for name, *_ in fake.calls] == ["whoami", "model_info", "create_repo", "model_info", "create_commit"]
     assert {token for *_, token in fake.calls} == {"secret"}
     ((created, create_options),) = fake.named("create_repo")
     assert created == ("someone/tiny",) and create_options["private"] is True and create_options["exist_ok"] is True
@@ -435,7 +436,8 @@ def test_push_uploads_nothing_that_fails_the_check(parts, monkeypatch):
     monkeypatch.setattr(hub.proof, "check", fail)
     with pytest.raises(RuntimeError, match="differs"):
         hub.push(*parts, "someone/tiny")
-    assert fake.calls == []
+    # it has asked whether it may, and changed nothing
+    assert [name for name, *_ in fake.calls] == ["whoami", "model_info"]
 
 
 def test_push_leaves_no_temporary_folder(parts, monkeypatch, tmp_path):

@@ -1,19 +1,25 @@
 """Checkpoint folders that carry their own code: written whole, proven in a clean process, pushed as one commit."""
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
+from ..convert.plan import require_plausible
+from ..convert.shards import CheckpointReader, num_bytes
+from ..files import blaming, replacing_folder, require_own_files
 from . import proof
 from .card import card_beside, complete_card
 from .proof import check
-from .upload import full_name, upload
+from .upload import full_name, require_writable, upload
 
 __all__ = ["check", "export", "push"]
 
@@ -38,6 +44,9 @@ def export(
     It holds safetensors weights, config with `auto_map`, processor files, the source files that these need, and a
     model card. It is built beside its destination and moved there last: after an error nothing has changed.
 
+    The code is always that of the installed hf_vtc: exporting a folder that an older one has exported refreshes it.
+    Code that lies in a source folder is not run, and no link out of it is followed.
+
     Args:
         model: the model, or the path or repository it is loaded from; `export(path, folder)` is the short form of
             `export(path, None, folder)`.
@@ -52,24 +61,22 @@ def export(
             says. The code is under Apache-2.0 in any case.
         max_shard_size (`int` or `str`): bytes of one file of weights, also as `"2GB"` or `"500MB"`.
         check (`bool`): whether to prove the folder with `check` before it appears.
-        overwrite (`bool`): whether to replace a model folder that is there already.
+        overwrite (`bool`): whether to replace a model folder that is there already. A folder that holds anything
+            that no export writes is never replaced.
 
     Returns:
         The path of `folder`.
 
     Raises:
-        FileExistsError: `folder` is not empty and `overwrite` is False, or it does not look like a model folder.
-        ValueError: `model` is not a model of hf_vtc, or no processor is given.
+        FileExistsError: `folder` is not empty and `overwrite` is False, or it holds something that no export writes,
+            or it has appeared meanwhile.
+        ValueError: `model` is not a model of hf_vtc or not fit to be read, or no processor is given.
         RuntimeError: the folder does not pass `check`.
     """
     model, processor, folder = _arguments_of(model, processor, folder)
-    folder = Path(folder).absolute()
-    _require_free(folder, overwrite)
-    card = card_beside(model) if card is None else card
-    model, processor = _load(model, processor)
-    card = complete_card(card, model, processor, folder.name, base_model, license)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder) as partial:
+    folder, max_shard_size = Path(folder).absolute(), num_bytes(max_shard_size)
+    with replacing_folder(folder, overwrite) as partial:
+        model, processor, card = _resolved(model, processor, card, folder.name, base_model, license)
         _write(model, processor, partial, card, max_shard_size)
         if check:
             proof.check(partial)
@@ -112,16 +119,18 @@ def push(
         takes to get exactly this upload.
 
     Raises:
-        ValueError: as `export`; or `repo_id` is no name, or `private` is True and the repository is public.
+        ValueError: as `export`; or `repo_id` is no name, or the token may not write there, or `private` is True and
+            the repository is public. All that is found out before anything is loaded.
         huggingface_hub.errors.HfHubHTTPError: the network or the rights forbid it, or somebody else has committed
             meanwhile. The branch is then as it was.
     """
     model, processor, repo_id = _arguments_of(model, processor, repo_id)
+    max_shard_size = num_bytes(max_shard_size)
     api = HfApi(token=token)
     repo_id = full_name(api, str(repo_id))
-    card = card_beside(model) if card is None else card
-    model, processor = _load(model, processor)
-    card = complete_card(card, model, processor, repo_id, base_model, license)
+    # before minutes go into loading and proving
+    require_writable(api, repo_id, private)
+    model, processor, card = _resolved(model, processor, card, repo_id, base_model, license)
     with tempfile.TemporaryDirectory(prefix="hf_vtc_push_") as scratch:
         folder = export(
             model,
@@ -160,50 +169,58 @@ def _arguments_of(source, processor, target):
     return source, processor, target
 
 
-def _load(model, processor) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load what was given as a path with the installed classes, whose code is what gets written."""
+def _resolved(model, processor, card, title, base_model, license) -> tuple[PreTrainedModel, ProcessorMixin, ModelCard]:
+    """Model, processor and card, from wherever they come."""
     if isinstance(model, str | os.PathLike):
-        model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
-        if not model.config.model_type.startswith("vtc_"):
+        _require_sound(model)
+    if isinstance(processor, str | os.PathLike) and Path(processor).is_dir():
+        require_own_files(Path(processor))
+    card = card_beside(model) if card is None else card
+    model, processor = _load(model, processor)
+    return model, processor, complete_card(card, model, processor, title, base_model, license)
+
+
+def _require_sound(path: str | os.PathLike) -> None:
+    """Look at a folder with the eyes of a stranger before transformers reads it: links, pipes, indices, settings.
+
+    Raises:
+        ValueError: it is no model of hf_vtc, or not fit to be read.
+    """
+    is_folder = Path(path).is_dir()
+    if is_folder:
+        require_own_files(Path(path))
+    with blaming(path):
+        config, _ = PretrainedConfig.get_config_dict(path)
+        if not str(config.get("model_type")).startswith("vtc_"):
             raise ValueError(
-                f"`model` must be one of hf_vtc, got model type {model.config.model_type!r}. Convert an official "
+                f"`model` must be one of hf_vtc, got model type {config.get('model_type')!r}. Convert an official "
                 "checkpoint first: `hf_vtc.convert.load_official`."
             )
+        if is_folder:
+            require_plausible(config, len(CheckpointReader(Path(path)).tensors), path)
+
+
+def _load(model, processor) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load what was given as a path with the installed classes, whose code is what gets written.
+
+    Code that lies beside the weights is never run.
+    """
+    if isinstance(model, str | os.PathLike):
+        path = model
+        with blaming(path):
+            model, loading = AutoModelForImageTextToText.from_pretrained(
+                path, dtype="auto", trust_remote_code=False, output_loading_info=True
+            )
+        absent = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
+        if absent:
+            raise ValueError(
+                f"The weights of {os.fspath(path)} lack {len(absent)} tensors of the model, or have them in another "
+                f"shape: {', '.join(absent[:5])}. Download them again."
+            )
     if isinstance(processor, str | os.PathLike):
-        processor = AutoProcessor.from_pretrained(processor)
+        with blaming(processor):
+            processor = AutoProcessor.from_pretrained(processor, trust_remote_code=False)
     return model, processor
-
-
-def _require_free(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} is there already. Pass `overwrite=True` to replace it.")
-    if not (folder / "config.json").is_file():
-        raise FileExistsError(f"{folder} has no `config.json`, so it is no model folder and is left alone.")
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the place of `folder` if the block succeeds and vanishes if it does not."""
-    # beside the destination, since a rename to another file system would be a copy
-    scratch = Path(tempfile.mkdtemp(prefix="vtc_export_", dir=folder.parent))
-    partial, previous = scratch / "new", scratch / "previous"
-    try:
-        partial.mkdir()
-        yield partial
-        if folder.exists():
-            folder.rename(previous)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if previous.exists():
-                previous.rename(folder)
-            raise
-    finally:
-        # a previous folder that could not be put back is the only copy
-        if folder.exists() or not previous.exists():
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write(

@@ -1,16 +1,22 @@
 """Model cards: what is given is kept, what is absent is written from the config."""
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..files import read_text
+from ..models.window_vtc import NEWEST_PROVEN, OLDEST_PROVEN
 from ..report import default_budget, estimate
 from ..report.render import binary_bytes, count, flops
 
 _TAGS = ("vtc", "vision-token-compression", "custom_code")
-_CODE_LICENSE = "Apache-2.0"
+# begins the paragraph by which a card is known to come from here
+_CODE = "Code (`*.py`): Apache-2.0"
+_PROVEN = re.compile(r"^The code in this folder was proven on .*$", flags=re.MULTILINE)
 # height and width in pixels: a thumbnail, a photo, a page
 _IMAGE_SIZES = ((336, 336), (768, 1024), (1344, 896))
 
@@ -42,8 +48,9 @@ def complete_card(
     if card is None:
         card = _new_card(model, processor, title, base_model, license)
     elif isinstance(card, os.PathLike) or (isinstance(card, str) and "\n" not in card):
-        card = Path(card).read_text(encoding="utf-8")
-    card = ModelCard(str(card))
+        card = read_text(Path(card))
+    card = _parsed(_stating_versions(str(card)))
+    card.data["code_proven_on"] = f"transformers {OLDEST_PROVEN} - {NEWEST_PROVEN}"
     card.data.library_name = card.data.library_name or "transformers"
     card.data.pipeline_tag = card.data.pipeline_tag or "image-text-to-text"
     card.data.base_model = base_model or card.data.base_model
@@ -51,6 +58,46 @@ def complete_card(
     method = model.config.model_type.removeprefix("vtc_")
     card.data.tags = list(dict.fromkeys((*(card.data.tags or ()), *_TAGS, method)))
     return card
+
+
+def _parsed(text: str) -> ModelCard:
+    """A card whose metadata is as flat as that of the Hub.
+
+    Raises:
+        ValueError: the metadata is no YAML, or none that the Hub would take.
+    """
+    # an anchor stands for itself as often as it is named: some lines of them are a tree without end
+    metadata = REGEX_YAML_BLOCK.search(text)
+    if metadata and re.search(r"(^|[\s,\[{:])[&*][^\s&*]", metadata[2]):
+        raise ValueError("The metadata of the card may not hold YAML anchors (`&name`, `*name`). Write it out.")
+    try:
+        card = ModelCard(text)
+    # of the YAML parser and of huggingface_hub, which share no class
+    except Exception as error:
+        raise ValueError(
+            f"The metadata of the card cannot be read ({error}). Repair the lines between `---`."
+        ) from error
+    tags = card.data.tags
+    if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
+        raise ValueError(f"`tags` of the card must be a list of words, got {tags!r}. Repair the lines between `---`.")
+    return card
+
+
+def _stating_versions(text: str) -> str:
+    """A card whose sentence about versions speaks of the code that is written beside it.
+
+    Only cards that an export wrote have that sentence, or get it.
+    """
+    if _PROVEN.search(text):
+        return _PROVEN.sub(lambda found: _versions(), text, count=1)
+    return text.replace(f"\n{_CODE}", f"\n{_versions()}\n\n{_CODE}", 1)
+
+
+def _versions() -> str:
+    return (
+        f"The code in this folder was proven on transformers {OLDEST_PROVEN} to {NEWEST_PROVEN} (from a local folder: "
+        "5.11 or newer). With a newer one it says so in the log; `hf-vtc export OLD NEW` writes the code anew."
+    )
 
 
 def _new_card(
@@ -91,9 +138,9 @@ print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_spe
 
 {_token_table(model, processor)}
 
-## Licence
+## Code and licence
 
-Code (`*.py`): {_CODE_LICENSE}, a copy of what it needs of the Python package `hf_vtc`, which has training, LoRA and
+{_CODE}, a copy of what it needs of the Python package `hf_vtc`, which has training, LoRA and
 measurements besides. Weights: {weights}.
 """
 

@@ -1,11 +1,14 @@
 """The proof that a folder is complete: its code computes, without hf_vtc, what the installed classes compute."""
 
 import inspect
-import json
 import os
+import re
+import signal
+import site
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 
 from .. import models  # noqa: F401  registers the installed classes that `check` compares with
 from ..auto import REMOTE_CODE_FROM_FOLDER
+from ..files import read_json, require_own_files
 
 _AUTO_CLASSES = (
     "AutoConfig",
@@ -23,19 +27,36 @@ _AUTO_CLASSES = (
     "AutoImageProcessor",
 )
 _PROBE_FILE = "probe.safetensors"
-# characters of the clean process's error output that are worth repeating
+# bytes of the clean process's error output that are worth repeating
 _ERROR_TAIL = 3000
+_SECONDS, _SECONDS_PER_GB = 600, 120
+# what the clean process gets of the environment: programs, languages, and how to compute
+_KEPT_VARIABLES = ("PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV", "CONDA_PREFIX")
+_KEPT_PREFIXES = (
+    *("LC_", "LD_", "DYLD_", "PYTHON", "HF_VTC_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "PYTORCH_", "ATEN_"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "DNNL_", "ONEDNN_", "CUDA_", "CUBLAS_", "HIP_", "ROCR_"),
+)
+_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|CREDENTIAL|_KEY")
 
 
-def check(folder: str | os.PathLike) -> None:
+def check(folder: str | os.PathLike, timeout: float | None = None) -> None:
     """Prove that a folder is complete: without hf_vtc its own code computes what the installed classes compute.
 
     A new process, in which hf_vtc cannot be imported and the Hub is offline, loads model and processor with
     `trust_remote_code=True`, encodes a fixed prompt with two images and computes logits for the budgets `"auto"` and
     `"full"`. Inputs and logits must be equal bit for bit. Both sides run on the CPU.
 
+    This runs the folder's code. Its process is given a home of its own and no environment variable beside those that
+    decide how to compute, so that no access token is within its reach by name; it is no sandbox.
+
+    Args:
+        folder (`str` or `os.PathLike`): as `export` writes it.
+        timeout (`float`, *optional*): seconds after which the process is ended. Default: 10 minutes, and 2 more per
+            GB of weights.
+
     Raises:
-        RuntimeError: something is missing, does not load, or differs; the message says what.
+        RuntimeError: something is missing, does not load, takes too long, or differs; the message says what.
+        ValueError: a link leads out of the folder, or a file of settings is none.
     """
     folder = Path(folder)
     if not REMOTE_CODE_FROM_FOLDER:
@@ -43,9 +64,13 @@ def check(folder: str | os.PathLike) -> None:
             "Remote code from a local folder needs transformers >= 5.11 (from the Hub, older ones load it too). "
             "Upgrade transformers, or pass `check=False`."
         )
+    require_own_files(folder)
     _require_complete(folder)
+    if timeout is None:
+        num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        timeout = _SECONDS + _SECONDS_PER_GB * num_bytes / 1e9
     with tempfile.TemporaryDirectory(prefix="hf_vtc_check_") as scratch:
-        remote = _probe_in_clean_process(folder, Path(scratch))
+        remote = _probe_in_clean_process(folder, Path(scratch), timeout)
         installed = _probe(str(folder), trust_remote_code=False)
     for name, expected in installed.items():
         if name not in remote:
@@ -83,7 +108,7 @@ def _probe(folder: str, trust_remote_code: bool) -> dict[str, torch.Tensor]:
     return results
 
 
-def _probe_in_clean_process(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
+def _probe_in_clean_process(folder: Path, scratch: Path, timeout: float) -> dict[str, torch.Tensor]:
     script = "\n".join(
         (
             "import sys",
@@ -95,16 +120,62 @@ def _probe_in_clean_process(folder: Path, scratch: Path) -> dict[str, torch.Tens
             f"save_file(_probe({str(folder.absolute())!r}, trust_remote_code=True), {_PROBE_FILE!r})",
         )
     )
-    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=scratch, env=environment, capture_output=True, text=True, check=False
-    )
-    if result.returncode != 0:
+    with open(scratch / "errors", "w+b") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=scratch,
+            env=_clean_environment(scratch),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            # a group of its own, so that it ends with all that it has started
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(
+                f"{folder} was still computing after {timeout:.0f} s in a process without hf_vtc, which was ended. If "
+                "this machine needs longer, pass `check=False` and call `hf_vtc.hub.check(folder, timeout=...)`."
+            ) from None
+        finally:
+            _end_group(process)
+        errors.seek(max(errors.seek(0, os.SEEK_END) - _ERROR_TAIL, 0))
+        tail = errors.read().decode("utf-8", errors="replace")
+    if status != 0:
         raise RuntimeError(
-            f"{folder} does not work in a process without hf_vtc (exit status {result.returncode}). Its error output "
-            f"ends with:\n{result.stderr[-_ERROR_TAIL:]}"
+            f"{folder} does not work in a process without hf_vtc (exit status {status}). Its error output ends with:\n"
+            f"{tail}"
         )
     return load_file(scratch / _PROBE_FILE)
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """Kill a process, finished or not, and whatever is left of its group."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+def _clean_environment(scratch: Path) -> dict[str, str]:
+    """Environment of the process: what decides how it computes, and nothing that is a secret."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _KEPT_VARIABLES or (name.startswith(_KEPT_PREFIXES) and not _SECRET.search(name))
+    }
+    return kept | {
+        # where libraries look for tokens that are stored
+        "HOME": str(scratch),
+        "HF_HOME": str(scratch / "hf_home"),
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        # packages that were installed for this user alone
+        "PYTHONUSERBASE": site.getuserbase(),
+    }
 
 
 def _require_complete(folder: Path) -> None:
@@ -129,7 +200,9 @@ def _require_complete(folder: Path) -> None:
 def _auto_map_in(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     # transformers 5 nests the image processor inside of the processor's file
-    nested = values.get("image_processor", {})
-    return {**values.get("auto_map", {}), **nested.get("auto_map", {})}
+    nested = values.get("image_processor")
+    maps = [part.get("auto_map") for part in (values, nested) if isinstance(part, dict)]
+    merged = {key: value for auto_map in maps if isinstance(auto_map, dict) for key, value in auto_map.items()}
+    return {key: value for key, value in merged.items() if isinstance(value, str)}

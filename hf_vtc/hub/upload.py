@@ -3,7 +3,8 @@
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+from huggingface_hub.errors import RepositoryNotFoundError
 
 # What loading reads beside the new files, if an earlier upload left it there: other shards, an adapter that was
 # merged since, a tokenizer of another kind.
@@ -41,6 +42,46 @@ def full_name(api: HfApi, repo_id: str) -> str:
     return repo_id if len(parts) == 2 else f"{api.whoami()['name']}/{repo_id}"
 
 
+def require_writable(api: HfApi, repo_id: str, private: bool | None) -> None:
+    """Find out, without changing anything, that an upload would be refused.
+
+    Args:
+        api (`HfApi`): with the token to use.
+        repo_id (`str`): `"owner/name"`.
+        private (`bool`, *optional*): as in `upload`.
+
+    Raises:
+        ValueError: the token is for reading, the owner is somebody else, or `private` is True and the repository is
+            public.
+        huggingface_hub.errors.LocalTokenNotFoundError, HfHubHTTPError: there is no token, or the Hub refuses it.
+    """
+    user, owner = api.whoami(), repo_id.split("/")[0]
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(
+            f"The access token of {user['name']} is for reading, so that nothing can be uploaded to {repo_id}. Make "
+            "one that writes: https://huggingface.co/settings/tokens"
+        )
+    owners = [user["name"], *(org["name"] for org in user.get("orgs", ()) if org.get("roleInOrg") != "read")]
+    if owner not in owners:
+        raise ValueError(
+            f"The access token is that of {user['name']}, who may not write to {owner!r}. Give a repository of "
+            f"{', '.join(owners)}, or another token."
+        )
+    try:
+        _require_private(api.model_info(repo_id), private)
+    except RepositoryNotFoundError:
+        # it will be made
+        return
+
+
+def _require_private(found: ModelInfo, private: bool | None) -> None:
+    if private and not found.private:
+        raise ValueError(
+            f"`private=True`, but {found.id} is there already and public. Make it private in its settings on the Hub, "
+            "or push to another name."
+        )
+
+
 def upload(
     api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None, commit_message: str
 ) -> str:
@@ -64,15 +105,15 @@ def upload(
     """
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
     before = api.model_info(repo_id)
-    if private and not before.private:
-        raise ValueError(
-            f"`private=True`, but {repo_id} is there already and public. Make it private in its settings on the Hub, "
-            "or push to another name."
-        )
+    _require_private(before, private)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
         before = api.model_info(repo_id, revision=revision)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    }
     present = [sibling.rfilename for sibling in before.siblings]
     # not `upload_folder`, which may split what takes long into several commits
     commit = api.create_commit(
