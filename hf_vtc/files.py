@@ -127,9 +127,10 @@ def blaming(folder: str | os.PathLike) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, ImportError):
-        raise
     except Exception as error:
+        # what is no text is a ValueError to Python, but says no more than the others
+        if isinstance(error, (ValueError, OSError, ImportError)) and not isinstance(error, UnicodeError):
+            raise
         raise ValueError(
             f"The files of {os.fspath(folder)} cannot be those of a model ({type(error).__name__}: {error}). Check "
             "config.json and the files beside it, or download them again."

@@ -2,18 +2,23 @@
 
 import configparser
 import json
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import factories
 import pytest
 import torch
+from internvl_checkpoints import official_config, official_state, write_checkpoint
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 import hf_vtc.convert
 import hf_vtc.hub
-from hf_vtc import answers, cli
+from hf_vtc_cli import answers, package
+from hf_vtc_cli.app import app
 
 QUESTIONS = [
     {"question": "What colour is the page?", "answer": "Red", "kind": "coarse"},
@@ -44,14 +49,14 @@ def shipped(model_cards, tmp_path, monkeypatch):
     Image.new("RGB", (32, 32), "blue").save(tmp_path / "b.png")
     pages = [{"image": "a.png", "questions": QUESTIONS}, {"image": "b.png", "questions": QUESTIONS[:1]}]
     (tmp_path / "pages.json").write_text(json.dumps(pages), encoding="utf-8")
-    monkeypatch.setattr(cli, "_SHIPPED_MODELS", model_cards)
-    monkeypatch.setattr(cli, "_SHIPPED_PAGES", tmp_path / "pages.json")
+    monkeypatch.setattr(package, "SHIPPED_MODELS", model_cards)
+    monkeypatch.setattr(package, "SHIPPED_PAGES", tmp_path / "pages.json")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +113,7 @@ def test_console_script_is_the_launcher():
     settings = configparser.ConfigParser()
     settings.read(Path(__file__).resolve().parents[1] / "setup.cfg")
     assert settings["options.entry_points"]["console_scripts"].split() == ["hf-vtc", "=", "hf_vtc_cli:main"]
-    assert settings["options"]["py_modules"] == "hf_vtc_cli"
+    assert "hf_vtc_cli" in settings["options.packages.find"]["include"].split()
 
 
 @pytest.mark.window
@@ -150,13 +155,13 @@ def test_run_json(shipped, folder):
 def test_run_prints_json_alone(shipped, folder, run_python):
     # in a process of its own, where nothing has been imported or silenced yet
     arguments = ("run", "--image", shipped / "a.png", "--model", folder, "--json", "--max-new-tokens", 2)
-    content = json.loads(run_python("from hf_vtc.cli import app; app()", *arguments, installed=True))
+    content = json.loads(run_python("from hf_vtc_cli.app import app; app()", *arguments, installed=True))
     assert len(content["results"]) == 1
 
 
 def test_run_works_where_output_is_ascii(shipped, folder, run_python, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    script = "import sys; from hf_vtc.cli import app; sys.argv[0] = 'hf-vtc'; app()"
+    script = "import sys; from hf_vtc_cli.app import app; sys.argv[0] = 'hf-vtc'; app()"
     arguments = ("run", "--image", shipped / "a.png", "--question", "Où?", "--model", folder, "--max-new-tokens", 8)
     assert "O?" in run_python(script, *arguments, installed=True)
 
@@ -195,7 +200,7 @@ def test_run_all_takes_a_budget(shipped):
 
 
 def test_run_all_without_models(shipped, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_SHIPPED_MODELS", tmp_path / "absent")
+    monkeypatch.setattr(package, "SHIPPED_MODELS", tmp_path / "absent")
     result = invoke("run", "--all")
     assert result.exit_code == 2 and "The checkpoints that come with hf_vtc are not here" in result.stderr
 
@@ -253,6 +258,27 @@ def test_right_answers_are_counted():
     assert lines[0]["compression_ratio"] == 4
 
 
+def _write_what_is_refused(folder: Path) -> None:
+    """A picture that unpacks to gigabytes, a format of photographs, a pipe, and checkpoints that are none."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    end = struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + end)
+    (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    config = official_config(flash=False)
+    state = official_state(config, flash=False)
+    write_checkpoint(folder / "base", config, state)
+    impossible = official_config(flash=False, text={"num_attention_heads": 0, "head_dim": None})
+    write_checkpoint(folder / "impossible", impossible, state)
+    write_checkpoint(folder / "quantised", config | {"quantization_config": {"quant_method": "awq"}}, state)
+    (folder / "gguf").mkdir()
+    (folder / "gguf" / "config.json").write_text(json.dumps(config))
+    (folder / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    (folder / "full").mkdir()
+    (folder / "full" / "config.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -267,9 +293,39 @@ def test_right_answers_are_counted():
         (["run", "--budget", "nan"], "got 'nan'"),
         (["run", "--all", "--model", "."], "`--all` or `--model`"),
         (["run", "--budget", "3"], "smallest admissible count is"),
-        (["run", "--save", "kept.txt"], "`--save` needs the name of a picture"),
+        (["run", "--save", "kept.txt"], "'.txt' is none"),
+        (["run", "--save", "kept"], "it has no ending"),
+        # a format that can only be read, and one without colours
+        (["run", "--save", "kept.psd"], "`--save` needs the name of a picture in a format that Pillow writes"),
+        (["run", "--save", "kept.xbm"], "`--save` needs the name of a picture in a format that Pillow writes"),
+        (["run", "--save", "/proc/kept.png"], "`--save`: /proc/kept.png cannot be written"),
+        (["run", "--save", "folder.png"], "is there already and no ordinary file"),
+        (["run", "--save", "pipe.png"], "is there already and no ordinary file"),
+        (["run", "--image", "bomb.png"], "decompression bomb"),
+        (["bench", "--image", "bomb.png"], "decompression bomb"),
+        (["run", "--image", "photo.heic"], "'photo.heic' is HEIC, a format that is not read here"),
+        (["run", "--image", "pipe.png"], "pipe.png"),
+        (["run", "--budget", "150%"], "got '150%'"),
+        (["run", "--budget", "0%"], "got '0%'"),
+        (["run", "--budget", "%"], "got '%'"),
+        (["run", "--device", "cpu:3"], "`--device` 'cpu:3' is not available here. Available: cpu"),
+        (["run", "--device", "meta"], "`--device` 'meta' is not available here"),
+        (["run", "--device", ""], "`--device` '' is not available here"),
+        (["convert", "base", "full", "--method", "vico"], "Choose another one, or pass `--overwrite` to replace it"),
+        (["convert", "base", "out", "--max-shard-size", "big"], "`--max-shard-size` must be bytes or like '2GB'"),
+        (["export", "model", "out", "--max-shard-size", "big"], "`--max-shard-size` must be bytes or like '2GB'"),
+        (["push", "model", "a/b", "--max-shard-size", "big"], "`--max-shard-size` must be bytes or like '2GB'"),
+        (["convert", "base", "out", "--dtype", "int8"], "`--dtype` must be a floating dtype"),
+        (["convert", "base", "out"], "fits several methods. Give `--method`"),
+        (
+            ["convert", "impossible", "out", "--method", "vico", "--image-token-id", "5"],
+            "cannot be those of a model (ZeroDivisionError",
+        ),
+        (["convert", "gguf", "out", "--method", "vico"], "model.gguf (GGUF)"),
+        (["convert", "quantised", "out", "--method", "vico"], "is quantised (`quant_method` 'awq' in config.json)"),
+        (["export", "impossible", "out"], "`model` must be one of hf_vtc, got model type 'internvl_chat'"),
         (["run", "--save", "nowhere/kept.png"], "does not exist"),
-        (["run", "--device", "cudo"], "cudo"),
+        (["run", "--device", "cudo"], "`--device` 'cudo' is not available here. Available: cpu"),
         (["run", "--dtype", "int8"], "`--dtype` must be one of"),
         (["estimate", "--image-size", "448"], "`--image-size` must be height x width"),
         (["estimate", "--budget", "auto"], "router decides from the pixels"),
@@ -279,13 +335,16 @@ def test_right_answers_are_counted():
         (["export", "owner/name", "out"], "No config.json of a model can be read from owner/name"),
     ],
 )
-def test_refusals_are_one_line(shipped, arguments, message):
+def test_refusals_are_one_line(shipped, folder, arguments, message):
+    _write_what_is_refused(shipped)
+    (shipped / "model").symlink_to(folder)
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
     assert not (shipped / "out").exists() and not (shipped / "vtc_run.png").exists()
+    assert [path.name for path in (shipped / "full").iterdir()] == ["config.json"]
 
 
 def test_debug_shows_where_an_error_comes_from(shipped):
@@ -296,7 +355,7 @@ def test_debug_shows_where_an_error_comes_from(shipped):
 def test_unknown_device_is_refused(shipped):
     missing = "cuda" if not torch.cuda.is_available() else "xpu"
     result = invoke("run", "--device", missing)
-    assert result.exit_code == 2 and f"`--device {missing}` is not available here" in result.stderr
+    assert result.exit_code == 2 and f"`--device` {missing!r} is not available here" in result.stderr
 
 
 def test_other_models_are_refused(shipped):
@@ -305,9 +364,9 @@ def test_other_models_are_refused(shipped):
     assert result.exit_code == 2 and "is no model of hf_vtc" in result.stderr and "hf-vtc convert" in result.stderr
 
 
-@pytest.mark.parametrize("name, remedy", [("_SHIPPED_MODELS", "--model"), ("_SHIPPED_PAGES", "--image")])
+@pytest.mark.parametrize("name, remedy", [("SHIPPED_MODELS", "--model"), ("SHIPPED_PAGES", "--image")])
 def test_missing_shipped_files_are_explained(shipped, monkeypatch, name, remedy):
-    monkeypatch.setattr(cli, name, shipped / "absent")
+    monkeypatch.setattr(package, name, shipped / "absent")
     result = invoke("run")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1 and str(shipped / "absent") in result.stderr and remedy in result.stderr

@@ -5,7 +5,8 @@ import pytest
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from hf_vtc import cli, hub
+from hf_vtc import hub
+from hf_vtc_cli.app import app
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def folder(tmp_path_factory):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_export_writes_card_and_shards(folder, tmp_path):
@@ -50,7 +51,7 @@ def test_push_hands_its_options_on_and_prints_the_address(folder, monkeypatch):
 def test_push_of_a_bad_name_is_one_line(folder):
     result = invoke("push", folder, "a/b/c")
     assert result.exit_code == 2
-    assert result.stderr == "Error: `repo_id` must be 'name' or 'owner/name', got 'a/b/c'.\n"
+    assert result.stderr == "Error: `REPO` must be 'name' or 'owner/name', got 'a/b/c'.\n"
 
 
 def test_push_without_a_token_is_one_line(folder, monkeypatch):

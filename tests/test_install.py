@@ -24,8 +24,9 @@ def clone(tmp_path_factory) -> Path:
     """What a build reads of this repository, in a folder named hf_vtc, as `git clone` makes it."""
     source = tmp_path_factory.mktemp("above") / "hf_vtc"
     leave_out = shutil.ignore_patterns("__pycache__", "_lib", "_shipped")
-    shutil.copytree(ROOT / "hf_vtc", source / "hf_vtc", ignore=leave_out)
-    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_vtc_cli.py"):
+    for name in ("hf_vtc", "hf_vtc_cli"):
+        shutil.copytree(ROOT / name, source / name, ignore=leave_out)
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     for name in ("examples", "model_cards"):
         (source / name).symlink_to(ROOT / name)
@@ -86,7 +87,7 @@ def test_a_wheel_carries_checkpoints_and_pages(wheel):
     assert not (shipped / "model_cards" / "base-tiny").exists()
     assert (site / "hf_vtc" / "py.typed").is_file()
     # examples and tests are no part of what is installed
-    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"hf_vtc", "hf_vtc_cli.py"}
+    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"hf_vtc", "hf_vtc_cli"}
 
 
 def test_a_wheel_answers_in_an_empty_folder(wheel, tmp_path):

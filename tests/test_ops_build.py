@@ -306,8 +306,9 @@ BUILD_WHEEL = "import sys; from setuptools import build_meta; build_meta.build_w
 def wheel_of(folder: Path, **environment: str) -> tuple[str, set[str]]:
     """File name and contents of a wheel of this repository, built in a copy without isolation."""
     source, target = folder / "source", folder / "wheel"
-    shutil.copytree(ROOT / "hf_vtc", source / "hf_vtc", ignore=shutil.ignore_patterns("__pycache__", "_lib"))
-    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_vtc_cli.py"):
+    for name in ("hf_vtc", "hf_vtc_cli"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "_lib"))
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     for name in ("examples", "model_cards"):
         (source / name).symlink_to(ROOT / name)

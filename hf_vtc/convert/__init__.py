@@ -226,21 +226,21 @@ def convert(
         checkpoint = _open(src, method, image_token_id, vision_tower)
         if dst.resolve() == checkpoint.folder.resolve():
             raise ValueError(f"`src` and `dst` are both {dst}. Choose another destination.")
-        plan = checkpoint.plan(config_overrides)
         with blaming(checkpoint.folder):
+            plan = checkpoint.plan(config_overrides)
             matched = match(plan, checkpoint.shapes(), str(checkpoint.folder))
-        dtype = dtype or checkpoint.reader.main_dtype()
+            dtype = dtype or checkpoint.reader.main_dtype()
 
-        writer = ShardWriter(partial, max_shard_size)
-        for names in checkpoint.reader.by_shard(matched.used):
-            _copy_shard(checkpoint.reader, writer, {name: matched.used[name] for name in names}, dtype)
-        num_fresh = 0
-        for name, tensor in fresh_tensors(matched, dtype):
-            num_fresh += tensor.numel()
-            writer.add(name, tensor)
-        writer.close()
-        _write_config(plan, matched.skeleton, dtype, partial, save_code)
-        checkpoint.write_assets(plan, partial, save_code)
+            writer = ShardWriter(partial, max_shard_size)
+            for names in checkpoint.reader.by_shard(matched.used):
+                _copy_shard(checkpoint.reader, writer, {name: matched.used[name] for name in names}, dtype)
+            num_fresh = 0
+            for name, tensor in fresh_tensors(matched, dtype):
+                num_fresh += tensor.numel()
+                writer.add(name, tensor)
+            writer.close()
+            _write_config(plan, matched.skeleton, dtype, partial, save_code)
+            checkpoint.write_assets(plan, partial, save_code)
     notes = list(plan.notes)
     if checkpoint.tokenizer is None:
         notes.append("The source has no tokenizer: the model alone was written, without a processor.")
@@ -309,13 +309,12 @@ class _Checkpoint:
         return model
 
     def write_assets(self, plan: Plan, folder: Path, save_code: bool) -> None:
-        with blaming(self.folder):
-            settings = generation_settings(self.folder, plan.config.text_config, self.tokenizer)
-            GenerationConfig(**settings)
-            # written as it stands: transformers refuses to save what some published files hold
-            write_json(folder / "generation_config.json", settings)
-            if self.tokenizer is not None:
-                build_processor(self.tokenizer, plan).save_pretrained(folder, save_code=save_code)
+        settings = generation_settings(self.folder, plan.config.text_config, self.tokenizer)
+        # what nobody could load fails here; the rest is written as it stands, since transformers would not save it all
+        GenerationConfig(**settings)
+        write_json(folder / "generation_config.json", settings)
+        if self.tokenizer is not None:
+            build_processor(self.tokenizer, plan).save_pretrained(folder, save_code=save_code)
 
 
 def _open(

@@ -2,23 +2,18 @@
 
 import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PretrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import PreTrainedModel, ProcessorMixin
 
-from ..convert.plan import require_plausible
-from ..convert.shards import CheckpointReader, num_bytes
-from ..files import blaming, replacing_folder, require_own_files
+from ..convert.shards import num_bytes
+from ..files import blaming, replacing_folder
 from . import proof
 from .card import card_beside, complete_card
 from .proof import check
+from .source import load_model, load_processor
 from .upload import full_name, require_writable, upload
 
 __all__ = ["check", "export", "push"]
@@ -76,8 +71,10 @@ def export(
     model, processor, folder = _arguments_of(model, processor, folder)
     folder, max_shard_size = Path(folder).absolute(), num_bytes(max_shard_size)
     with replacing_folder(folder, overwrite) as partial:
+        from_files = blaming(model) if isinstance(model, str | os.PathLike) else nullcontext()
         model, processor, card = _resolved(model, processor, card, folder.name, base_model, license)
-        _write(model, processor, partial, card, max_shard_size)
+        with from_files:
+            _write(model, processor, partial, card, max_shard_size)
         if check:
             proof.check(partial)
     return folder
@@ -171,56 +168,13 @@ def _arguments_of(source, processor, target):
 
 def _resolved(model, processor, card, title, base_model, license) -> tuple[PreTrainedModel, ProcessorMixin, ModelCard]:
     """Model, processor and card, from wherever they come."""
+    beside = model
     if isinstance(model, str | os.PathLike):
-        _require_sound(model)
-    if isinstance(processor, str | os.PathLike) and Path(processor).is_dir():
-        require_own_files(Path(processor))
-    card = card_beside(model) if card is None else card
-    model, processor = _load(model, processor)
-    return model, processor, complete_card(card, model, processor, title, base_model, license)
-
-
-def _require_sound(path: str | os.PathLike) -> None:
-    """Look at a folder with the eyes of a stranger before transformers reads it: links, pipes, indices, settings.
-
-    Raises:
-        ValueError: it is no model of hf_vtc, or not fit to be read.
-    """
-    is_folder = Path(path).is_dir()
-    if is_folder:
-        require_own_files(Path(path))
-    with blaming(path):
-        config, _ = PretrainedConfig.get_config_dict(path)
-        if not str(config.get("model_type")).startswith("vtc_"):
-            raise ValueError(
-                f"`model` must be one of hf_vtc, got model type {config.get('model_type')!r}. Convert an official "
-                "checkpoint first: `hf_vtc.convert.load_official`."
-            )
-        if is_folder:
-            require_plausible(config, len(CheckpointReader(Path(path)).tensors), path)
-
-
-def _load(model, processor) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load what was given as a path with the installed classes, whose code is what gets written.
-
-    Code that lies beside the weights is never run.
-    """
-    if isinstance(model, str | os.PathLike):
-        path = model
-        with blaming(path):
-            model, loading = AutoModelForImageTextToText.from_pretrained(
-                path, dtype="auto", trust_remote_code=False, output_loading_info=True
-            )
-        absent = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
-        if absent:
-            raise ValueError(
-                f"The weights of {os.fspath(path)} lack {len(absent)} tensors of the model, or have them in another "
-                f"shape: {', '.join(absent[:5])}. Download them again."
-            )
+        model = load_model(model)
     if isinstance(processor, str | os.PathLike):
-        with blaming(processor):
-            processor = AutoProcessor.from_pretrained(processor, trust_remote_code=False)
-    return model, processor
+        processor = load_processor(processor)
+    card = card_beside(beside) if card is None else card
+    return model, processor, complete_card(card, model, processor, title, base_model, license)
 
 
 def _write(

@@ -1,7 +1,7 @@
 """Questions asked of a checkpoint: load it, answer uncompressed and compressed, time the first token, draw what stays.
 
 A page is a dictionary as in `examples/images/pages.json`: "image" is a path or URL, "questions" a list of dictionaries
-with "question" and, where they are known, "answer" and "kind".
+with "question" and, where they are known, "answer" and "kind"; "picture" is the decoded image.
 """
 
 import statistics
@@ -11,25 +11,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PretrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from PIL import Image, UnidentifiedImageError
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from .models.budget_vtc import Budget
-from .plot import overlay
+from hf_vtc.files import blaming
+from hf_vtc.hub.source import load_model, load_processor
+from hf_vtc.models.budget_vtc import Budget
+from hf_vtc.models.image_processing_vtc import VtcImageProcessor
+from hf_vtc.plot import overlay
 
-__all__ = ["Prompt", "can_meet", "config_of", "interview", "is_compressing", "load", "model_inputs"]
+__all__ = [
+    "Prompt",
+    "can_meet",
+    "config_of",
+    "find_device",
+    "interview",
+    "is_compressing",
+    "load",
+    "model_inputs",
+    "with_pictures",
+]
 
 # pixels of the longer side of an image in the picture of what was kept
 _PICTURE_SIDE = 448
+# formats that people have, and Pillow does not read by itself
+_UNREAD_FORMATS = {
+    ".heic": "HEIC",
+    ".heif": "HEIF",
+    ".jxl": "JPEG XL",
+    ".svg": "SVG",
+    ".pdf": "PDF",
+    ".dng": "a raw photograph",
+    ".mp4": "a video",
+    ".mov": "a video",
+    ".webm": "a video",
+}
 # first tokens are timed this often, unless one alone takes longer than a second
 _FIRST_TOKEN_RUNS = 3
 
@@ -47,7 +64,9 @@ def config_of(path: str) -> PretrainedConfig | dict[str, Any]:
         content, reason = {}, str(error)
     if "model_type" not in content:
         raise FileNotFoundError(f"No config.json of a model can be read from {path} ({reason}). Check the path or id.")
-    return AutoConfig.from_pretrained(path) if content["model_type"] in CONFIG_MAPPING else content
+    with blaming(path):
+        known = content["model_type"] in CONFIG_MAPPING
+        return AutoConfig.from_pretrained(path, trust_remote_code=False) if known else content
 
 
 def is_compressing(config: PretrainedConfig | Mapping[str, Any]) -> bool:
@@ -68,7 +87,7 @@ def load(path: str, device: str | None = None, dtype: str | None = None) -> tupl
         ValueError: this is another model, or the device is not available.
         OSError: nothing can be read from `path`.
     """
-    place = _torch_device(device)
+    place = find_device(device)
     if dtype is None:
         # 16-bit arithmetic is slow or inexact on most CPUs
         dtype = "float32" if place.type == "cpu" else "auto"
@@ -79,21 +98,56 @@ def load(path: str, device: str | None = None, dtype: str | None = None) -> tupl
     if Path(path).is_dir():
         # a download is worth a progress bar, reading a file is not
         logging.disable_progress_bar()
-    processor = AutoProcessor.from_pretrained(path)
-    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch_dtype)
+    processor = load_processor(path)
+    model = load_model(path, "auto" if dtype == "auto" else getattr(torch, dtype))
     return model.to(place).eval(), processor
 
 
-def _torch_device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """A device by its name, the fastest one here for None.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     found = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
         return found or torch.device("cpu")
-    device = torch.device(name)
-    if device.type not in ("cpu", found.type if found else "cpu"):
-        available = "cpu" if found is None else f"cpu, {found.type}"
-        raise ValueError(f"`--device {name}` is not available here. Available: {available}.")
+    available = {"cpu": 1} | ({found.type: torch.accelerator.device_count()} if found else {})
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.index or 0) >= available.get(device.type, 0):
+        names = ", ".join(
+            kind if kind == "cpu" else f"{kind}:{idx}" for kind, count in available.items() for idx in range(count)
+        )
+        raise ValueError(f"`device` {name!r} is not available here. Available: {names}.")
     return device
+
+
+def with_pictures(pages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Pages with their images decoded, each once.
+
+    Raises:
+        ValueError: one cannot be decoded, or is far too large.
+        OSError: one cannot be read.
+    """
+    read, pictures = VtcImageProcessor().fetch_images, []
+    for page in pages:
+        try:
+            pictures.append(read(page["image"]))
+        except (OSError, ValueError) as error:
+            suffix = Path(page["image"]).suffix.lower()
+            if isinstance(error.__cause__, UnidentifiedImageError) and suffix in _UNREAD_FORMATS:
+                raise ValueError(
+                    f"Image {page['image']!r} is {_UNREAD_FORMATS[suffix]}, a format that is not read here. Convert "
+                    "it to PNG or JPEG."
+                ) from error
+            raise
+        # a bomb is none of these, and decoders report damage by exceptions of every kind
+        except Exception as error:
+            raise ValueError(f"Image {page['image']!r} cannot be read ({error}). Give another one.") from error
+    return [{**page, "picture": picture} for page, picture in zip(pages, pictures)]
 
 
 def model_inputs(processor: Any, pictures: Sequence[Image.Image], question: str, batch_size: int = 1) -> Any:
@@ -167,8 +221,7 @@ class _FirstTokenClock:
 
 def can_meet(model: PreTrainedModel, processor: Any, page: Mapping[str, Any], budget: Budget) -> bool:
     """Whether a model has a count of visual tokens for this page within a budget; some methods have one count only."""
-    picture = processor.image_processor.fetch_images(page["image"])
-    prompt = Prompt(model, processor, picture, page["questions"][0]["question"])
+    prompt = Prompt(model, processor, page["picture"], page["questions"][0]["question"])
     try:
         prompt.count(budget)
     except ValueError:
@@ -187,7 +240,7 @@ def interview(
     """Ask everything about every page with every budget.
 
     Args:
-        pages: see above.
+        pages: of `with_pictures`.
         on_page: called with the number of pages that are done, the page's name and its answers.
 
     Returns:
@@ -196,7 +249,7 @@ def interview(
     """
     results, pictures, model_name = [], [], Path(model.config.name_or_path).name
     for page in pages:
-        picture, name = processor.image_processor.fetch_images(page["image"]), Path(page["image"]).name
+        picture, name = page["picture"], Path(page["image"]).name
         prompts = [Prompt(model, processor, picture, asked["question"]) for asked in page["questions"]]
         if not results:
             for budget in budgets:
