@@ -11,6 +11,7 @@ wrong. Bytes are those that no implementation can avoid: inputs read once, outpu
 
 import argparse
 import ctypes
+import functools
 import json
 import statistics
 import sys
@@ -39,6 +40,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # relative to the largest value: eager forms round intermediate results to the dtype, several times
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 GOAL, FLOOR = 1.5, 0.95
+DEFAULT_REPEATS = 20
+# written before each call on a GPU: more than its caches hold, and long enough for Python to queue the call behind it
+_FLUSHED_BYTES = 1 << 30
 
 Tensors = list[torch.Tensor]
 Form = Callable[[], Tensors]
@@ -234,17 +238,27 @@ PROBLEMS: list[tuple[str, str, Callable[[torch.dtype, str], Problem]]] = [
 
 
 def milliseconds(call: Callable[[], object], device: str) -> float:
-    """Time of one call, the device's work included."""
+    """Time of one call, the device's work included.
+
+    On a GPU it is the device's time, from empty caches: the call is queued while the device still writes elsewhere, so
+    that what Python takes to launch kernels does not count, unless the call waits for the device itself.
+    """
     if device == "cpu":
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flushed(device).zero_()
     start.record()
     call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+@functools.cache
+def _flushed(device: str) -> torch.Tensor:
+    return torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device)
 
 
 def check(name: str, outputs: Tensors, exact: Tensors, dtype: torch.dtype) -> None:
@@ -328,7 +342,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
     parser.add_argument("--ops", nargs="+", help="only these ops")
-    parser.add_argument("--repeats", type=int, default=20, help="turns that every candidate takes")
+    parser.add_argument("--repeats", type=int, default=DEFAULT_REPEATS, help="turns that every candidate takes")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     options = parser.parse_args()
