@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from hf_vtc.files import blaming
 from hf_vtc.hub.source import load_model, load_processor
-from hf_vtc.models.budget_vtc import Budget
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
+from hf_vtc.models.prompt_vtc import Budget
 from hf_vtc.plot import overlay
 
 __all__ = [

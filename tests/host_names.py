@@ -30,11 +30,13 @@ _GENERATION = "transformers:GenerationMixin."
 _TRAINER = "transformers:Trainer."
 _PROCESSOR = "transformers:ProcessorMixin."
 _METHODS = " ".join(f"models/modeling_{name}.py" for name in ("vico", "avg_llava", "convllava", "llavolta", "vistog"))
+# of which have parameters that are not part of a standard layer
+_METHODS_WITH_PARTS = " ".join(f"models/modeling_{name}.py" for name in ("vico", "avg_llava", "convllava", "vistog"))
 
 HOST_NAMES = [
     # flags and hooks that a model states, and that the host would overlook under another name
     *_rows(
-        "models/pretrained_vtc.py",
+        "models/vision_vtc.py",
         f"{_PRETRAINED}_skip_keys_device_placement",
         f"{_PRETRAINED}_supports_sdpa",
         f"{_PRETRAINED}_supports_flash_attn",
@@ -43,14 +45,15 @@ HOST_NAMES = [
         f"{_PRETRAINED}_can_compile_fullgraph",
     ),
     *_rows(
-        "models/pretrained_vtc.py",
+        "models/vision_vtc.py",
         f"{_PRETRAINED}_can_set_attn_implementation",
         seen="transformers 5.0 to 5.24.0",
         since=(5, 0),
     ),
-    *_rows(f"models/pretrained_vtc.py {_METHODS}", f"{_PRETRAINED}_no_split_modules"),
-    *_rows(_METHODS, f"{_PRETRAINED}_init_weights", f"{_PRETRAINED}_tied_weights_keys"),
-    *_rows("models/modeling_vtc.py", "transformers:LlamaForCausalLM._tp_plan"),
+    *_rows(f"models/vision_vtc.py {_METHODS}", f"{_PRETRAINED}_no_split_modules"),
+    *_rows(f"models/vision_vtc.py {_METHODS_WITH_PARTS}", f"{_PRETRAINED}_init_weights"),
+    *_rows(_METHODS, f"{_PRETRAINED}_tied_weights_keys"),
+    *_rows("models/host_vtc.py", "transformers:LlamaForCausalLM._tp_plan"),
     *_rows("models/modeling_convllava.py", "encoder:_gradient_checkpointing_func"),
     # generation
     *_rows(
@@ -72,12 +75,12 @@ HOST_NAMES = [
     *_rows("models/generation_vtc.py", f"{_GENERATION}prepare_inputs_for_generation(cache_position)", until=(4, 57)),
     # decoders, layer by layer
     *_rows(
-        "models/modeling_decoder_llavolta.py report/measured.py",
+        "models/host_decoder_vtc.py report/measured.py",
         "decoder:layers.0",
         "decoder:norm",
     ),
     *_rows(
-        "models/modeling_decoder_llavolta.py",
+        "models/host_decoder_vtc.py",
         "decoder:rotary_emb",
         "decoder:gradient_checkpointing",
         "layered_decoder:config.layer_types",
@@ -93,16 +96,16 @@ HOST_NAMES = [
         "transformers.cache_utils:DynamicLayer.get_seq_length",
     ),
     *_rows(
-        "models/compat_vtc.py",
+        "models/host_decoder_vtc.py",
         "transformers.masking_utils:create_masks_for_generate(config)",
         "transformers.masking_utils:create_masks_for_generate(attention_mask)",
     ),
     # towers, part by part
-    *_rows("models/tower_vtc.py models/modeling_tower_vistog.py", "tower:embeddings"),
-    *_rows("models/tower_vtc.py", "tower:encoder", "clip_tower:pre_layrnorm", "clip_tower:post_layernorm"),
-    *_rows("models/tower_vtc.py", "siglip_tower:post_layernorm", "internvl_tower:layernorm"),
+    *_rows("models/host_tower_vtc.py", "tower:embeddings"),
+    *_rows("models/host_tower_vtc.py", "tower:encoder", "clip_tower:pre_layrnorm", "clip_tower:post_layernorm"),
+    *_rows("models/host_tower_vtc.py", "siglip_tower:post_layernorm", "internvl_tower:layernorm"),
     *_rows(
-        "models/modeling_tower_vistog.py",
+        "models/host_tower_vtc.py",
         "internvl_layer:lambda_1",
         "internvl_layer:lambda_2",
         "internvl_layer:layernorm_before",
@@ -116,8 +119,8 @@ HOST_NAMES = [
         "siglip_layer:self_attn",
     ),
     # processors: what the backports for older versions call
-    *_rows("models/compat_vtc.py", f"{_PROCESSOR}_merge_kwargs", f"{_PROCESSOR}_check_special_mm_tokens"),
-    *_rows("models/compat_vtc.py", f"{_PROCESSOR}attributes", until=(4, 57)),
+    *_rows("models/host_processor_vtc.py", f"{_PROCESSOR}_merge_kwargs", f"{_PROCESSOR}_check_special_mm_tokens"),
+    *_rows("models/host_processor_vtc.py", f"{_PROCESSOR}attributes", until=(4, 57)),
     *_rows(
         "models/processing_vtc.py",
         f"{_PROCESSOR}prepare_inputs_layout",
@@ -133,13 +136,16 @@ HOST_NAMES = [
         "transformers.models.auto.image_processing_auto:AutoImageProcessor.register(slow_image_processor_class)",
     ),
     # training
+    *_rows("trainers/sharding.py trainers/avg_llava.py", f"{_TRAINER}_prepare_inputs"),
     *_rows(
-        "trainers/base.py",
-        f"{_TRAINER}_prepare_inputs",
+        "trainers/sharding.py",
+        "accelerate:FullyShardedDataParallelPlugin.__init__(transformer_cls_names_to_wrap)",
+    ),
+    *_rows(
+        "trainers/checkpoints.py",
         f"{_TRAINER}_save_checkpoint",
         f"{_TRAINER}_get_output_dir",
         f"{_TRAINER}save_model(_internal_call)",
-        "accelerate:FullyShardedDataParallelPlugin.__init__(transformer_cls_names_to_wrap)",
     ),
     *_rows(
         "trainers/avg_llava.py",
@@ -163,5 +169,6 @@ OWN_OR_IN_FILES = {
     "_replace": "of named tuples, public in spite of its name",
     "_attn_implementation_autoset": "a key of old config files",
     "_name_or_path": "a key of config files",
+    "_id": "a field of records",
     "_from_model_config": "a key of generation_config.json",
 }

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from hf_vtc.models.compat_vtc import CACHE_NAME, cache_of
-from hf_vtc.models.outputs_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast
+from hf_vtc.models.head_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast
+from hf_vtc.models.host_vtc import CACHE_NAME, cache_of
 
 NAMES = ("past_key_values", "cache")
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}

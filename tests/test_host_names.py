@@ -14,7 +14,7 @@ from factories import tiny_model
 from host_names import HOST_NAMES, OWN_OR_IN_FILES
 from transformers import AutoModel
 
-from hf_vtc.models.compat_vtc import build_tower
+from hf_vtc.models.host_tower_vtc import build_tower
 from hf_vtc.models.window_vtc import release_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -614,7 +614,7 @@ def test_save_pretrained_and_load(tmp_path):
     processor.save_pretrained(tmp_path / "code")
     processor.save_pretrained(tmp_path / "plain", save_code=False)
     with_code = {file.name for file in (tmp_path / "code").iterdir()}
-    assert {"preprocessor_config.json", "image_processing_vtc.py", "compat_vtc.py"} <= with_code
+    assert {"preprocessor_config.json", "image_processing_vtc.py", "host_processor_vtc.py"} <= with_code
     assert {file.name for file in (tmp_path / "plain").iterdir()} == {"preprocessor_config.json"}
     assert "auto_map" not in json.loads((tmp_path / "plain" / "preprocessor_config.json").read_text())
     image = random_image(40, 90)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 from hf_vtc.convert import from_base
-from hf_vtc.models.compat_vtc import embed_patches
+from hf_vtc.models.host_tower_vtc import embed_patches
 from hf_vtc.models.modeling_tower_vistog import run_tower, tower_parts
 from hf_vtc.models.modeling_vistog import VistogForConditionalGeneration, gumbel_noise
 from hf_vtc.models.ops_vtc import assign_segment_mean

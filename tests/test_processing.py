@@ -364,7 +364,7 @@ def test_save_pretrained_copies_the_code_that_the_folder_names(tmp_path):
     assert config["auto_map"] == {"AutoProcessor": "processing_vtc.VtcProcessor", **image_map}
     assert config["image_processor"]["auto_map"] == image_map
     files = {file.name for file in tmp_path.iterdir()}
-    assert {"processing_vtc.py", "image_processing_vtc.py", "compat_vtc.py"} <= files
+    assert {"processing_vtc.py", "image_processing_vtc.py", "host_processor_vtc.py"} <= files
     # saving again without code after loading from a folder with code leaves no key behind
     AutoProcessor.from_pretrained(tmp_path).save_pretrained(tmp_path / "again", save_code=False)
     assert "auto_map" not in (tmp_path / "again" / "processor_config.json").read_text()

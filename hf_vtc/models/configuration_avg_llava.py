@@ -1,14 +1,14 @@
 """Configuration of AVG-LLaVA."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
-from .tiling_vtc import UNPAD_RULES, pooled_grid
+from .tiling_vtc import ImageSizes, pooled_grid
 
-MERGE_TYPES = ("spatial_unpad", "flat")
 ROUTER_ATTENTIONS = ("tiles", "tokens")
 ROUTER_TEXTS = ("first_image", "row")
 
@@ -32,14 +32,8 @@ class AvgLlavaConfig(VtcConfig):
             it attends to all granularities of its tile and to the text.
         router_text (`str`): `"row"`: every image is routed with the text of its own row; `"first_image"`: the first
             image of a row is, the others without any text (what the released code does at batch size 1).
-        image_grid_pinpoints (`list[list[int]]`, *optional*): the canvases of the image processor, (height, width) in
-            pixels; needed for `"spatial_unpad"`. Official files have (width, height).
-        mm_patch_merge_type (`str`, *optional*): `"spatial_unpad"`: LLaVA-NeXT, the base tile, then the tiles as one
-            map without its padding, `image_newline` at the end of each row. `"flat"`: InternVL, LLaVA-1.5, the tiles
-            one after the other. Default: the former if there are `image_grid_pinpoints`.
-        unpad_rule (`str`): for `"spatial_unpad"`, what the aspect ratio of the image is compared with to find the
-            padding: `"token_grid"`, the rows and columns of tokens, which distorts where a token is not square, or
-            `"true_aspect"`, the canvas.
+        mm_patch_merge_type (`str`, *optional*): default: `"spatial_unpad"` if there are `image_grid_pinpoints`, else
+            `"flat"`.
         base_tile (`str`, *optional*): where the view of the whole image is, which the text is compared with: `"first"`
             (LLaVA-NeXT) or `"last"` (InternVL) of the image's tiles. Default: as the merge type's model.
 
@@ -50,6 +44,9 @@ class AvgLlavaConfig(VtcConfig):
     """
 
     model_type = "vtc_avg_llava"
+    takes_decisions = True
+    joins_tiles = True
+    newline_behind_single_tile = True
 
     def __init__(
         self,
@@ -64,7 +61,6 @@ class AvgLlavaConfig(VtcConfig):
         router_text: str = "row",
         image_grid_pinpoints: list[list[int]] | None = None,
         mm_patch_merge_type: str | None = None,
-        unpad_rule: str = "true_aspect",
         base_tile: str | None = None,
         **kwargs: Any,
     ):
@@ -75,21 +71,22 @@ class AvgLlavaConfig(VtcConfig):
         self.router_attention = router_attention
         self.router_text = router_text
         joined = image_grid_pinpoints is not None and mm_patch_merge_type != "flat"
-        self.mm_patch_merge_type = mm_patch_merge_type or ("spatial_unpad" if joined else "flat")
-        self.unpad_rule = unpad_rule
         self.base_tile = base_tile or ("first" if joined else "last")
-        super().__init__(vision_config, text_config, **kwargs)
+        super().__init__(
+            vision_config,
+            text_config,
+            mm_patch_merge_type=mm_patch_merge_type or ("spatial_unpad" if joined else "flat"),
+            image_grid_pinpoints=image_grid_pinpoints,
+            **kwargs,
+        )
         for name, values in (
             ("router_attention", ROUTER_ATTENTIONS),
             ("router_text", ROUTER_TEXTS),
-            ("mm_patch_merge_type", MERGE_TYPES),
-            ("unpad_rule", UNPAD_RULES),
             ("base_tile", ("first", "last")),
         ):
             if getattr(self, name) not in values:
                 raise ValueError(f"`{name}` must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
         self.vis_token_granularity = self._checked_granularities(vis_token_granularity)
-        self.image_grid_pinpoints = self._checked_pinpoints(image_grid_pinpoints)
         if filtered_text_num < 1:
             raise ValueError(f"`filtered_text_num` must be at least 1 text row, got {filtered_text_num}.")
         if not 0 <= router_dropout < 1:
@@ -112,12 +109,6 @@ class AvgLlavaConfig(VtcConfig):
         """(rows, columns) of tokens per tile of each granularity, coarse to fine."""
         return [pooled_grid(self.grid_side, granularity) for granularity in self.vis_token_granularity]
 
-    @property
-    def tile_size(self) -> int:
-        """Side of a tile in pixels."""
-        size = self.vision_config.image_size
-        return size if isinstance(size, int) else size[0]
-
     def _checked_granularities(self, granularities: list[int] | None) -> list[int]:
         finest = self.image_seq_length
         if granularities is None:
@@ -134,14 +125,11 @@ class AvgLlavaConfig(VtcConfig):
             pooled_grid(self.grid_side, scale)
         return granularities
 
-    def _checked_pinpoints(self, pinpoints: list[list[int]] | None) -> list[list[int]] | None:
-        if self.mm_patch_merge_type == "flat":
-            return pinpoints
-        size = self.tile_size
-        sides = [side for pair in pinpoints or [] for side in pair]
-        if not sides or any(side < size or side % size for side in sides):
-            raise ValueError(
-                f"`image_grid_pinpoints` must be (height, width) pairs in multiples of the tower's tile ({size} "
-                f"pixels), got {pinpoints}."
-            )
-        return [list(pair) for pair in pinpoints]
+    def levels(self, sizes: ImageSizes) -> list[Sequence[int]]:
+        """Level i is the granularity i steps below the finest. Newlines can make a coarse map longer than the finest
+        one; nothing chooses it then."""
+        by_level = [self.tokens_of_images(sizes, grid).tolist() for grid in reversed(self.granularity_grids)]
+        return list(zip(*by_level))
+
+    def own_level(self, counts: Sequence[int], image_idx: int = 0) -> int:
+        return -1 if self.router_select else 0

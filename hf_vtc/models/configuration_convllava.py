@@ -5,6 +5,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from .configuration_vtc import VtcConfig
+from .tiling_vtc import ImageSizes
 
 # ConvNeXt-L with the fifth stage, as in `ConvLLaVA/ConvLLaVA-ConvNeXt-768`
 _DEFAULT_TOWER = {"hidden_sizes": [192, 384, 768, 1536, 3072], "depths": [3, 3, 27, 3, 6], "image_size": 768}
@@ -27,6 +28,7 @@ class ConvllavaConfig(VtcConfig):
     """
 
     model_type = "vtc_convllava"
+    sees_tiles = False
 
     def __init__(
         self,
@@ -62,6 +64,26 @@ class ConvllavaConfig(VtcConfig):
                 f"got {self.vision_config.image_size}."
             )
         return side
+
+    @property
+    def smallest_image(self) -> tuple[int, int]:
+        """An image of one visual token."""
+        return self.token_stride, self.token_stride
+
+    def reserved_tokens(self, sizes: ImageSizes) -> Any:
+        """`floor(H / token_stride) * floor(W / token_stride)` of each image.
+
+        Raises:
+            ValueError: an image has less than one token.
+        """
+        stride = self.token_stride
+        for image_idx, (height, width) in enumerate(sizes.image_sizes.tolist()):
+            if min(height, width) < stride:
+                raise ValueError(
+                    f"Image {image_idx} has {height} x {width} pixels (height x width), but ConvLLaVA needs at least "
+                    f"{stride} per side, the size of one visual token. Enlarge it, as the processor does."
+                )
+        return (sizes.image_sizes // stride).prod(-1)
 
 
 def _convnext_config(config: dict | PretrainedConfig) -> PretrainedConfig:

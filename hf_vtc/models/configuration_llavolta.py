@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
-from .tiling_vtc import UNPAD_RULES
+from .tiling_vtc import ImageSizes
 
 COMPRESSORS = ("avgpool1d", "uniform", "random", "avgpool2d", "kmeans", "attention")
 
@@ -35,16 +36,12 @@ class LlavoltaConfig(VtcConfig):
             of side sqrt(stride) of the token grid, a tile at a time; `"kmeans"`: centroids in the order of their mean
             positions; `"attention"`: the tokens to which the last text token of the prompt attends most in layer
             `compress_layer_idx - 1`, mean over heads.
-        mm_patch_merge_type (`str`): `"flat"`: tiles one after the other; `"spatial_unpad"`: LLaVA-NeXT, the whole
-            view, then the tiles as one map without its padding, `image_newline` at the end of each row.
-        image_grid_pinpoints (`list`, *optional*): for `"spatial_unpad"`, (height, width) canvases of the image
-            processor.
-        unpad_rule (`str`): for `"spatial_unpad"`, see `tiling_vtc.unpadded_grids`.
 
     The other fields are those of `VtcConfig`.
     """
 
     model_type = "vtc_llavolta"
+    joins_tiles = True
 
     def __init__(
         self,
@@ -53,27 +50,14 @@ class LlavoltaConfig(VtcConfig):
         compress_layer_idx: int = 2,
         compress_stride: int = 8,
         compressor: str = "avgpool1d",
-        mm_patch_merge_type: str = "flat",
-        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
-        unpad_rule: str = "true_aspect",
         **kwargs: Any,
     ):
         self.compress_layer_idx = compress_layer_idx
         self.compress_stride = compress_stride
         self.compressor = compressor
-        self.mm_patch_merge_type = mm_patch_merge_type
-        self.image_grid_pinpoints = None if image_grid_pinpoints is None else [list(p) for p in image_grid_pinpoints]
-        self.unpad_rule = unpad_rule
         super().__init__(vision_config, text_config, **kwargs)
-        for name, values in (
-            ("compressor", COMPRESSORS),
-            ("mm_patch_merge_type", ("flat", "spatial_unpad")),
-            ("unpad_rule", UNPAD_RULES),
-        ):
-            if getattr(self, name) not in values:
-                raise ValueError(f"`{name}` must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
-        if mm_patch_merge_type == "spatial_unpad" and not image_grid_pinpoints:
-            raise ValueError("`mm_patch_merge_type='spatial_unpad'` needs `image_grid_pinpoints`.")
+        if compressor not in COMPRESSORS:
+            raise ValueError(f"`compressor` must be one of {', '.join(COMPRESSORS)}, got {compressor!r}.")
         self.set_compression(compress_layer_idx, compress_stride)
 
     def set_compression(self, layer_idx: int, stride: int) -> None:
@@ -112,6 +96,11 @@ class LlavoltaConfig(VtcConfig):
         """Whether `vtc_budget="auto"` makes images shorter."""
         return self.compress_stride > 1 and self.compress_layer_idx < self.text_config.num_hidden_layers
 
+    @property
+    def compresses_nowhere(self) -> bool:
+        """Whether every layer sees every visual token, whatever the stride."""
+        return self.compress_layer_idx == self.text_config.num_hidden_layers
+
     def kept_tokens(self, length: int, stride: int) -> int:
         """Visual tokens that stay of an image of `length` tokens."""
         if self.compressor != "avgpool2d" or stride == 1:
@@ -120,8 +109,43 @@ class LlavoltaConfig(VtcConfig):
 
     def strides_of(self, length: int) -> list[int]:
         """Strides that leave something of an image of `length` tokens, rising."""
-        if self.compress_layer_idx == self.text_config.num_hidden_layers:
+        if self.compresses_nowhere:
             return [1]
         if self.compressor == "avgpool2d":
             return [edge * edge for edge in range(1, math.isqrt(self.image_seq_length) + 1)]
         return list(range(1, length + 1))
+
+    def levels(self, sizes: ImageSizes) -> list[Sequence[int]]:
+        """At level i an image is shortened by the i-th of its `strides_of`."""
+        rule = (self.compressor == "avgpool2d", self.image_seq_length, self.compresses_nowhere)
+        return [_counts_by_stride(length, *rule) for length in self.reserved_tokens(sizes).tolist()]
+
+    def stride_of(self, level: int) -> int:
+        """The stride at a level of an image."""
+        return (level + 1) ** 2 if self.compressor == "avgpool2d" else level + 1
+
+    def own_level(self, counts: Sequence[int], image_idx: int = 0) -> int:
+        if not self.compresses:
+            return 0
+        # strides rise by one, or with windows of a grid by their sides
+        level = self.compress_stride - 1 if self.compressor != "avgpool2d" else math.isqrt(self.compress_stride) - 1
+        if level >= len(counts):
+            raise ValueError(
+                f"`compress_stride` ({self.compress_stride}) is larger than image {image_idx} allows, which has "
+                f"{counts[0]} visual tokens. Lower it, or give a `vtc_budget`."
+            )
+        return level
+
+    def level_entering(self, level: int) -> int:
+        # only before the sequence is built are there fewer tokens in it
+        return level if self.compress_layer_idx == -1 else 0
+
+
+@lru_cache(maxsize=256)
+def _counts_by_stride(length: int, by_windows: bool, per_tile: int, nowhere: bool) -> tuple[int, ...]:
+    if nowhere:
+        return (length,)
+    if not by_windows:
+        return tuple(length // stride for stride in range(1, length + 1))
+    side = math.isqrt(per_tile)
+    return (length, *(length // per_tile * (side // edge) ** 2 for edge in range(2, side + 1)))

@@ -1,10 +1,12 @@
 """Configuration of ViCO / ViR (InternVL3.5-Flash)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
+from .tiling_vtc import ImageSizes
 
 
 class VicoConfig(VtcConfig):
@@ -29,6 +31,7 @@ class VicoConfig(VtcConfig):
     """
 
     model_type = "vtc_vico"
+    takes_decisions = True
 
     def __init__(
         self,
@@ -77,3 +80,11 @@ class VicoConfig(VtcConfig):
     def compressed_seq_length(self) -> int:
         """Visual tokens of a compressed tile (64 where `image_seq_length` is 256)."""
         return self.image_seq_length // self.shuffle_factor**2
+
+    def levels(self, sizes: ImageSizes) -> list[Sequence[int]]:
+        """At level i of an image, i of its tiles are compressed."""
+        full, saved = self.image_seq_length, self.image_seq_length - self.compressed_seq_length
+        return [range(full * tiles, full * tiles - saved * tiles - 1, -saved) for tiles in sizes.num_tiles.tolist()]
+
+    def own_level(self, counts: Sequence[int], image_idx: int = 0) -> int:
+        return -1 if self.flash_mode else 0

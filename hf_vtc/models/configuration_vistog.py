@@ -1,10 +1,12 @@
 """Configuration of VisToG (visual token grouping)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
+from .tiling_vtc import ImageSizes
 
 # towers whose layers the semantic tokens can run beside
 TOWER_TYPES = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
@@ -43,6 +45,7 @@ class VistogConfig(VtcConfig):
     """
 
     model_type = "vtc_vistog"
+    takes_decisions = True
 
     def __init__(
         self,
@@ -128,3 +131,12 @@ class VistogConfig(VtcConfig):
                 f"{self.num_semantic_tokens}."
             )
         return num_patches
+
+    def levels(self, sizes: ImageSizes) -> list[Sequence[int]]:
+        """All patches of an image, or the groups of each of its tiles."""
+        return [
+            (tiles * self.image_seq_length, tiles * self.num_semantic_tokens) for tiles in sizes.num_tiles.tolist()
+        ]
+
+    def own_level(self, counts: Sequence[int], image_idx: int = 0) -> int:
+        return 1

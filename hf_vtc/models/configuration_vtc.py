@@ -1,12 +1,16 @@
 """What the configurations of all compressing models share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
+from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles
 from .window_vtc import note_on_newer
+
+MERGE_TYPES = ("flat", "spatial_unpad")
 
 # said here, since whatever runs one of our models reads its config first; by one logger, so that copies of this file
 # that travelled beside weights do not repeat it
@@ -33,6 +37,14 @@ class VtcConfig(PretrainedConfig):
         downsample_ratio (`float`): side ratio of the connector's pixel shuffle, 1 for none (LLaVA).
             `1 / downsample_ratio` must be a whole number.
         ps_version (`str`): channel order of the pixel shuffle, `"v2"` (InternVL3.5) or `"v1"`.
+        mm_patch_merge_type (`str`): `"flat"`: InternVL, LLaVA-1.5, the tiles of an image one after the other.
+            `"spatial_unpad"`: LLaVA-NeXT, the view of the whole image, then the tiles as one map without its padding,
+            `image_newline` at the end of each row; not for every method.
+        image_grid_pinpoints (`list[list[int]]`, *optional*): for `"spatial_unpad"`, the canvases of the image
+            processor, (height, width) in pixels. Official files have (width, height).
+        unpad_rule (`str`): for `"spatial_unpad"`, what the aspect ratio of the image is compared with to find the
+            padding: `"token_grid"`, the rows and columns of tokens, which distorts where a token is not square, or
+            `"true_aspect"`, the canvas.
         tie_word_embeddings (`bool`): whether `lm_head` shares the weight of the input embeddings.
 
     Raises:
@@ -40,6 +52,14 @@ class VtcConfig(PretrainedConfig):
     """
 
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    # whether the tower sees square tiles of one size, or each image whole, at its own
+    sees_tiles = True
+    # whether the tiles of an image can be joined to one map
+    joins_tiles = False
+    # whether a single tile of LLaVA-NeXT is followed by a newline
+    newline_behind_single_tile = False
+    # whether a caller can decide in place of the method, by `router_decisions`
+    takes_decisions = False
     keys_to_ignore_at_inference = [
         # its two names: transformers 5.24 renamed it
         "past_key_values",
@@ -63,6 +83,9 @@ class VtcConfig(PretrainedConfig):
         projector_hidden_act: str = "gelu",
         downsample_ratio: float = 1.0,
         ps_version: str = "v2",
+        mm_patch_merge_type: str = "flat",
+        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+        unpad_rule: str = "true_aspect",
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ):
@@ -74,6 +97,9 @@ class VtcConfig(PretrainedConfig):
         self.projector_hidden_act = projector_hidden_act
         self.downsample_ratio = downsample_ratio
         self.ps_version = ps_version
+        self.mm_patch_merge_type = mm_patch_merge_type
+        self.image_grid_pinpoints = None if image_grid_pinpoints is None else [list(p) for p in image_grid_pinpoints]
+        self.unpad_rule = unpad_rule
         if vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(
                 "`vision_feature_select_strategy` must be 'default' (drop the class token) or 'full', got "
@@ -82,6 +108,7 @@ class VtcConfig(PretrainedConfig):
         if ps_version not in ("v1", "v2"):
             raise ValueError(f"`ps_version` must be 'v1' or 'v2' (InternVL3.5 uses 'v2'), got {ps_version!r}.")
         self._check_downsample_ratio()
+        self._check_merge_type()
         derived = self._tokens_per_tile()
         if image_seq_length not in (None, derived):
             raise ValueError(
@@ -90,6 +117,16 @@ class VtcConfig(PretrainedConfig):
             )
         self.image_seq_length = derived
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile in pixels."""
+        return _side(self.vision_config.image_size)
+
+    @property
+    def smallest_image(self) -> tuple[int, int]:
+        """(height, width) in pixels of the smallest image that the tower takes."""
+        return self.tile_size, self.tile_size
 
     @property
     def shuffle_factor(self) -> int:
@@ -115,6 +152,77 @@ class VtcConfig(PretrainedConfig):
                 f"{factor}. Change `image_size`, `patch_size` or `downsample_ratio`."
             )
         return (grid // factor) ** 2
+
+    def _check_merge_type(self) -> None:
+        for name, values in (("mm_patch_merge_type", MERGE_TYPES), ("unpad_rule", UNPAD_RULES)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+        if self.mm_patch_merge_type == "flat":
+            return
+        if not self.joins_tiles:
+            raise ValueError(f"`mm_patch_merge_type` must be 'flat' for {self.model_type}, whose tiles have no map.")
+        size, sides = self.tile_size, [side for pair in self.image_grid_pinpoints or [] for side in pair]
+        if not sides or any(side < size or side % size for side in sides):
+            raise ValueError(
+                f"`mm_patch_merge_type='spatial_unpad'` needs `image_grid_pinpoints`, (height, width) pairs in "
+                f"multiples of the tower's tile ({size} pixels), got {self.image_grid_pinpoints}."
+            )
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """(rows, columns) of visual tokens of a tile without compression."""
+        side = self.patches_per_side // self.shuffle_factor
+        return side, side
+
+    def joined_sizes(self, num_tiles: Any, image_sizes: Any) -> ImageSizes:
+        """Sizes of images whose tiles are joined to maps, as LLaVA-NeXT does.
+
+        Args:
+            num_tiles (`torch.LongTensor` of shape `(num_images,)`): on the CPU.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): (height, width) in pixels.
+
+        Raises:
+            ValueError: an image has other tiles than its size asks for, or nothing is left of its map.
+        """
+        grids = best_canvases(image_sizes, self.image_grid_pinpoints) // self.tile_size
+        sizes = ImageSizes(num_tiles, image_sizes, grids)
+        refuse_wrong_tiles(image_sizes, grids, sizes.kept(self.token_grid, self.unpad_rule), num_tiles.tolist())
+        return sizes
+
+    def tokens_of_images(self, sizes: ImageSizes, token_grid: tuple[int, int]) -> Any:
+        """Visual tokens of each image, `(num_images,)`, whose tiles have (rows, columns) `token_grid` of them."""
+        per_tile = token_grid[0] * token_grid[1]
+        if sizes.grids is None:
+            return sizes.num_tiles * per_tile
+        rows, columns = sizes.kept(token_grid, self.unpad_rule).unbind(-1)
+        joined = per_tile + rows * (columns + 1)
+        return joined.where(sizes.num_tiles > 1, per_tile + int(self.newline_behind_single_tile))
+
+    def reserved_tokens(self, sizes: ImageSizes) -> Any:
+        """Visual tokens of each image without compression, `(num_images,)` on the CPU."""
+        return self.tokens_of_images(sizes, self.token_grid)
+
+    def levels(self, sizes: ImageSizes) -> list[Sequence[int]]:
+        """Visual tokens of each image that leave the model's compression at each of its levels, all of them first.
+
+        From sizes alone: processors, engines and reports use it without a model. Of equal counts the first one is
+        taken. A level says how many tokens stay, and not always which.
+        """
+        return [(count,) for count in self.reserved_tokens(sizes).tolist()]
+
+    def own_level(self, counts: Sequence[int], image_idx: int = 0) -> int:
+        """The level of an image under `vtc_budget="auto"`, -1 where only scores of its pixels can tell.
+
+        Args:
+            counts (`Sequence[int]`): its `levels`.
+            image_idx (`int`): which image of the call, for error messages.
+        """
+        return 0
+
+    def level_entering(self, level: int) -> int:
+        """The level whose tokens enter the language model where those of `level` leave it: another one where images
+        get shorter between its layers."""
+        return level
 
     def remote_code_map(self) -> dict[str, str]:
         """`auto_map` of a checkpoint folder that carries its own code: auto class -> `file.Class`."""

@@ -8,10 +8,9 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
-from .budget_vtc import leaves_a_choice
-from .compat_vtc import given_cache, named_cache
-from .packing_vtc import is_left_padded, pack_visual_tokens
-from .prompt_vtc import VisionInputs
+from .host_vtc import given_cache, named_cache
+from .packing_vtc import DecodePlan, is_left_padded, pack_visual_tokens
+from .prompt_vtc import VisionInputs, leaves_a_choice
 
 
 # transformers 5 looks for "GenerationMixin" in the qualified name of `generate`, and else makes a new class of every
@@ -45,16 +44,17 @@ class VtcGenerationMixin(GenerationMixin):
         mask = kwargs.get("attention_mask")
         if vision.given:
             _refuse_with_images(generation_config, kwargs)
-            packed, visual = self.model.compact(
+            compressed = self.model.compress_prompt(
                 input_ids,
                 vision,
                 attention_mask=kwargs.pop("attention_mask", None),
                 inputs_embeds=kwargs.pop("inputs_embeds", None),
                 align_left=True,
+                expands=False,
             )
-            plan = self.model.decode_plan(packed, visual)
-            if plan is not None:
-                kwargs["decode_plan"] = plan
+            packed = compressed.packed
+            if compressed.plan is not None:
+                kwargs["decode_plan"] = compressed.plan
         else:
             if input_ids is not None:
                 self.model.require_no_placeholders(input_ids)
@@ -63,7 +63,9 @@ class VtcGenerationMixin(GenerationMixin):
             # the stock loop would continue after the padding
             embeds = self.get_input_embeddings()(input_ids)
             mask = kwargs.pop("attention_mask").cpu()
-            packed = pack_visual_tokens(embeds, torch.ones_like(mask, dtype=torch.bool), mask, align_left=True)
+            packed = pack_visual_tokens(
+                embeds, torch.ones_like(mask, dtype=torch.bool), mask, align_left=True, expands=False
+            )
         batch_size, packed_length = packed.inputs_embeds.shape[:2]
         mask = packed.attention_mask
         if mask is None:
@@ -101,10 +103,18 @@ class VtcGenerationMixin(GenerationMixin):
         return out
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        *args: Any,
+        inputs_embeds: torch.Tensor | None = None,
+        decode_plan: DecodePlan | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """The stock method, which loses embeddings where looked-up candidate tokens follow the prompt (4.57 and 5.x)
-        and where a filled cache holds its beginning (4.57)."""
+        """The stock method, and the plan of the packed prompt.
+
+        The stock method loses embeddings where looked-up candidate tokens follow the prompt (4.57 and 5.x), and where
+        a filled cache holds its beginning (4.57).
+        """
         positions = kwargs.get("cache_position")  # 4.57 only
         prefill = kwargs.get("is_first_iteration") or positions is not None and len(positions) == input_ids.shape[1]
         if prefill and inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
@@ -116,6 +126,8 @@ class VtcGenerationMixin(GenerationMixin):
         if self.model.reads_padding_mask and kwargs.get("attention_mask") is not None:
             # for static caches the stock method has made the mask of one length of cache
             inputs["attention_mask"] = kwargs["attention_mask"]
+        if decode_plan is not None:
+            inputs["decode_plan"] = decode_plan
         return inputs
 
     def _lengths_without_prompt(

@@ -23,7 +23,7 @@ from transformers import BatchFeature
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .compat_vtc import ImageProcessorBase
+from .host_processor_vtc import ImageProcessorBase
 from .tiling_vtc import TileLayout, TilingSettings, square_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -7,23 +7,14 @@ stride) tokens (`"avgpool2d"`: whole windows of each grid).
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .ops_vtc import segment_mean
+from .packing_vtc import Span
 
 _KMEANS_STEPS = 10
-
-
-class Span(NamedTuple):
-    """An image that gets shorter: `length` visual tokens from `(row, start)` on, `stride` of which become one."""
-
-    row: int
-    start: int
-    length: int
-    stride: int
 
 
 @dataclass

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_convllava import ConvllavaConfig
-from .connector_vtc import Connector
+from .layout_vtc import Layout, layout_of_images
 from .modeling_vtc import VtcForConditionalGeneration, VtcModel
-from .prompt_vtc import HostPrompt, Prompt
+from .prompt_vtc import VisionInputs
+from .tower_vtc import Connector
+from .vision_vtc import VtcVisionHalf
 
 # hard-coded upstream; `layer_norm_eps` of published configurations (1e-12) concerns a norm that is not used
 LAYER_NORM_EPS = 1e-6
@@ -182,21 +183,6 @@ class ConvNextTower(nn.Module):
         return self
 
 
-def tokens_of_sizes(image_sizes: list[list[int]], token_stride: int) -> list[int]:
-    """Visual tokens of images of (height, width) pixels: `floor(H / stride) * floor(W / stride)` each.
-
-    Raises:
-        ValueError: an image has less than one token.
-    """
-    for image_idx, (height, width) in enumerate(image_sizes):
-        if min(height, width) < token_stride:
-            raise ValueError(
-                f"Image {image_idx} has {height} x {width} pixels (height x width), but ConvLLaVA needs at least "
-                f"{token_stride} per side, the size of one visual token. Enlarge it, as the processor does."
-            )
-    return [(height // token_stride) * (width // token_stride) for height, width in image_sizes]
-
-
 def encode_sizes(tower: nn.Module, pixel_values: torch.Tensor, image_sizes: list[list[int]]) -> list[torch.Tensor]:
     """Run a tower on images of different sizes, each at its own size, those of one size together.
 
@@ -234,80 +220,43 @@ class ConvllavaInit:
             nn.init.constant_(module.layer_scale_parameter, self.config.vision_config.layer_scale_init_value)
 
 
-class ConvllavaModel(ConvllavaInit, VtcModel):
-    """ConvLLaVA without a head."""
+class ConvllavaSteps(ConvllavaInit):
+    """A tower that compresses, and LLaVA's projector. Features are `(1, total_tokens, C)`, all images in a row."""
 
     config_class = ConvllavaConfig
     _no_split_modules = ["ConvNextStem", "ConvNextStage", "Connector"]
 
-    def __init__(self, config: ConvllavaConfig):
-        super().__init__(config, ConvNextTower(config.vision_config))
+    def make_tower(self, config: ConvllavaConfig) -> nn.Module:
+        return ConvNextTower(config.vision_config)
+
+    def make_parts(self, config: ConvllavaConfig) -> None:
         width = config.text_config.hidden_size
         self.multi_modal_projector = Connector(config, [width, width])
-        self.post_init()
 
-    def encode(self, pixel_values: torch.Tensor, prompt: Prompt | None = None) -> torch.Tensor:
+    def encode(self, pixel_values: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
         """Features of all images after each other, `(num_images, 3, H_max, W_max)` to `(1, total_tokens, C)`.
 
-        Without `image_sizes` in the prompt, every image fills `pixel_values`.
+        Without a layout every image fills `pixel_values`.
         """
-        num_images, _, *largest = pixel_values.shape
-        sizes = self._sizes(prompt, num_images, largest)
-        tokens_of_sizes(sizes, self.config.token_stride)
+        if layout is None:
+            layout = layout_of_images(self.config, VisionInputs(pixel_values))
+        sizes = layout.sizes.image_sizes.tolist()
         return torch.cat(encode_sizes(self.vision_tower, pixel_values.to(self.dtype), sizes))[None]
 
-    def _sizes(self, prompt: Prompt | None, num_images: int, largest: list[int]) -> list[list[int]]:
-        """Processed sizes of the images, from the prompt's one transfer."""
-        if prompt is None:
-            return [largest] * num_images
-        if prompt.vision.image_sizes is None:
-            prompt.vision.image_sizes = torch.tensor([largest] * num_images)
-        if prompt.host is None:
-            prompt.to_host()
-        sizes = prompt.host.image_sizes
-        if sizes.shape != (num_images, 2):
-            raise ValueError(
-                f"`image_sizes` must be (height, width) of each image, shape ({num_images}, 2), got "
-                f"{tuple(sizes.shape)}. Pass what the processor returned with `pixel_values`."
-            )
-        sizes = sizes.tolist()
-        for image_idx, (height, width) in enumerate(sizes):
-            if height > largest[0] or width > largest[1]:
-                raise ValueError(
-                    f"`image_sizes` of image {image_idx} is {height} x {width}, but `pixel_values` has room for "
-                    f"{largest[0]} x {largest[1]}. Give processed sizes in pixels, not those of the originals."
-                )
-        return sizes
 
-    def reserved_blocks(self, host: HostPrompt, num_tiles: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """One block per image, from its processed size."""
-        if host.image_sizes is None:
-            raise ValueError(
-                "`image_sizes` must be given with `image_features`, which do not tell the sizes of their images. Pass "
-                "what the processor returned."
-            )
-        tokens = tokens_of_sizes(host.image_sizes.tolist(), self.config.token_stride)
-        return torch.tensor(tokens), torch.ones(len(tokens), dtype=torch.long)
+class ConvllavaVision(ConvllavaSteps, VtcVisionHalf):
+    """Tower and projector of ConvLLaVA."""
 
-    @property
-    def smallest_image(self) -> tuple[int, int]:
-        """An image of one visual token."""
-        return self.config.token_stride, self.config.token_stride
 
-    def get_image_features(
-        self, pixel_values: torch.Tensor, image_sizes: torch.LongTensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """Visual tokens of some images; `last_hidden_state` is `(1, total_tokens, C)`, all images after each other."""
-        if image_sizes is None:
-            image_sizes = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
-        return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)
+class ConvllavaModel(ConvllavaSteps, VtcModel):
+    """ConvLLaVA without a head."""
 
 
 class ConvllavaForConditionalGeneration(ConvllavaInit, VtcForConditionalGeneration):
     """ConvLLaVA with a language modelling head."""
 
     config_class = ConvllavaConfig
-    _no_split_modules = ConvllavaModel._no_split_modules
+    _no_split_modules = ConvllavaSteps._no_split_modules
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: ConvllavaConfig):

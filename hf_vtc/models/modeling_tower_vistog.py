@@ -7,14 +7,13 @@ are bit for bit those of the plain tower, and the semantic tokens cost their own
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .compat_vtc import embed_patches, run_tower_layer
-from .tower_vtc import TowerPath, tower_path
+from .host_tower_vtc import LayerParts, embed_patches, parts_of_layer, run_tower_layer
+from .tower_vtc import tower_path
 
 
 def isolated_attention(
@@ -48,59 +47,6 @@ def isolated_attention(
         mask = torch.cat([own.new_ones(num_groups, num_image), own], dim=1)
     attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
-
-
-class LayerParts(NamedTuple):
-    """The steps of one encoder layer of a tower, as semantic tokens take them; a tuple is run in order.
-
-    `scale_1` and `scale_2` multiply the two residual branches, `num_heads` and `dropout` belong to the attention.
-    """
-
-    norm_1: nn.Module
-    to_query: tuple[nn.Module, ...]
-    to_key: tuple[nn.Module, ...]
-    to_value: tuple[nn.Module, ...]
-    to_output: tuple[nn.Module, ...]
-    scale_1: float | torch.Tensor
-    norm_2: nn.Module
-    feed_forward: tuple[nn.Module, ...]
-    scale_2: float | torch.Tensor
-    num_heads: int
-    dropout: float
-
-
-def _clip_parts(layer: nn.Module) -> LayerParts:
-    attention = layer.self_attn
-    return LayerParts(
-        norm_1=layer.layer_norm1,
-        to_query=(attention.q_proj,),
-        to_key=(attention.k_proj,),
-        to_value=(attention.v_proj,),
-        to_output=(attention.out_proj,),
-        scale_1=1.0,
-        norm_2=layer.layer_norm2,
-        feed_forward=(layer.mlp,),
-        scale_2=1.0,
-        num_heads=attention.num_heads,
-        dropout=attention.dropout,
-    )
-
-
-def _internvl_parts(layer: nn.Module) -> LayerParts:
-    attention = layer.attention
-    return LayerParts(
-        norm_1=layer.layernorm_before,
-        to_query=(attention.q_proj, attention.q_norm),
-        to_key=(attention.k_proj, attention.k_norm),
-        to_value=(attention.v_proj,),
-        to_output=(attention.projection_layer, attention.projection_dropout),
-        scale_1=layer.lambda_1,
-        norm_2=layer.layernorm_after,
-        feed_forward=(layer.mlp, layer.dropout),
-        scale_2=layer.lambda_2,
-        num_heads=attention.num_heads,
-        dropout=attention.attention_dropout,
-    )
 
 
 @contextmanager
@@ -151,39 +97,14 @@ def semantic_layer(
     return semantic + parts.scale_2 * _run(parts.feed_forward, parts.norm_2(semantic))
 
 
-class TowerParts(NamedTuple):
-    """The way to the hidden state that is read; `describe` takes a layer apart, `class_token` `(C,)` is None for a
-    tower without one."""
-
-    path: TowerPath
-    describe: Callable[[nn.Module], LayerParts]
-    class_token: torch.Tensor | None
-
-
-def tower_parts(tower: nn.Module, tower_type: str, feature_layer: int) -> TowerParts:
-    """Take a tower of one of `TOWER_TYPES` apart.
-
-    Args:
-        tower (`nn.Module`): as `build_tower` gives it.
-        tower_type (`str`): `model_type` of its config.
-        feature_layer (`int`): the hidden state that is read, see `tower_vtc.py`.
-    """
-    path, embeddings = tower_path(tower, feature_layer), tower.embeddings
-    if tower_type == "clip_vision_model":
-        return TowerParts(path, _clip_parts, embeddings.class_embedding)
-    if tower_type == "siglip_vision_model":
-        return TowerParts(path, _clip_parts, None)
-    return TowerParts(path, _internvl_parts, embeddings.cls_token.flatten())
-
-
 def run_tower(
-    tower: nn.Module, parts: TowerParts, pixel_values: torch.Tensor, tokens: torch.Tensor | None, mutual: bool
+    tower: nn.Module, feature_layer: int, pixel_values: torch.Tensor, tokens: torch.Tensor | None, mutual: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hidden states of a tower's image tokens, and of the semantic tokens beside them.
 
     Args:
         tower (`nn.Module`): only its embeddings are called from here, not its `forward`.
-        parts (`TowerParts`): of this tower.
+        feature_layer (`int`): the hidden state that is read, see `tower_vtc.py`.
         pixel_values (`torch.Tensor` of shape `(T, 3, S, S)`): in the dtype of the tower.
         tokens (`torch.Tensor` of shape `(G, C)`, *optional*): semantic tokens, the same for every tile.
         mutual (`bool`): whether semantic tokens attend to each other.
@@ -191,7 +112,7 @@ def run_tower(
     Returns:
         Image states `(T, M, C)`, class token first where there is one, and semantic states `(T, G, C)` or None.
     """
-    path = parts.path
+    path = tower_path(tower, feature_layer)
     # a frozen tower builds no graph, whatever asks its input for gradients; the semantic tokens always do
     trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
     with torch.set_grad_enabled(trains):
@@ -202,7 +123,7 @@ def run_tower(
             with torch.set_grad_enabled(trains):
                 states = run_tower_layer(layer, states)
             continue
-        described = parts.describe(layer)
+        described = parts_of_layer(layer, tower.config.model_type)
         with torch.set_grad_enabled(trains):
             states, keys, values = _image_layer(layer, described, states, trains)
         semantic = semantic_layer(described, semantic, keys, values, mutual)

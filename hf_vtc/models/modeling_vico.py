@@ -15,12 +15,13 @@ are buffers, which nothing trains.
 import torch
 from torch import nn
 
-from .budget_vtc import budgets_per_image, largest_admissible
 from .configuration_vico import VicoConfig
-from .connector_vtc import Connector
+from .layout_vtc import Layout
 from .modeling_vtc import VtcForConditionalGeneration, VtcModel
-from .packing_vtc import rows_of_images
-from .prompt_vtc import Prompt, VisualTokens, tiles_of_images
+from .packing_vtc import first_slots, to_device
+from .prompt_vtc import BY_SCORES
+from .tower_vtc import Connector
+from .vision_vtc import Choice, Scores, TextStates, VisualTokens, VtcVisionHalf, touch
 
 
 def route_tiles(
@@ -184,111 +185,82 @@ class VicoInit:
                 torch.empty_like(module.weight).normal_()
 
 
-class VicoModel(VicoInit, VtcModel):
-    """InternVL3.5-Flash without a head: each tile runs through one of two connectors."""
+class VicoSteps(VicoInit):
+    """Each tile runs through one of two connectors, which a router chooses.
+
+    `router_logits` are `(T, 2)`, `router_decisions` `(T,)` with True = compress.
+    """
 
     config_class = VicoConfig
     _no_split_modules = ["InternVLVisionLayer", "VisionResolutionRouter", "Connector"]
 
-    def __init__(self, config: VicoConfig):
-        super().__init__(config)
+    def make_parts(self, config: VicoConfig) -> None:
         width = config.text_config.hidden_size
         self.multi_modal_projector = Connector(config, [width, width], config.shuffle_factor)
         self.compressed_projector = Connector(
             config, [2 * width, 2 * width, width], config.shuffle_factor**2, config.connector_dropout
         )
         self.router = VisionResolutionRouter(config)
-        self.post_init()
 
-    def compress(self, features: torch.Tensor, prompt: Prompt) -> VisualTokens:
-        """Route every tile of `features` `(T, N, C)` and run it through the connector that it needs.
+    def score(self, features: torch.Tensor, text: TextStates | None, layout: Layout) -> Scores | None:
+        """P(compress) of every tile, unless no image needs it."""
+        if not self.routes(self.router, layout.router_decisions is None and not layout.wants_all):
+            return None
+        router_logits = self.router(features)
+        return Scores((router_logits.softmax(-1)[:, 0],), router_logits)
 
-        `router_logits` are `(T, 2)`, `router_decisions` `(T,)` with True = compress.
-        """
-        vision = prompt.vision
-        overridden = vision.router_decisions is not None
-        if overridden and vision.vtc_budget is not None:
-            raise ValueError("Give `router_decisions` or `vtc_budget`, not both: each decides which tiles shrink.")
-        # in training every rank runs the router, whatever the call asks for
-        routed = self.training or not (overridden or vision.vtc_budget == "full")
-        router_logits = self.router(features) if routed else None
-        if routed:
-            (p_compress,) = prompt.to_host(router_logits.softmax(-1)[:, 0])
+    def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
+        """The rule for `"auto"` images, tiles in order of P(compress) for the others."""
+        config, num_tiles = self.config, layout.sizes.num_tiles
+        total = int(num_tiles.sum())
+        if layout.router_decisions is not None:
+            decisions = _checked_decisions(layout.router_decisions, total)
         else:
-            p_compress = torch.zeros(features.shape[0])
-            prompt.to_host()
+            decisions = torch.zeros(total, dtype=torch.bool)
+            if layout.asks_scores:
+                tiles_per_sample = torch.zeros(len(layout.placeholder_mask), dtype=torch.long)
+                tiles_per_sample.index_add_(0, torch.tensor(layout.rows, dtype=torch.long), num_tiles)
+                decisions = route_tiles(
+                    scores[0],
+                    tiles_per_sample.tolist(),
+                    config.flash_relative_threshold,
+                    config.flash_absolute_threshold,
+                    config.routing_rule,
+                )
+            if not layout.wants_all:
+                tiles_of_image = torch.arange(total).split(num_tiles.tolist())
+                for tiles, level in zip(tiles_of_image, layout.levels, strict=True):
+                    if level != BY_SCORES:
+                        # at level i, i tiles are compressed
+                        decisions[tiles] = most_compressible(scores[0][tiles], level)
+        num_kept = torch.where(decisions, config.compressed_seq_length, config.image_seq_length)
+        image_of_tile = torch.repeat_interleave(num_tiles)
+        per_image = torch.zeros_like(num_tiles).index_add(0, image_of_tile, num_kept)
+        return Choice(per_image, per_image, decisions)
 
-        tiles_per_image, tiles_per_sample = self._tile_layout(prompt, features.shape[0])
-        if overridden:
-            decisions = _checked_decisions(prompt.host.router_decisions, features.shape[0])
-        else:
-            decisions = self._decide(p_compress, tiles_per_image, tiles_per_sample, vision.vtc_budget)
-
-        embeds = self._connect(features, decisions)
-        if self.training:
-            embeds = embeds + 0 * router_logits.sum().to(embeds.dtype)
-        num_reserved = torch.full_like(decisions, self.config.image_seq_length, dtype=torch.long)
-        return VisualTokens(
-            embeds=embeds,
-            num_reserved=num_reserved,
-            num_kept=torch.where(decisions, self.config.compressed_seq_length, num_reserved),
-            blocks_per_image=torch.tensor(tiles_per_image),
-            router_logits=router_logits,
-            router_decisions=decisions.to(features.device, non_blocking=True),
-        )
-
-    def _tile_layout(self, prompt: Prompt, num_tiles: int) -> tuple[list[int], list[int]]:
-        """Tiles per image and per sample, checked against the placeholders and against `num_tiles` features."""
-        per_tile, host = self.config.image_seq_length, prompt.host
-        tiles_per_image = tiles_of_images(host, num_tiles, per_tile)
-        rows = rows_of_images(host.placeholder_mask, [per_tile * tiles for tiles in tiles_per_image])
-        tiles_per_sample = [0] * host.placeholder_mask.shape[0]
-        for row, tiles in zip(rows, tiles_per_image, strict=True):
-            tiles_per_sample[row] += tiles
-        return tiles_per_image, tiles_per_sample
-
-    def _decide(
-        self, p_compress: torch.Tensor, tiles_per_image: list[int], tiles_per_sample: list[int], vtc_budget
-    ) -> torch.Tensor:
-        """Decisions `(T,)` on the CPU: the rule for `"auto"` images, tiles in order of P(compress) for budgets."""
-        config = self.config
-        decisions = route_tiles(
-            p_compress,
-            tiles_per_sample,
-            config.flash_relative_threshold,
-            config.flash_absolute_threshold,
-            config.routing_rule,
-        )
-        decisions &= config.flash_mode
-        full, saved = config.image_seq_length, config.image_seq_length - config.compressed_seq_length
-        budgets = budgets_per_image(vtc_budget, len(tiles_per_image))
-        for image_idx, tiles in enumerate(torch.arange(len(p_compress)).split(tiles_per_image)):
-            if budgets[image_idx] == "auto":
-                continue
-            counts = [full * len(tiles) - saved * compressed for compressed in range(len(tiles) + 1)]
-            num_compressed = counts.index(largest_admissible(budgets[image_idx], counts, image_idx))
-            decisions[tiles] = most_compressible(p_compress[tiles], num_compressed)
-        return decisions
-
-    def _connect(self, features: torch.Tensor, decisions: torch.Tensor) -> torch.Tensor:
-        """Visual tokens `(num_kept.sum(), D)` in tile order, each tile through the connector that it needs."""
+    def connect(self, features: torch.Tensor, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
+        """Visual tokens in tile order, each tile through the connector that it needs."""
+        decisions = choice.decisions
         num_kept = torch.where(decisions, self.config.compressed_seq_length, self.config.image_seq_length)
         starts = num_kept.cumsum(0) - num_kept
-        pieces, positions, unused = [], [], 0
+        pieces, positions, unused = [], [], []
         for connector, chosen in ((self.multi_modal_projector, ~decisions), (self.compressed_projector, decisions)):
             tiles = chosen.nonzero().flatten()
             if len(tiles) > 0:
-                some = len(tiles) < len(decisions)
-                tokens = connector(features, tiles.to(features.device, non_blocking=True) if some else None)
+                some = to_device(features.device, tiles)[0] if len(tiles) < len(decisions) else None
+                tokens = connector(features, some)
                 pieces.append(tokens.flatten(0, 1))
                 positions.append((starts[tiles][:, None] + torch.arange(tokens.shape[1])).flatten())
             elif self.training:
-                # with weight zero, so that every rank runs the same modules and every gradient exists
-                unused = 0 * connector(features[:1]).sum()
-        if len(pieces) == 1:
-            return pieces[0] + unused if self.training else pieces[0]
-        order = torch.argsort(torch.cat(positions))
-        return torch.cat(pieces).index_select(0, order.to(features.device, non_blocking=True))
+                unused.append(connector(features[:1]))
+        embeds = pieces[0]
+        if len(pieces) > 1:
+            (order,) = to_device(features.device, torch.argsort(torch.cat(positions)))
+            embeds = torch.cat(pieces).index_select(0, order)
+        slots = None
+        if bool(decisions.any()):
+            slots = first_slots(torch.full_like(num_kept, self.config.image_seq_length), num_kept)
+        return VisualTokens(touch(embeds, *unused), slots)
 
 
 def _checked_decisions(decisions: torch.Tensor, num_tiles: int) -> torch.Tensor:
@@ -299,11 +271,19 @@ def _checked_decisions(decisions: torch.Tensor, num_tiles: int) -> torch.Tensor:
     return decisions.bool()
 
 
+class VicoVision(VicoSteps, VtcVisionHalf):
+    """Tower, connectors and router of InternVL3.5-Flash."""
+
+
+class VicoModel(VicoSteps, VtcModel):
+    """InternVL3.5-Flash without a head."""
+
+
 class VicoForConditionalGeneration(VicoInit, VtcForConditionalGeneration):
     """InternVL3.5-Flash with a language modelling head."""
 
     config_class = VicoConfig
-    _no_split_modules = VicoModel._no_split_modules
+    _no_split_modules = VicoSteps._no_split_modules
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: VicoConfig):

@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .budget_vtc import budgets_per_image, largest_admissible
 from .configuration_vistog import VistogConfig
-from .connector_vtc import Connector
-from .modeling_tower_vistog import TowerParts, run_tower, tower_parts
+from .host_tower_vtc import class_token_of
+from .layout_vtc import Layout
+from .modeling_tower_vistog import run_tower
 from .modeling_vtc import VtcForConditionalGeneration, VtcModel
 from .ops_vtc import assign_segment_mean, segment_mean_of
-from .packing_vtc import rows_of_images
-from .prompt_vtc import Prompt, VisionInputs, VisualTokens
+from .packing_vtc import first_slots, to_device
+from .tower_vtc import Connector
+from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf, touch
 
 # what `router_decisions` hold for the patches of a tile that stays whole
 NOT_GROUPED = -1
@@ -186,8 +187,13 @@ class VistogInit:
             nn.init.constant_(module.logit_scale, 2.6593)
 
 
-class VistogModel(VistogInit, VtcModel):
-    """Tower with semantic tokens beside it, grouping layer, projector and language model, without a head."""
+class VistogSteps(VistogInit):
+    """Tower with semantic tokens beside it, grouping layer and projector.
+
+    Features are a dict: `patches` `(T, N, C)`, and `semantic` `(T, G, C)` unless a call wants no compression at all.
+    `router_logits` are the similarities `(T, G, N)`, 0 for a tile that stays whole, or None if all do;
+    `router_decisions` `(T, N)` the group of each patch, -1 in a tile that stays whole.
+    """
 
     config_class = VistogConfig
     _no_split_modules = [
@@ -198,82 +204,43 @@ class VistogModel(VistogInit, VtcModel):
         "Connector",
     ]
 
-    def __init__(self, config: VistogConfig):
-        super().__init__(config)
+    def make_parts(self, config: VistogConfig) -> None:
         width = config.text_config.hidden_size
         self.semantic_tokens = SemanticTokens(config)
         self.grouping = GroupingLayer(config)
         self.multi_modal_projector = Connector(config, [width, width])
-        self.post_init()
 
-    def tower_parts(self) -> TowerParts:
-        """The parts of the tower that the features come from."""
-        config = self.config
-        return tower_parts(self.vision_tower, config.vision_config.model_type, config.vision_feature_layer)
-
-    def encode(self, pixel_values: torch.Tensor, prompt: Prompt | None = None) -> torch.Tensor:
-        """Patch states, then semantic states, of each tile: `(total_tiles, 3, S, S)` to `(total_tiles, N + G, C)`.
-
-        A prompt that wants no compression at all gets the patch states alone, `(total_tiles, N, C)`, outside of
-        training.
-        """
-        config, parts, tokens = self.config, self.tower_parts(), None
-        if self.training or prompt is None or not _wants_all(prompt.vision):
-            tokens = self.semantic_tokens(parts.class_token if config.semantic_init == "cls" else None)
+    def encode(self, pixel_values: torch.Tensor, layout: Layout | None = None) -> dict[str, torch.Tensor]:
+        """Patch states and semantic states of each tile; the latter in training in any case."""
+        config, tokens = self.config, None
+        if self.training or layout is None or not layout.wants_all:
+            tower_type = config.vision_config.model_type
+            origin = class_token_of(self.vision_tower, tower_type) if config.semantic_init == "cls" else None
+            tokens = self.semantic_tokens(origin)
         states, semantic = run_tower(
-            self.vision_tower, parts, pixel_values.to(self.dtype), tokens, config.semantic_self_attention
+            self.vision_tower,
+            config.vision_feature_layer,
+            pixel_values.to(self.dtype),
+            tokens,
+            config.semantic_self_attention,
         )
         patches = states[:, 1:] if config.vision_feature_select_strategy == "default" else states
-        return patches if semantic is None else torch.cat([patches, semantic], dim=1)
+        return {"patches": patches} if semantic is None else {"patches": patches, "semantic": semantic}
 
-    def compress(self, features: torch.Tensor, prompt: Prompt) -> VisualTokens:
-        """Group the tiles that shrink, and project what is left of each.
-
-        `router_logits` are the similarities `(T, G, N)`, 0 for a tile that stays whole, or None if all do;
-        `router_decisions` `(T, N)` the group of each patch, -1 in a tile that stays whole.
-        """
-        config, vision = self.config, prompt.vision
-        if vision.router_decisions is not None and vision.vtc_budget is not None:
-            raise ValueError("Give `router_decisions` or `vtc_budget`, not both: each decides which tiles shrink.")
-        prompt.to_host()
-        num_tiles, reserved = features.shape[0], config.image_seq_length
-        num_reserved, tiles_per_image = self.reserved_blocks(prompt.host, num_tiles)
-        tiles_per_image = tiles_per_image.tolist()
-        rows_of_images(prompt.host.placeholder_mask, [reserved * tiles for tiles in tiles_per_image])
-        given = prompt.host.router_decisions
-        if given is None:
-            grouped = self._tiles_within_budget(tiles_per_image, vision)
-        else:
-            grouped = self._tiles_of_decisions(given, num_tiles)
-        if bool(grouped.any()) and features.shape[1] == reserved:
-            raise ValueError(
-                f"`image_features` hold {reserved} patch states per tile and no semantic states, as `encode` gives "
-                "them for `vtc_budget='full'`. Encode without that budget, or ask for it here too."
-            )
-
-        num_kept = torch.where(grouped, config.num_semantic_tokens, reserved)
-        embeds, logits, decisions = self._merge(features, grouped, num_kept, given)
-        return VisualTokens(
-            embeds=embeds,
-            num_reserved=num_reserved,
-            num_kept=num_kept,
-            blocks_per_image=torch.tensor(tiles_per_image),
-            router_logits=logits,
-            router_decisions=decisions,
-        )
-
-    def _tiles_within_budget(self, tiles_per_image: list[int], vision: VisionInputs) -> torch.Tensor:
-        """Which tiles are grouped, `(T,)` on the CPU: all of an image, or none."""
-        grouped, config = [], self.config
-        budgets = budgets_per_image(vision.vtc_budget, len(tiles_per_image))
-        for image_idx, (tiles, budget) in enumerate(zip(tiles_per_image, budgets, strict=True)):
-            counts = [tiles * config.image_seq_length, tiles * config.num_semantic_tokens]
-            kept = counts[1] if budget == "auto" else largest_admissible(budget, counts, image_idx)
-            grouped += [kept == counts[1]] * tiles
-        return torch.tensor(grouped, dtype=torch.bool)
+    def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
+        """Which tiles are grouped, `(T,)`: all of an image, or those to which the caller gives groups."""
+        num_tiles, patches = layout.sizes.num_tiles, self.config.image_seq_length
+        decisions = layout.router_decisions
+        if decisions is None:
+            grouped = torch.repeat_interleave(torch.tensor(layout.levels, dtype=torch.bool), num_tiles)
+            return Choice(layout.num_leaving, layout.num_leaving, grouped)
+        grouped = self._tiles_of_decisions(decisions, int(num_tiles.sum()))
+        num_kept = torch.where(grouped, self.config.num_semantic_tokens, patches)
+        per_image = torch.zeros_like(num_tiles).index_add(0, torch.repeat_interleave(num_tiles), num_kept)
+        return Choice(per_image, per_image, grouped)
 
     def _tiles_of_decisions(self, decisions: torch.Tensor, num_tiles: int) -> torch.Tensor:
-        """Which tiles are grouped, `(T,)` on the CPU, by `decisions` `(T, N)` of the caller, which are checked."""
+        """Which tiles are grouped, `(T,)`, by `decisions` `(T, N)` of the caller, which are checked."""
         expected, groups = (num_tiles, self.config.image_seq_length), self.config.num_semantic_tokens
         if tuple(decisions.shape) != expected or decisions.is_floating_point() or decisions.dtype == torch.bool:
             raise ValueError(
@@ -288,51 +255,55 @@ class VistogModel(VistogInit, VtcModel):
             )
         return ~whole.all(1)
 
-    def _merge(
-        self, features: torch.Tensor, grouped: torch.Tensor, num_kept: torch.Tensor, given: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Visual tokens `(num_kept.sum(), D)` in tile order, similarities and groups as `compress` gives them."""
-        reserved, device = self.config.image_seq_length, features.device
-        patches, semantic = features[:, :reserved], features[:, reserved:]
+    def connect(
+        self, features: dict[str, torch.Tensor], choice: Choice, layout: Layout, scores: Scores | None
+    ) -> VisualTokens:
+        """Group the tiles that shrink, and project what is left of each, in tile order."""
+        patches, semantic, grouped = features["patches"], features.get("semantic"), choice.decisions
+        device, given = patches.device, layout.router_decisions
         decisions = torch.full(patches.shape[:2], NOT_GROUPED, dtype=torch.long, device=device)
         if not bool(grouped.any()):
             embeds = self.multi_modal_projector(patches).flatten(0, 1)
-            if self.training and semantic.shape[1] > 0:
-                # with weight zero, so that every rank runs the same modules and every gradient exists
-                embeds = embeds + 0 * self.grouping(patches[:1], semantic[:1]).tokens.sum().to(embeds.dtype)
-            return embeds, None, decisions
+            if self.training:
+                embeds = touch(embeds, self.grouping(patches[:1], semantic[:1]).tokens)
+            return VisualTokens(embeds, router_decisions=decisions)
+        if semantic is None:
+            raise ValueError(
+                "`image_features` hold patch states and no semantic states, as `encode` gives them for "
+                "`vtc_budget='full'`. Encode without that budget, or ask for it here too."
+            )
+        num_kept = torch.where(grouped, self.config.num_semantic_tokens, patches.shape[1])
+        slots = first_slots(torch.full_like(num_kept, patches.shape[1]), num_kept)
+        tiles, others = grouped.nonzero().flatten(), (~grouped).nonzero().flatten()
+        given = None if given is None else given[tiles].long()
+        if len(others) == 0:
+            tokens, logits, group_idx = self.grouping(patches, semantic, *to_device(device, given))
+            return VisualTokens(self.multi_modal_projector(tokens).flatten(0, 1), slots, None, group_idx, logits)
 
-        tiles = grouped.nonzero().flatten()
-        index = tiles.to(device, non_blocking=True)
-        if given is not None:
-            given = given[tiles].long().to(device, non_blocking=True)
-        if bool(grouped.all()):
-            tokens, logits, group_idx = self.grouping(patches, semantic, given)
-            return self.multi_modal_projector(tokens).flatten(0, 1), logits, group_idx
-
-        tokens, own_logits, group_idx = self.grouping(patches[index], semantic[index], given)
-        logits = own_logits.new_zeros(len(grouped), *own_logits.shape[1:]).index_copy(0, index, own_logits)
-        decisions = decisions.index_copy(0, index, group_idx)
-        others = (~grouped).nonzero().flatten()
-        states = torch.cat([tokens.flatten(0, 1), patches[others.to(device, non_blocking=True)].flatten(0, 1)])
         starts = num_kept.cumsum(0) - num_kept
         places = [starts[each][:, None] + torch.arange(int(num_kept[each[0]])) for each in (tiles, others)]
         order = torch.argsort(torch.cat([place.flatten() for place in places]))
-        states = states.index_select(0, order.to(device, non_blocking=True))
-        return self.multi_modal_projector(states), logits, decisions
+        index, others, order, given = to_device(device, tiles, others, order, given)
+        tokens, own_logits, group_idx = self.grouping(patches[index], semantic[index], given)
+        logits = own_logits.new_zeros(len(grouped), *own_logits.shape[1:]).index_copy(0, index, own_logits)
+        decisions = decisions.index_copy(0, index, group_idx)
+        states = torch.cat([tokens.flatten(0, 1), patches[others].flatten(0, 1)]).index_select(0, order)
+        return VisualTokens(self.multi_modal_projector(states), slots, None, decisions, logits)
 
 
-def _wants_all(vision: VisionInputs) -> bool:
-    """Whether a call asks for no compression of any image."""
-    budget = vision.vtc_budget
-    return all(each == "full" for each in budget) if isinstance(budget, (list, tuple)) else budget == "full"
+class VistogVision(VistogSteps, VtcVisionHalf):
+    """Tower with semantic tokens beside it, grouping layer and projector."""
+
+
+class VistogModel(VistogSteps, VtcModel):
+    """VisToG without a head."""
 
 
 class VistogForConditionalGeneration(VistogInit, VtcForConditionalGeneration):
     """VisToG with a language modelling head."""
 
     config_class = VistogConfig
-    _no_split_modules = VistogModel._no_split_modules
+    _no_split_modules = VistogSteps._no_split_modules
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: VistogConfig):

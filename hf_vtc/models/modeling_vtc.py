@@ -1,49 +1,67 @@
-"""The skeleton of every compressing model: encode, compress, pack, decode, expand.
+"""The skeleton of every compressing model: one way from images and text to states and logits.
 
-`VtcModel` and `VtcForConditionalGeneration` are abstract. They own merging, packing, expansion, loss and `generate`; a
-method is a pair of final classes that implements one of the hooks `encode`, `compress`, `decode` of `VtcModel`.
+    layout (host) -> encode -> score -> choose (host) -> connect -> pack -> decode (shorten) -> expand
+
+`VtcModel` and `VtcForConditionalGeneration` are abstract. With `vision_vtc.py` they own the layout of a call,
+transfers, checks, budgets, packing, expansion, loss and `generate`. A method is a few final classes that share pure
+steps: those above that it does not leave as they are.
 
 Outside, everything has the length of `input_ids`: reserved placeholders in, full-length states and logits out. Inside,
 only kept tokens run through the language model.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, LlamaForCausalLM
+from transformers import AutoModel, Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from .budget_vtc import Budget, budgets_per_image, largest_admissible
-from .compat_vtc import build_tower, cache_of, given_cache, named_cache
 from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
-from .head_vtc import full_length_logits, predicting_states
-from .outputs_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast
-from .packing_vtc import PackedPrompt, keep_slots, pack_visual_tokens, rows_of_images, shifted_positions
-from .pretrained_vtc import VtcPreTrainedModel
-from .prompt_vtc import HostPrompt, Prompt, VisionInputs, VisualTokens, tiles_of_images
-from .tower_vtc import run_tower_to, unused_modules
+from .head_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast, full_length_logits, predicting_states
+from .host_decoder_vtc import is_shortened, past_length, run_segments
+from .host_vtc import HEAD_TP_PLAN, cache_of, given_cache, named_cache
+from .layout_vtc import Layout, layout_of_images, layout_of_prompt
+from .packing_vtc import (
+    DecodePlan,
+    PackedPrompt,
+    Span,
+    keep_slots,
+    pack_visual_tokens,
+    shifted_positions,
+    to_device,
+)
+from .prompt_vtc import Budget, VisionInputs, leaves_a_choice
+from .vision_vtc import Choice, Features, TextStates, VtcPreTrainedModel, VtcVision, touch
 
 
-class VtcModel(VtcPreTrainedModel):
+@dataclass
+class Compressed:
+    """A batch of prompts before the language model: packed, and what was found on the way.
+
+    `visual`: visual tokens that were packed; `num_kept` `(num_images,)` on the CPU; `plan`: what the language model,
+    and every step of `generate`, must know besides, None for nothing.
+    """
+
+    packed: PackedPrompt
+    visual: torch.Tensor
+    num_kept: torch.LongTensor
+    plan: DecodePlan | None
+    router_logits: torch.Tensor | None
+    router_decisions: torch.Tensor | None
+
+
+class VtcModel(VtcVision):
     """Tower, connector and language model, without a head. Abstract."""
 
-    # whether text that comes later can change what a router decided for an image
-    routes_by_text = False
-    # whether `continue_decoding` makes attention masks itself and therefore wants the padding mask at every step
+    # whether `decode` makes attention masks itself and therefore wants the padding mask at every step
     reads_padding_mask = False
 
-    def __init__(self, config: VtcConfig, vision_tower: nn.Module | None = None):
-        super().__init__(config)
-        # an encoder of a method's own is built by the method: remote code cannot find it by its config
-        self.vision_tower = build_tower(config.vision_config) if vision_tower is None else vision_tower
-        if vision_tower is None:
-            # no feature depends on them: without this, distributed training waits for their gradients
-            for unused in unused_modules(self.vision_tower, config.vision_feature_layer):
-                unused.requires_grad_(False)
+    def make_decoder(self, config: VtcConfig) -> None:
         self.language_model = AutoModel.from_config(config.text_config)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -58,93 +76,21 @@ class VtcModel(VtcPreTrainedModel):
     def set_decoder(self, decoder: nn.Module) -> None:
         self.language_model = decoder
 
-    def encode(self, pixel_values: torch.Tensor, prompt: Prompt | None = None) -> torch.Tensor:
-        """Hook: features of each tile, `(total_tiles, 3, S, S)` to `(total_tiles, N, C)`, row-major.
-
-        `prompt` is there for towers that need the sizes of the images; it is None where all are of one size.
-        """
-        features = run_tower_to(self.vision_tower, pixel_values.to(self.dtype), self.config.vision_feature_layer)
-        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
-
-    def reserved_blocks(self, host: HostPrompt, num_tiles: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Reserved placeholders of each block `(num_blocks,)`, and blocks of each image `(num_images,)`.
-
-        Here a block is a tile and all have one count; a method whose images differ in more than tiles overrides it.
+    def shorten(
+        self, states: torch.Tensor, position_ids: torch.LongTensor, plan: DecodePlan, scores: torch.Tensor | None
+    ) -> tuple[PackedPrompt, torch.Tensor]:
+        """Step: shorten the images of a sequence `(B, L, D)` before a decoder layer, through the packer.
 
         Args:
-            host (`HostPrompt`): the layout of this call.
-            num_tiles (`int`): tiles, or rows of features, that were given.
+            position_ids (`torch.LongTensor` of shape `(B or 1, L)`): of these states.
+            plan ([`DecodePlan`]): where the images are.
+            scores (`torch.Tensor` of shape `(B, L)`, *optional*): attention that the last token pays to each, if the
+                plan asks for it.
+
+        Returns:
+            The shorter sequence, and its visual tokens `(num_visual_tokens, D)`.
         """
-        per_tile = self.config.image_seq_length
-        tiles_per_image = tiles_of_images(host, num_tiles, per_tile)
-        return torch.full((num_tiles,), per_tile), torch.tensor(tiles_per_image)
-
-    def compress(self, features: torch.Tensor, prompt: Prompt) -> VisualTokens:
-        """Hook: from features to the visual tokens that stay. Here: all of them, through `multi_modal_projector`."""
-        if prompt.host is None:
-            # a tower that goes by sizes has fetched them already
-            prompt.to_host()
-        num_reserved, blocks_per_image = self.reserved_blocks(prompt.host, features.shape[0])
-        reserved = [int(blocks.sum()) for blocks in num_reserved.split(blocks_per_image.tolist())]
-        rows_of_images(prompt.host.placeholder_mask, reserved)
-        for image_idx, budget in enumerate(budgets_per_image(prompt.vision.vtc_budget, len(reserved))):
-            if budget != "auto":
-                largest_admissible(budget, [reserved[image_idx]], image_idx)
-        embeds = self.multi_modal_projector(features).flatten(0, 1)
-        if embeds.shape[0] != sum(reserved):
-            raise ValueError(
-                f"Image features and image tokens do not match: {embeds.shape[0]} visual tokens for {sum(reserved)} "
-                "placeholders. Pass `image_features` that `encode` gave for these images."
-            )
-        return VisualTokens(
-            embeds=embeds,
-            num_reserved=num_reserved,
-            num_kept=num_reserved,
-            blocks_per_image=blocks_per_image,
-        )
-
-    def decode(
-        self, packed: PackedPrompt, visual: VisualTokens, cache: Cache | None = None, **kwargs: Any
-    ) -> tuple[BaseModelOutputWithPast, PackedPrompt, VisualTokens]:
-        """Hook: run the language model on a packed prompt.
-
-        Returns the outputs, and layout and visual tokens as `last_hidden_state` has them. A method that shortens
-        images in the decoder overrides `decode_plan` and `continue_decoding` as well, for `generate`.
-        """
-        outputs = self.language_model(
-            inputs_embeds=packed.inputs_embeds,
-            attention_mask=packed.attention_mask,
-            position_ids=packed.position_ids,
-            **named_cache(cache),
-            **kwargs,
-        )
-        return outputs, packed, visual
-
-    def decode_plan(self, packed: PackedPrompt, visual: VisualTokens) -> Any:
-        """What every step of `generate` must know of its packed prompt, None for nothing."""
-        return None
-
-    def continue_decoding(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Run the language model on what `forward` does not pack: text, or a step of `generate`.
-
-        `decode_plan` is among `kwargs` where that method gave one.
-        """
-        return self.language_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **named_cache(cache),
-            **kwargs,
-        )
+        raise NotImplementedError
 
     def find_placeholders(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
@@ -182,7 +128,18 @@ class VtcModel(VtcPreTrainedModel):
                 "given. Pass everything that the processor returned, or leave images out of the text."
             )
 
-    def compact(
+    def layout_of(
+        self, placeholder_mask: torch.Tensor, attention_mask: torch.Tensor | None, vision: VisionInputs
+    ) -> Layout:
+        """The layout of a call, from its one transfer before the tower."""
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"`attention_mask` must be (batch, length) when images are given, got {attention_mask.ndim} "
+                "dimensions: dropping tokens would need another mask. Pass the 2-D padding mask."
+            )
+        return layout_of_prompt(self.config, placeholder_mask, attention_mask, vision)
+
+    def compress_prompt(
         self,
         input_ids: torch.LongTensor | None,
         vision: VisionInputs,
@@ -190,32 +147,114 @@ class VtcModel(VtcPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         align_left: bool = False,
-    ) -> tuple[PackedPrompt, VisualTokens]:
+        expands: bool = True,
+    ) -> Compressed:
         """Route, compress and pack one batch of prompts: everything before the language model."""
+        inputs_embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
+        layout = self.layout_of(placeholder_mask, attention_mask, vision)
+        real = torch.ones_like(placeholder_mask) if attention_mask is None else attention_mask.bool()
+        text = TextStates(inputs_embeds, real.to(placeholder_mask.device) & ~placeholder_mask)
+        choice, visual = self.compress(vision, layout, text)
+
+        keep = keep_slots(layout.placeholder_mask, None if layout.is_exact else visual.slots)
+        positions = (layout.placeholder_mask & keep).flatten().nonzero().flatten()
+        if visual.position_shifts is not None:
+            position_ids = shifted_positions(layout.attention_mask, position_ids, positions, visual.position_shifts)
+        embeds = visual.embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+        (on_device,) = to_device(inputs_embeds.device, positions)
+        filled = inputs_embeds.flatten(0, 1).index_copy(0, on_device, embeds).unflatten(0, inputs_embeds.shape[:2])
+        renumber = visual.position_shifts is None
+        packed = pack_visual_tokens(filled, keep, layout.attention_mask, position_ids, align_left, renumber, expands)
+        return Compressed(
+            packed=packed,
+            visual=visual.embeds,
+            num_kept=choice.num_kept,
+            plan=self._plan_of(layout, choice, packed, keep, positions),
+            router_logits=visual.router_logits,
+            router_decisions=visual.router_decisions,
+        )
+
+    def _plan_of(
+        self, layout: Layout, choice: Choice, packed: PackedPrompt, keep: torch.Tensor, positions: torch.LongTensor
+    ) -> DecodePlan | None:
+        """What is still to be done to a packed prompt, or to be known of it, None for nothing.
+
+        Args:
+            keep (`torch.BoolTensor` of shape `(B, L)`): what was packed, on the CPU.
+            positions (`torch.LongTensor` of shape `(V,)`): of the visual tokens in the flattened prompt.
+        """
+        if choice.strides is None or all(stride == 1 for stride in choice.strides):
+            return None
+        layer_idx = self.config.compress_layer_idx
+        if layer_idx < 0:
+            return None
+        if layer_idx == 0:
+            return DecodePlan(0, [], torch.ones(packed.position_ids.shape), packed.position_ids)
+        real = layout.attention_mask.bool()
+        places = torch.arange(real.shape[1]).expand(real.shape)
+        if packed.source_index is not None:
+            # every row has moved to the right edge
+            kept, num_columns = real & keep, packed.source_index.shape[1]
+            counts = kept.sum(1, keepdim=True)
+            places = kept.cumsum(1) - 1 + num_columns - counts
+            real = torch.arange(num_columns) >= num_columns - counts
+        entering = choice.num_entering
+        starts = places.flatten()[positions[entering.cumsum(0) - entering]]
+        spans = [
+            Span(*span) for span in zip(layout.rows, starts.tolist(), entering.tolist(), choice.strides, strict=True)
+        ]
+        return DecodePlan(layer_idx, spans, real, reads_attention=self.config.compressor == "attention")
+
+    def decode(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        plan: DecodePlan | None = None,
+        **kwargs: Any,
+    ) -> tuple[BaseModelOutputWithPast, PackedPrompt | None, torch.Tensor | None]:
+        """Run the language model on a packed prompt, on text, or on a step of `generate`.
+
+        Args:
+            plan ([`DecodePlan`], *optional*): of these tokens, where images get shorter or positions have gaps.
+
+        Returns:
+            Outputs; and where images were shortened, the layout of `last_hidden_state` and the visual tokens.
+        """
+        if plan is None and not is_shortened(
+            cache, attention_mask, input_ids if inputs_embeds is None else inputs_embeds
+        ):
+            outputs = self.language_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                **named_cache(cache),
+                **kwargs,
+            )
+            return outputs, None, None
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(
-                f"`attention_mask` must be (batch, length) when images are given, got {attention_mask.ndim} "
-                "dimensions: dropping tokens would need another mask. Pass the 2-D padding mask."
+                f"`attention_mask` must be (batch, length) where layers have caches of two lengths, got "
+                f"{attention_mask.ndim} dimensions. Pass the 2-D padding mask."
             )
-        inputs_embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
-        prompt = Prompt(inputs_embeds, placeholder_mask, attention_mask, vision)
-        features = self.encode(vision.pixel_values, prompt) if vision.image_features is None else vision.image_features
-        visual = self.compress(features, prompt)
-        num_kept = visual.num_reserved if visual.shortened_in_decoder else visual.num_kept
-        keep = keep_slots(prompt.host.placeholder_mask, visual.num_reserved, num_kept, visual.slots)
-
-        positions = (prompt.host.placeholder_mask & keep).flatten().nonzero().flatten()
-        if visual.position_shifts is not None:
-            position_ids = shifted_positions(
-                prompt.host.attention_mask, position_ids, positions, visual.position_shifts
-            )
-        embeds = visual.embeds.to(inputs_embeds.device, inputs_embeds.dtype)
-        on_device = positions.to(inputs_embeds.device, non_blocking=True)
-        filled = inputs_embeds.flatten(0, 1).index_copy(0, on_device, embeds)
-        filled = filled.unflatten(0, inputs_embeds.shape[:2])
-        renumber = visual.position_shifts is None
-        packed = pack_visual_tokens(filled, keep, prompt.host.attention_mask, position_ids, align_left, renumber)
-        return packed, visual
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        # positions of the caller count another prompt
+        kwargs.pop("cache_position", None)
+        return run_segments(
+            self.language_model,
+            self.shorten,
+            self.training,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            cache,
+            plan,
+            **kwargs,
+        )
 
     @can_return_tuple
     def forward(
@@ -253,28 +292,37 @@ class VtcModel(VtcPreTrainedModel):
         cache = given_cache(past_key_values, cache)
         vision = VisionInputs(pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions)
         if not vision.given:
-            return self._forward_text(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
+            return self._forward_text(input_ids, attention_mask, position_ids, cache, inputs_embeds, vision, **kwargs)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 "`forward` cannot take images together with a filled cache, since the cache is shorter than the "
                 "prompt. Use `generate`, or run the whole conversation without a cache."
             )
-        packed, visual = self.compact(input_ids, vision, attention_mask, position_ids, inputs_embeds)
+        compressed = self.compress_prompt(input_ids, vision, attention_mask, position_ids, inputs_embeds)
+        packed = compressed.packed
         if packed.expand_index is not None:
             # positions of the full-length prompt, which the packed one does not have
             kwargs.pop("cache_position", None)
-        outputs, packed, visual = self.decode(packed, visual, cache, **kwargs)
+        outputs, shortened, visual = self.decode(
+            inputs_embeds=packed.inputs_embeds,
+            attention_mask=packed.attention_mask,
+            position_ids=packed.position_ids,
+            cache=cache,
+            plan=compressed.plan,
+            **kwargs,
+        )
+        packed = packed if shortened is None else shortened.of_longer(packed)
         return VtcModelOutputWithPast(
             last_hidden_state=packed.expand(outputs.last_hidden_state),
             **named_cache(cache_of(outputs)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=visual.embeds,
-            router_logits=visual.router_logits,
-            router_decisions=visual.router_decisions,
+            image_hidden_states=compressed.visual if visual is None else visual,
+            router_logits=compressed.router_logits,
+            router_decisions=compressed.router_decisions,
             kept_mask=packed.kept_mask,
             kept_index=packed.kept_index,
-            num_visual_tokens=visual.per_image,
+            num_visual_tokens=compressed.num_kept,
         )
 
     def _forward_text(
@@ -284,23 +332,28 @@ class VtcModel(VtcPreTrainedModel):
         position_ids: torch.LongTensor | None,
         cache: Cache | None,
         inputs_embeds: torch.Tensor | None,
+        vision: VisionInputs,
+        decode_plan: DecodePlan | None = None,
         **kwargs: Any,
     ) -> VtcModelOutputWithPast:
-        """A plain language model step: text only, or decoding after a packed prompt."""
+        """A plain language model step: text only, or a step of `generate`, which hands on its `decode_plan`."""
         # with a cache it is a step of `generate`, which has looked at its prompt
         if cache is None and input_ids is not None:
             self.require_no_placeholders(input_ids)
         if self.training:
             embeds, _ = self.find_placeholders(input_ids, inputs_embeds)
-            # every rank must run the same modules, or sharded training hangs on batches without an image
-            input_ids, inputs_embeds = None, embeds + self._vision_of_nothing().to(embeds.dtype)
-        outputs = self.continue_decoding(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            # every process must run the same modules, or sharded training hangs on batches without an image
+            input_ids, inputs_embeds = None, touch(embeds, self._vision_of_nothing(vision))
+        if decode_plan is not None:
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            past = past_length(cache, attention_mask, given.shape[1])
+            columns = (past, past + given.shape[1])
+            decode_plan = decode_plan.for_rows(given.shape[0])
+            if decode_plan.positions is not None:
+                position_ids = decode_plan.positions_of(*columns)
+            decode_plan = decode_plan.of_columns(*columns)
+        outputs, _, _ = self.decode(
+            input_ids, inputs_embeds, attention_mask, position_ids, cache, decode_plan, **kwargs
         )
         return VtcModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -309,51 +362,24 @@ class VtcModel(VtcPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    @property
-    def smallest_image(self) -> tuple[int, int]:
-        """(height, width) in pixels of the smallest tile that the tower takes: here they are all of one size."""
-        size = self.config.vision_config.image_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-    def _vision_of_nothing(self) -> torch.Tensor:
-        """Zero, computed through every vision parameter by way of one black tile."""
-        (height, width), num_channels = self.smallest_image, self.config.vision_config.num_channels
+    def _vision_of_nothing(self, asked: VisionInputs) -> torch.Tensor:
+        """Visual tokens of one black tile, through every module that the other processes run."""
+        (height, width), num_channels = self.config.smallest_image, self.config.vision_config.num_channels
         tile = torch.zeros(1, num_channels, height, width, device=self.device, dtype=self.dtype)
-        one, sizes = torch.ones(1, dtype=torch.long), torch.tensor([[height, width]])
-        prompt = self._blank_prompt(VisionInputs(tile, num_tiles=one, image_sizes=sizes))
-        return 0 * self.compress(self.encode(tile, prompt), prompt).embeds.sum()
-
-    def _blank_prompt(self, vision: VisionInputs) -> Prompt:
-        """A prompt of placeholders alone, as many as the images of `vision` reserve."""
-        pixel_values = vision.pixel_values
-        no_text = Prompt(pixel_values.new_zeros(1, 0, 1), torch.zeros(1, 0, dtype=torch.bool), None, vision)
-        no_text.to_host()
-        num_reserved, _ = self.reserved_blocks(no_text.host, pixel_values.shape[0])
-        # nobody reads them, and a look-up would be one more call of a module that other ranks do not make
-        shape = (1, int(num_reserved.sum()), self.config.text_config.hidden_size)
-        embeds = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        return Prompt(embeds, torch.ones(shape[:2], dtype=torch.bool, device=self.device), None, vision)
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        num_tiles: torch.LongTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Uncompressed visual tokens of some images, as many as the processor reserves.
-
-        Returns:
-            `last_hidden_state` `(total_tiles, N, C)`: features; `pooler_output`: one `(reserved, D)` tensor per image.
-        """
-        num_tiles = torch.tensor([pixel_values.shape[0]]) if num_tiles is None else num_tiles
-        prompt = self._blank_prompt(VisionInputs(pixel_values, None, num_tiles, image_sizes, vtc_budget="full"))
-        features = self.encode(pixel_values, prompt)
-        visual = self.compress(features, prompt)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=list(visual.embeds.split(visual.per_image.tolist()))
+        # a router runs on a batch of text if it does where there are images
+        undecided = asked.router_decisions is None and leaves_a_choice(asked.vtc_budget)
+        vision = VisionInputs(
+            tile,
+            num_tiles=torch.ones(1, dtype=torch.long),
+            image_sizes=torch.tensor([[height, width]]),
+            vtc_budget=None if undecided else "full",
         )
+        layout = layout_of_images(self.config, vision)
+        # nobody reads them, and a look-up would be one more call of a module that other ranks do not make
+        shape = (*layout.placeholder_mask.shape, self.config.text_config.hidden_size)
+        nothing = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        text = TextStates(nothing, torch.zeros(shape[:2], dtype=torch.bool, device=self.device))
+        return self.compress(vision, layout, text)[1].embeds
 
     @torch.no_grad()
     def count_visual_tokens(
@@ -366,25 +392,30 @@ class VtcModel(VtcPreTrainedModel):
         image_sizes: torch.LongTensor | None = None,
         vtc_budget: Budget | Sequence[Budget] = None,
         router_decisions: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
+        image_features: Features | None = None,
         **kwargs: Any,
     ) -> torch.LongTensor:
         """Visual tokens that the language model would see, per image `(num_images,)`, without running it.
 
-        Takes what the processor gives; the arguments are those of `forward`.
+        Takes what the processor gives; the arguments are those of `forward`. Tower and router run only where only they
+        can tell.
         """
         vision = VisionInputs(pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions)
         if not vision.given:
             return torch.zeros(0, dtype=torch.long)
-        _, visual = self.compact(input_ids, vision, attention_mask, None, inputs_embeds)
-        return visual.per_image
+        embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
+        layout = self.layout_of(placeholder_mask, attention_mask, vision)
+        if router_decisions is None and not layout.asks_scores:
+            return layout.num_leaving
+        real = torch.ones_like(placeholder_mask) if attention_mask is None else attention_mask.bool()
+        choice, _ = self.compress(vision, layout, TextStates(embeds, real & ~placeholder_mask))
+        return choice.num_kept
 
 
 class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
     """A `VtcModel` with a language modelling head. Abstract."""
 
-    # the head as in every stock decoder, in the words of the installed version
-    _tp_plan = dict(LlamaForCausalLM._tp_plan)
+    _tp_plan = HEAD_TP_PLAN
 
     def __init__(self, config: VtcConfig, model: VtcModel):
         super().__init__(config)
@@ -432,8 +463,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         image_sizes: torch.LongTensor | None = None,
         vtc_budget: Budget | Sequence[Budget] = None,
         router_decisions: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        decode_plan: Any = None,
+        image_features: Features | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> VtcCausalLMOutputWithPast:
@@ -443,10 +473,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
             labels (`(B, L)`): ids to predict, -100 = none; placeholders never count. In training mode only the loss is
                 computed, on kept rows; in eval mode the logits as well.
             logits_to_keep (`int` or index tensor): logits of the last positions only, 0 = all.
-            decode_plan: what `generate` knows of its packed prompt; not for callers.
         """
-        if decode_plan is not None:
-            kwargs["decode_plan"] = decode_plan
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -1,12 +1,16 @@
 """Reserve, then pack: from full-length prompts to the tokens that the language model sees, and back (C1, C2, C6).
 
-A *block* is the unit that shrinks: a tile or an image with `num_reserved` consecutive placeholders, of which the first
-`num_kept` stay. Plans are made on the host from masks that arrived in one transfer; the device only gathers.
+There is one packer. It takes a mask of positions that stay, and gives indices: where each packed position comes from,
+and which one each full-length position repeats. Plans are made on the host from masks that arrived in one transfer,
+and the device only gathers; where the device has chosen what stays, it makes the plan from counts that the host knows.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -24,84 +28,56 @@ def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
-def placeholder_runs(placeholder_mask: torch.Tensor) -> list[tuple[int, int]]:
-    """Runs of placeholders in prompt order.
+# bytes to which each tensor of a shared copy is aligned
+_ALIGNMENT = 16
 
-    Args:
-        placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): on the CPU.
 
-    Returns:
-        A list of `(row, length)`, one per run.
+def to_device(device: torch.device, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Copy tensors from the CPU to a device, all together in one copy from pinned memory that nobody waits for.
+
+    None stays None, and tensors that are there already pass through.
     """
-    padded = torch.nn.functional.pad(placeholder_mask.to(torch.int8), (1, 1))
-    edges = padded.diff(dim=1)
-    rows, starts = (edges == 1).nonzero(as_tuple=True)
-    ends = (edges == -1).nonzero(as_tuple=True)[1]
-    return list(zip(rows.tolist(), (ends - starts).tolist(), strict=True))
-
-
-def rows_of_images(placeholder_mask: torch.Tensor, num_reserved: list[int]) -> list[int]:
-    """The row of each image, and the check that the prompt reserves what the images need.
-
-    Args:
-        placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): on the CPU.
-        num_reserved (`list[int]`): reserved placeholders per image, in prompt order.
-
-    Raises:
-        ValueError: a row's placeholders do not add up to whole images, or an image is interrupted by text.
-    """
-    rows, images = [], iter(enumerate(num_reserved))
-    for row, left in placeholder_runs(placeholder_mask):
-        # images with no text between them share a run
-        while left > 0:
-            image_idx, reserved = next(images, (None, 0))
-            if image_idx is None:
-                raise _mismatch(row, f"{left} placeholders are left over after the last of {len(rows)} images")
-            if reserved > left:
-                raise _mismatch(row, f"image {image_idx} needs {reserved} placeholders, but a run of {left} is next")
-            rows.append(row)
-            left -= reserved
-    if len(rows) < len(num_reserved):
-        raise _mismatch(
-            placeholder_mask.shape[0] - 1,
-            f"{len(num_reserved)} images were given, but the prompts hold placeholders for {len(rows)}",
-        )
-    return rows
-
-
-def _mismatch(row: int, what: str) -> ValueError:
-    return ValueError(
-        f"Image features and image tokens do not match in sample {row}: {what}. Build `input_ids` with the processor "
-        "of this checkpoint, from the same images, in prompt order, and do not truncate inside an image."
+    leaving = [tensor for tensor in tensors if tensor is not None and tensor.device != device]
+    if not leaving or device.type == "cpu" or any(tensor.device.type != "cpu" for tensor in leaving):
+        return [None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors]
+    sizes = [tensor.numel() * tensor.element_size() for tensor in leaving]
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+    together = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for tensor, start, size in zip(leaving, starts, sizes):
+        together[start : start + size] = tensor.contiguous().reshape(-1).view(torch.uint8)
+    arrived = together.to(device, non_blocking=True)
+    landed = iter(
+        arrived[start : start + size].view(tensor.dtype).reshape(tensor.shape)
+        for tensor, start, size in zip(leaving, starts, sizes)
     )
+    return [tensor if tensor is None or tensor.device == device else next(landed) for tensor in tensors]
 
 
-def keep_slots(
-    placeholder_mask: torch.Tensor,
-    num_reserved: torch.Tensor,
-    num_kept: torch.Tensor,
-    slots: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Mark every position that stays: text, and `num_kept` placeholders of each block.
+def first_slots(num_reserved: torch.LongTensor, num_kept: torch.LongTensor) -> torch.LongTensor:
+    """The first `num_kept` placeholders of units that follow each other, `(num_kept.sum(),)`.
 
     Args:
-        placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): `num_reserved.sum()` positions are True.
-        num_reserved, num_kept (`torch.LongTensor` of shape `(num_blocks,)`): in prompt order.
-        slots (`torch.LongTensor` of shape `(num_kept.sum(),)`, *optional*): which placeholders of its block stay, the
-            first ones if not given.
-
-    Returns:
-        `torch.BoolTensor` of shape `(B, L)`, True = keep.
+        num_reserved, num_kept (`torch.LongTensor` of shape `(num_units,)`): placeholders of each unit, and those that
+            stay.
     """
-    starts = num_reserved.cumsum(0) - num_reserved
+    starts, ends = num_reserved.cumsum(0) - num_reserved, num_kept.cumsum(0)
+    return torch.repeat_interleave(starts - (ends - num_kept), num_kept) + torch.arange(int(num_kept.sum()))
+
+
+def keep_slots(placeholder_mask: torch.Tensor, slots: torch.LongTensor | None) -> torch.Tensor:
+    """Mark every position that stays, text and the placeholders `slots` among all of them, as bool `(B, L)`.
+
+    Args:
+        placeholder_mask (`torch.BoolTensor` of shape `(B, L)`).
+        slots (`torch.LongTensor`, *optional*): indices of placeholders in prompt order; all of them if None.
+    """
     keep = torch.ones_like(placeholder_mask)
-    if slots is None:
-        block = torch.repeat_interleave(torch.arange(len(num_reserved)), num_reserved)
-        keep[placeholder_mask] = torch.arange(int(num_reserved.sum())) - starts[block] < num_kept[block]
-        return keep
-    kept = torch.zeros(int(num_reserved.sum()), dtype=torch.bool)
-    kept[torch.repeat_interleave(starts, num_kept) + slots] = True
-    keep[placeholder_mask] = kept
+    if slots is not None:
+        kept = torch.zeros(int(placeholder_mask.sum()), dtype=torch.bool)
+        kept[slots] = True
+        keep[placeholder_mask] = kept
     return keep
 
 
@@ -115,10 +91,11 @@ def is_left_padded(attention_mask: torch.Tensor) -> bool:
 class PackedPrompt:
     """What the language model sees, and the way back to full length.
 
-    `inputs_embeds` `(B, K, D)`; `attention_mask` `(B, K)`, None where nothing is padded; `position_ids` `(B, K)`, None
-    for 0..K-1; `kept_mask` `(B, L)`. The rest is None where no token was dropped, since nothing moved then:
+    `inputs_embeds` `(B, K, D)`; `attention_mask` `(B, K)`, None where nothing is padded; `position_ids` `(..., B, K)`,
+    None for 0..K-1; `kept_mask` `(B, L)`. The rest is None where no token was dropped, since nothing moved then:
     `source_index` `(B, K)`, original position of each packed one; `expand_index` `(B, L)`, packed position that each
-    original one repeats; `kept_index` `(num_kept,)`, the True positions of the flattened `kept_mask`.
+    original one repeats; `kept_index` `(num_kept,)`, the True positions of the flattened `kept_mask`. The last two are
+    None as well where nobody goes back.
     """
 
     inputs_embeds: torch.Tensor
@@ -140,6 +117,16 @@ class PackedPrompt:
         index = self.expand_index[..., None].expand(-1, -1, states.shape[-1])
         return states.gather(1, index)
 
+    def of_longer(self, longer: "PackedPrompt") -> "PackedPrompt":
+        """This packing of a packed prompt as a packing of the full-length one."""
+        if longer.expand_index is None:
+            return self
+        kept_mask = longer.kept_mask & self.kept_mask.gather(1, longer.expand_index)
+        # as many positions stay, which a device need not be asked for
+        kept_index = torch.argsort((~kept_mask).flatten().to(torch.int8), stable=True)[: len(self.kept_index)]
+        expand_index = self.expand_index.gather(1, longer.expand_index)
+        return replace(self, kept_mask=kept_mask, expand_index=expand_index, kept_index=kept_index)
+
 
 def pack_visual_tokens(
     inputs_embeds: torch.Tensor,
@@ -148,6 +135,7 @@ def pack_visual_tokens(
     position_ids: torch.Tensor | None = None,
     align_left: bool = False,
     renumber: bool = True,
+    expands: bool = True,
 ) -> PackedPrompt:
     """Drop the positions that are not kept, and padding, from embeddings, mask and positions together.
 
@@ -160,45 +148,98 @@ def pack_visual_tokens(
         inputs_embeds (`torch.Tensor` of shape `(B, L, D)`): text and, at kept placeholders, visual tokens.
         keep (`torch.BoolTensor` of shape `(B, L)`): on the CPU.
         attention_mask (`torch.Tensor` of shape `(B, L)`): on the CPU, non-zero = a real token.
-        position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): the caller's, on the device.
+        position_ids (`torch.LongTensor` of shape `(..., B, L)`, *optional*): the caller's, on the device.
         renumber (`bool`): False keeps the given `position_ids`, gaps and all.
+        expands (`bool`): whether somebody goes back to full length.
     """
-    device = inputs_embeds.device
-    real = attention_mask.bool()
-    kept_mask = keep & real
-    on_device = kept_mask.to(device, non_blocking=True)
+    device, real = inputs_embeds.device, attention_mask.bool()
+    kept = keep & real
     if bool(keep.all()) and (not align_left or is_left_padded(real)):
-        mask = None if bool(real.all()) else attention_mask.to(device, non_blocking=True)
+        on_device, mask = to_device(device, kept, None if bool(real.all()) else attention_mask)
         return PackedPrompt(inputs_embeds, mask, position_ids, on_device)
 
-    lengths = kept_mask.sum(1)
-    longest = int(lengths.max())
-    # a stable sort moves dropped positions to the front and leaves kept ones in order
-    source = torch.argsort(kept_mask.to(torch.int8), dim=1, stable=True)[:, kept_mask.shape[1] - longest :]
-    packed_mask = kept_mask.gather(1, source)
-    expand_index = (kept_mask.cumsum(1) - 1 + (longest - lengths)[:, None]).clamp(min=0)
-    source_index = source.to(device, non_blocking=True)
-
-    if not renumber:
-        position_ids = position_ids.expand(source.shape[0], -1).gather(1, source_index)
-    elif position_ids is not None:
-        dropped_before = (real & ~keep).cumsum(1).gather(1, source).to(device, non_blocking=True)
-        position_ids = position_ids.expand(source.shape[0], -1).gather(1, source_index) - dropped_before
-        position_ids = position_ids.clamp(min=0)
-    elif not bool(packed_mask.all()):
-        position_ids = (packed_mask.cumsum(1) - 1).clamp(min=0).to(device, non_blocking=True)
-
-    rows = torch.arange(source.shape[0])[:, None] * kept_mask.shape[1]
-    flat_source = (source + rows).flatten().to(device, non_blocking=True)
+    source, longest = packed_sources(kept, kept.sum(1))
+    packed_mask = kept.gather(1, source)
+    is_padded = not bool(packed_mask.all())
+    moved = (real & ~keep).cumsum(1).gather(1, source) if renumber and position_ids is not None else None
+    counted = (packed_mask.cumsum(1) - 1).clamp(min=0) if renumber and position_ids is None and is_padded else None
+    expand_index, kept_index = way_back(kept, longest) if expands else (None, None)
+    rows = torch.arange(source.shape[0])[:, None] * kept.shape[1]
+    on_device, source, flat_source, moved, counted, mask, expand_index, kept_index = to_device(
+        device,
+        kept,
+        source,
+        (source + rows).flatten(),
+        moved,
+        counted,
+        packed_mask.long() if is_padded else None,
+        expand_index,
+        kept_index,
+    )
+    if position_ids is not None:
+        position_ids = gathered_positions(position_ids, source)
+        if moved is not None:
+            position_ids = (position_ids - moved).clamp(min=0)
     return PackedPrompt(
         inputs_embeds=inputs_embeds.flatten(0, 1).index_select(0, flat_source).unflatten(0, source.shape),
-        attention_mask=None if bool(packed_mask.all()) else packed_mask.to(device, torch.long, non_blocking=True),
-        position_ids=position_ids,
+        attention_mask=mask,
+        position_ids=position_ids if counted is None else counted,
         kept_mask=on_device,
-        source_index=source_index,
-        expand_index=expand_index.to(device, non_blocking=True),
-        kept_index=kept_mask.flatten().nonzero().flatten().to(device, non_blocking=True),
+        source_index=source,
+        expand_index=expand_index,
+        kept_index=kept_index,
     )
+
+
+def packed_sources(kept: torch.Tensor, counts: torch.Tensor) -> tuple[torch.LongTensor, int]:
+    """Original position `(B, K)` of each packed one, and K, the largest of `counts` `(B,)`, on the CPU, of `kept`
+    `(B, L)`; dropped positions stand for padding on the left."""
+    longest = int(counts.max())
+    # a stable sort moves dropped positions to the front and leaves kept ones in order
+    return torch.argsort(kept.to(torch.int8), dim=1, stable=True)[:, kept.shape[1] - longest :], longest
+
+
+def way_back(kept: torch.Tensor, longest: int, num_kept: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`expand_index` and `kept_index` of a [`PackedPrompt`] of `longest` columns.
+
+    Args:
+        kept (`torch.BoolTensor` of shape `(B, L)`).
+        num_kept (`int`, *optional*): True values in `kept`, if it is on a device, from which they are not read back.
+    """
+    expand_index = (kept.cumsum(1) - 1 + longest - kept.sum(1, keepdim=True)).clamp(min=0)
+    if num_kept is None:
+        return expand_index, kept.flatten().nonzero().flatten()
+    return expand_index, torch.argsort((~kept).flatten().to(torch.int8), stable=True)[:num_kept]
+
+
+def gathered_positions(position_ids: torch.Tensor, source: torch.LongTensor) -> torch.Tensor:
+    """Positions `(..., B or 1, L)` at `source` `(B, K)`."""
+    axes = position_ids.shape[:-2]
+    return position_ids.expand(*axes, source.shape[0], -1).gather(-1, source.expand(*axes, -1, -1))
+
+
+def pack_shortened(
+    take: Callable[[torch.LongTensor], torch.Tensor],
+    kept: torch.Tensor,
+    counts: torch.LongTensor,
+    position_ids: torch.LongTensor,
+) -> PackedPrompt:
+    """The packer for a sequence inside of the decoder, of whose images only some places stay.
+
+    Args:
+        take: gives rows of the shortened sequence, by their flattened places, which are where `kept` is.
+        kept (`torch.BoolTensor` of shape `(B, L)`): places that stay, on the CPU unless a device has chosen them.
+        counts (`torch.LongTensor` of shape `(B,)`): how many of each row, on the CPU.
+        position_ids (`torch.LongTensor` of shape `(B, L)`): of every place; they are kept.
+    """
+    device = position_ids.device
+    source, longest = packed_sources(kept, counts)
+    rows = torch.arange(kept.shape[0], device=kept.device)[:, None] * kept.shape[1]
+    expand_index, kept_index = way_back(kept, longest, int(counts.sum()))
+    embeds = take((source + rows).flatten()).unflatten(0, source.shape)
+    mask = kept.gather(1, source) if bool((counts != longest).any()) else None
+    kept, source, mask, expand_index, kept_index = to_device(device, kept, source, mask, expand_index, kept_index)
+    return PackedPrompt(embeds, mask, gathered_positions(position_ids, source), kept, source, expand_index, kept_index)
 
 
 def shifted_positions(
@@ -214,7 +255,71 @@ def shifted_positions(
         shifts (`torch.LongTensor` of shape `(num_kept,)`): on the device.
     """
     if position_ids is None:
-        position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0).to(shifts.device, non_blocking=True)
+        position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    position_ids, slots = to_device(shifts.device, position_ids, slots)
     positions = position_ids.expand(attention_mask.shape).flatten()
-    on_device = slots.to(shifts.device, non_blocking=True)
-    return positions.index_add(0, on_device, shifts).unflatten(0, attention_mask.shape)
+    return positions.index_add(0, slots, shifts).unflatten(0, attention_mask.shape)
+
+
+class Span(NamedTuple):
+    """An image that gets shorter: `length` visual tokens from `(row, start)` on, `stride` of which become one."""
+
+    row: int
+    start: int
+    length: int
+    stride: int
+
+
+@dataclass
+class DecodePlan:
+    """What the decoder must know of a packed prompt; `generate` hands it to every step.
+
+    Args:
+        layer_idx (`int`): decoder layer before which spans are shortened.
+        spans (`list[Span]`): in prompt order, columns of the packed prompt.
+        real (`torch.BoolTensor` of shape `(B, L)`): the packed prompt without padding, on the CPU.
+        positions (`torch.LongTensor` of shape `(B, L)`, *optional*): of a prompt that is short already, and whose
+            positions have gaps.
+        num_behind (`int`): columns at the end that are text behind the prompt.
+        reads_attention (`bool`): whether what stays is chosen by the attention of the layer before.
+    """
+
+    layer_idx: int
+    spans: list[Span]
+    real: torch.Tensor
+    positions: torch.Tensor | None = None
+    num_behind: int = 0
+    reads_attention: bool = False
+
+    def for_rows(self, num_rows: int) -> "DecodePlan":
+        """The plan of a batch in which every row stands several times in a row, as for beams."""
+        repeats = num_rows // self.real.shape[0]
+        if repeats == 1:
+            return self
+        spans = [
+            span._replace(row=span.row * repeats + copy_idx)
+            for row in range(self.real.shape[0])
+            for copy_idx in range(repeats)
+            for span in self.spans
+            if span.row == row
+        ]
+        positions = None if self.positions is None else self.positions.repeat_interleave(repeats, 0)
+        return replace(self, spans=spans, real=self.real.repeat_interleave(repeats, 0), positions=positions)
+
+    def of_columns(self, start: int, end: int) -> "DecodePlan | None":
+        """The part of the plan from column `start` to `end`, None if nothing is to be done there; columns behind the
+        prompt are text."""
+        spans = [span._replace(start=span.start - start) for span in self.spans if span.start >= start]
+        if not spans or start >= self.real.shape[1]:
+            return None
+        num_behind = max(end - self.real.shape[1], 0)
+        real = F.pad(self.real[:, start:end], (0, num_behind), value=True)
+        return replace(self, spans=spans, real=real, positions=None, num_behind=num_behind)
+
+    def positions_of(self, start: int, end: int) -> torch.LongTensor:
+        """Positions `(B, end - start)` of the columns from `start` to `end`, counted on behind the prompt."""
+        behind = end - self.positions.shape[1]
+        if behind > 0:
+            steps = torch.arange(1, behind + 1, device=self.positions.device)
+            return torch.cat([self.positions, self.positions[:, -1:] + steps], dim=1)[:, start:]
+        return self.positions[:, start:end]

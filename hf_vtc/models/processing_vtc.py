@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
-from .compat_vtc import ProcessorBase
+from .host_processor_vtc import ProcessorBase
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
 from .tiling_vtc import TileLayout, refuse_empty_map, unpadded_grids
 

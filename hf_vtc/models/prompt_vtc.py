@@ -1,12 +1,15 @@
-"""What one call asks for, and what a compressor answers."""
+"""What one call asks for: images, and how many visual tokens they may take (contract C5)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .budget_vtc import Budget
-from .packing_vtc import placeholder_runs, to_host
+Budget = None | str | float | int
+
+# the level of an image about which only scores can tell, see `VtcConfig.own_level`
+BY_SCORES = -1
 
 
 @dataclass
@@ -14,7 +17,7 @@ class VisionInputs:
     """What the caller said about the images of one call; shapes are those of `VtcModel.forward`."""
 
     pixel_values: torch.Tensor | None = None
-    image_features: torch.Tensor | None = None
+    image_features: torch.Tensor | dict[str, torch.Tensor] | None = None
     num_tiles: torch.Tensor | None = None
     image_sizes: torch.Tensor | None = None
     vtc_budget: Budget | Sequence[Budget] = None
@@ -24,90 +27,97 @@ class VisionInputs:
     def given(self) -> bool:
         return self.pixel_values is not None or self.image_features is not None
 
-
-@dataclass
-class HostPrompt:
-    """The prompt of one call on the CPU: what decisions and plans are made from."""
-
-    placeholder_mask: torch.Tensor  # (B, L) bool
-    attention_mask: torch.Tensor  # (B, L)
-    num_tiles: torch.Tensor | None  # (num_images,)
-    image_sizes: torch.Tensor | None  # (num_images, 2)
-    router_decisions: torch.Tensor | None
+    def __post_init__(self) -> None:
+        if self.router_decisions is not None and self.vtc_budget is not None:
+            raise ValueError(
+                "Give `router_decisions` or `vtc_budget`, not both: each decides how many visual tokens are kept."
+            )
 
 
-class Prompt:
-    """One call's prompt, on the device until `to_host` is called once."""
+def budgets_per_image(vtc_budget: Budget | Sequence[Budget], num_images: int) -> list[Budget]:
+    """Spread one budget, or a list with one entry per image, over the images of a call.
 
-    def __init__(
-        self,
-        inputs_embeds: torch.Tensor,
-        placeholder_mask: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        vision: VisionInputs,
-    ):
-        self.inputs_embeds = inputs_embeds
-        self.placeholder_mask = placeholder_mask
-        self.attention_mask = torch.ones_like(placeholder_mask) if attention_mask is None else attention_mask
-        self.vision = vision
-        self.host: HostPrompt | None = None
+    Args:
+        vtc_budget: `None` or `"auto"` (the method decides), `"full"` (no compression), a float in (0, 1] (share of the
+            reserved tokens), an int (at most that many visual tokens per image), or a list of these.
+        num_images (`int`): images of the whole batch, in prompt order.
 
-    def to_host(self, *scores: torch.Tensor) -> list[torch.Tensor]:
-        """Fetch the prompt's layout and a router's scores in the one transfer of this call (C6).
-
-        Returns the scores on the CPU; the layout is in `self.host` from then on.
-        """
-        optional = (self.vision.num_tiles, self.vision.image_sizes, self.vision.router_decisions)
-        present = [tensor for tensor in optional if tensor is not None]
-        placeholders, mask, *rest = to_host(self.placeholder_mask, self.attention_mask, *present, *scores)
-        fetched = iter(rest)
-        tiles, sizes, decisions = (None if tensor is None else next(fetched) for tensor in optional)
-        self.host = HostPrompt(placeholders, mask, tiles, sizes, decisions)
-        return list(fetched)
-
-
-@dataclass
-class VisualTokens:
-    """What `compress` gives back: the kept visual tokens, and which of each block's placeholders they fill.
-
-    `embeds` `(num_kept.sum(), D)` in prompt order; `num_reserved`, `num_kept` `(num_blocks,)` and `blocks_per_image`
-    `(num_images,)` on the CPU. `slots` `(num_kept.sum(),)`, on the CPU: the placeholders of its block that the kept
-    tokens fill, rising; the first ones if None. `position_shifts` `(num_kept.sum(),)`: if given, every token keeps the
-    position that it has in the full-length prompt, visual tokens that of their placeholder plus this.
-    `shortened_in_decoder`: `embeds` are all `num_reserved.sum()` tokens, and `decode` makes them `num_kept`.
-    """
-
-    embeds: torch.Tensor
-    num_reserved: torch.LongTensor
-    num_kept: torch.LongTensor
-    blocks_per_image: torch.LongTensor
-    router_logits: torch.Tensor | None = None
-    router_decisions: torch.Tensor | None = None
-    slots: torch.LongTensor | None = None
-    position_shifts: torch.Tensor | None = None
-    shortened_in_decoder: bool = False
-
-    @property
-    def per_image(self) -> torch.LongTensor:
-        """Kept visual tokens of each image, `(num_images,)`."""
-        image = torch.repeat_interleave(torch.arange(len(self.blocks_per_image)), self.blocks_per_image)
-        return torch.zeros_like(self.blocks_per_image).index_add(0, image, self.num_kept)
-
-
-def tiles_of_images(host: HostPrompt, num_tiles: int, tokens_per_tile: int) -> list[int]:
-    """Tiles of each image, in prompt order; without `num_tiles` from the processor a run of placeholders is an image.
+    Returns:
+        A list of `num_images` entries, each `"auto"`, `"full"`, a float or an int.
 
     Raises:
-        ValueError: they do not add up to the `num_tiles` tiles that were given.
+        ValueError: an entry is none of these, or the list has another length.
     """
-    if host.num_tiles is None:
-        tiles_per_image = [-(-length // tokens_per_tile) for _, length in placeholder_runs(host.placeholder_mask)]
-    else:
-        tiles_per_image = host.num_tiles.tolist()
-    if sum(tiles_per_image) != num_tiles:
+    entries = list(vtc_budget) if isinstance(vtc_budget, (list, tuple)) else [vtc_budget] * num_images
+    if len(entries) != num_images:
         raise ValueError(
-            f"Image features and image tokens do not match: the prompts need {sum(tiles_per_image)} tiles of "
-            f"{tokens_per_tile} placeholders, but {num_tiles} tiles were given. Pass `pixel_values` and `num_tiles` "
-            "of the same images, in prompt order, and `input_ids` from the same call of the processor."
+            f"A list for `vtc_budget` needs one entry per image: {num_images} images, {len(entries)} entries."
         )
-    return tiles_per_image
+    return [_checked(entry) for entry in entries]
+
+
+def leaves_a_choice(vtc_budget: Budget | Sequence[Budget]) -> bool:
+    """Whether the method itself decides for some image; the entries are not checked here."""
+    entries = vtc_budget if isinstance(vtc_budget, (list, tuple)) else [vtc_budget]
+    return any(entry is None or isinstance(entry, str) and entry == "auto" for entry in entries)
+
+
+def _checked(budget: Budget) -> str | float | int:
+    if budget is None:
+        return "auto"
+    valid = budget in ("auto", "full") if isinstance(budget, str) else isinstance(budget, (int, float))
+    if isinstance(budget, float):
+        valid = 0 < budget <= 1
+    if not valid or isinstance(budget, bool):
+        raise ValueError(
+            "`vtc_budget` must be None or 'auto', 'full', a float in (0, 1] (share of the reserved tokens), an int "
+            f"(visual tokens per image) or a list of these, got {budget!r}."
+        )
+    return budget
+
+
+def level_within(budget: float | int | str, levels: Sequence[int], image_idx: int = 0) -> int:
+    """The level of an image with the most visual tokens within a budget.
+
+    Args:
+        budget: `"full"`, a share of the first level's tokens or a number of tokens.
+        levels (`Sequence[int]`): tokens that can be left of this image, all of them first. Of equal counts the first
+            one wins, and none may be larger than the first.
+        image_idx (`int`): which image of the call, for the error message.
+
+    Raises:
+        ValueError: nothing fits; the message names the smallest admissible count.
+    """
+    reserved = levels[0]
+    if budget == "full":
+        return 0
+    # a share such as 0.7 of 10 must give 7 although 0.7 * 10 is not exact in binary
+    allowed = math.floor(budget * reserved + 1e-6) if isinstance(budget, float) else budget
+    within = min(allowed, reserved)
+    largest = max((count for count in levels if count <= within), default=None)
+    if largest is None:
+        raise ValueError(
+            f"`vtc_budget` of {budget!r} allows {allowed} visual tokens for image {image_idx}, but the smallest "
+            f"admissible count is {min(levels)} (reserved: {reserved}). Allow at least that many."
+        )
+    return levels.index(largest)
+
+
+def chosen_levels(
+    vtc_budget: Budget | Sequence[Budget],
+    levels: Sequence[Sequence[int]],
+    own_level: Callable[[Sequence[int], int], int],
+) -> list[int]:
+    """The level of each image of a call: the method's own for `"auto"`, else the largest within the budget.
+
+    Args:
+        vtc_budget: as `budgets_per_image` takes it.
+        levels (`Sequence[Sequence[int]]`): of each image, as `level_within` takes them.
+        own_level: from levels and index of an image to the method's own level for it, `BY_SCORES` where a router must
+            be asked.
+    """
+    budgets = budgets_per_image(vtc_budget, len(levels))
+    return [
+        own_level(counts, idx) if budget == "auto" else level_within(budget, counts, idx)
+        for idx, (budget, counts) in enumerate(zip(budgets, levels, strict=True))
+    ]

@@ -53,6 +53,28 @@ class TileLayout(NamedTuple):
         return len(self.boxes)
 
 
+class ImageSizes(NamedTuple):
+    """Tiles and pixels of the images of one call, on the CPU: what their token counts follow from.
+
+    Args:
+        num_tiles (`torch.LongTensor` of shape `(num_images,)`, *optional*): None for a tower that sees whole images.
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (height, width) in pixels.
+        grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (rows, columns) of tiles that are joined to
+            a map; None where tiles follow each other as they are.
+    """
+
+    num_tiles: torch.LongTensor | None
+    image_sizes: torch.LongTensor | None
+    grids: torch.LongTensor | None
+
+    def __len__(self) -> int:
+        return len(self.image_sizes if self.num_tiles is None else self.num_tiles)
+
+    def kept(self, tokens: tuple[int, int], rule: str) -> torch.LongTensor:
+        """`unpadded_grids` of the maps, for tiles of (rows, columns) `tokens`."""
+        return unpadded_grids(self.image_sizes, self.grids, tokens, rule)
+
+
 @dataclass(frozen=True)
 class TilingSettings:
     """The fields of `VtcImageProcessor` for one call, checked.

@@ -1,4 +1,4 @@
-"""Vision towers, run as far as the hidden state that is read.
+"""Vision towers, run as far as the hidden state that is read, and the connectors behind them.
 
 A feature layer counts as in LLaVA: 0 is what the first encoder layer gets, i what layer i - 1 gives, -1 what the last
 one gives, before any norm behind it, in CLIP and SigLIP. Of every other tower -1 is the output, with the norm behind
@@ -9,11 +9,19 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
-from .compat_vtc import embed_patches, run_tower_layer
-
-# towers whose parts are called one by one; others run as a whole
-_TOWERS_IN_PARTS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
+from .configuration_vtc import VtcConfig
+from .host_tower_vtc import (
+    TOWERS_IN_PARTS,
+    embed_patches,
+    encoder_layers,
+    modules_behind_layers,
+    norm_before_layers,
+    norm_of_output,
+    run_tower_layer,
+)
+from .ops_vtc import unshuffle_layernorm
 
 
 class TowerPath(NamedTuple):
@@ -31,20 +39,17 @@ def tower_path(tower: nn.Module, feature_layer: int) -> TowerPath:
         tower (`nn.Module`): as `build_tower` gives it.
         feature_layer (`int`): the hidden state.
     """
-    layers, parts = _layers(tower), dict(tower.named_children())
+    layers = encoder_layers(tower)
     depth = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
-    # spelt so in CLIP
-    pre_norm = parts.get("pre_layrnorm", nn.Identity())
-    final_norm = parts.get("layernorm") if _reads_output(tower, feature_layer) else None
-    return TowerPath(pre_norm, list(layers[:depth]), nn.Identity() if final_norm is None else final_norm)
+    final_norm = norm_of_output(tower) if _reads_output(tower, feature_layer) else nn.Identity()
+    return TowerPath(norm_before_layers(tower), list(layers[:depth]), final_norm)
 
 
 def unused_modules(tower: nn.Module, feature_layer: int) -> list[nn.Module]:
     """Modules of a tower that a hidden state does not depend on."""
-    path, parts = tower_path(tower, feature_layer), dict(tower.named_children())
-    # the norm behind CLIP's last layer is for the class token alone
-    behind = [parts[name] for name in ("head", "post_layernorm", "layernorm") if name in parts]
-    return [*_layers(tower)[len(path.layers) :], *(module for module in behind if module is not path.final_norm)]
+    path = tower_path(tower, feature_layer)
+    behind = [module for module in modules_behind_layers(tower) if module is not path.final_norm]
+    return [*encoder_layers(tower)[len(path.layers) :], *behind]
 
 
 def run_tower_to(tower: nn.Module, pixel_values: torch.Tensor, feature_layer: int) -> torch.Tensor:
@@ -58,7 +63,7 @@ def run_tower_to(tower: nn.Module, pixel_values: torch.Tensor, feature_layer: in
     """
     if _reads_output(tower, feature_layer):
         return tower(pixel_values).last_hidden_state
-    if tower.config.model_type not in _TOWERS_IN_PARTS:
+    if tower.config.model_type not in TOWERS_IN_PARTS:
         return tower(pixel_values, output_hidden_states=True).hidden_states[feature_layer]
     path = tower_path(tower, feature_layer)
     states = path.pre_norm(embed_patches(tower, pixel_values))
@@ -67,10 +72,46 @@ def run_tower_to(tower: nn.Module, pixel_values: torch.Tensor, feature_layer: in
     return states
 
 
-def _layers(tower: nn.Module) -> nn.ModuleList:
-    return next(module for module in tower.encoder.children() if isinstance(module, nn.ModuleList))
-
-
 def _reads_output(tower: nn.Module, feature_layer: int) -> bool:
     """Whether a hidden state is the tower's output, with the norm behind it."""
     return feature_layer == -1 and tower.config.model_type not in ("clip_vision_model", "siglip_vision_model")
+
+
+class Connector(nn.Module):
+    """A stack of linear layers: `(T, N, C)` to `(T, N / factor^2, D)`.
+
+    With `factor` 1 it is LLaVA's projector. Else a pixel shuffle by `factor` and a LayerNorm come first: InternVL's.
+
+    Args:
+        config (`VtcConfig`): gives width of the tower, activation and channel order of the pixel shuffle.
+        widths (`list[int]`): output width of each linear layer.
+        factor (`int`): side factor of the pixel shuffle.
+        dropout (`float`): before every linear layer but the first, in training.
+
+    Source: `mm_projector` of LLaVA; `mlp1` (two layers) and `mlp2` (three layers, twice as wide inside, dropout) of
+    InternVL3.5-Flash.
+    """
+
+    def __init__(self, config: VtcConfig, widths: list[int], factor: int = 1, dropout: float = 0.0):
+        super().__init__()
+        self.factor = factor
+        self.version = config.ps_version
+        folded = config.vision_config.hidden_size * factor**2
+        self.layer_norm = nn.LayerNorm(folded, eps=1e-5) if factor > 1 else None
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.dropout = nn.Dropout(dropout)
+        self.num_layers = len(widths)
+        for idx, (fan_in, fan_out) in enumerate(zip([folded, *widths], widths, strict=False), start=1):
+            self.add_module(f"linear_{idx}", nn.Linear(fan_in, fan_out))
+
+    def forward(self, features: torch.Tensor, tiles: torch.LongTensor | None = None) -> torch.Tensor:
+        """Project `features` `(T, N, C)`, or the tiles of them that `tiles` `(T',)` names, each once."""
+        norm = self.layer_norm
+        if norm is None:
+            states = features if tiles is None else features[tiles]
+        else:
+            states = unshuffle_layernorm(features, self.factor, norm.weight, norm.bias, norm.eps, self.version, tiles)
+        states = self.linear_1(states)
+        for idx in range(2, self.num_layers + 1):
+            states = self.get_submodule(f"linear_{idx}")(self.dropout(self.act(states)))
+        return states

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from rich.console import Group
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..models.budget_vtc import Budget, budgets_per_image, largest_admissible
 from ..models.image_processing_vtc import VtcImageProcessor
+from ..models.prompt_vtc import Budget, budgets_per_image, level_within
 from .costs import config_dict, decoder_of, printed_flops, side_of, sub_config, tower_of
 from .methods import Workload, decoder_parts, report_of
 from .render import WORTHWHILE, as_table, as_text, binary_bytes, count, flops
@@ -279,7 +279,8 @@ def _visual_tokens(workload: Workload, vtc_budget: Budget) -> tuple[int, int]:
     report = report_of(workload.config)
     counts = report.counts(workload)
     if budget != "auto":
-        return max(counts), largest_admissible(budget, counts)
+        levels = sorted(counts, reverse=True)
+        return levels[0], levels[level_within(budget, levels)]
     if report.auto is None:
         raise ValueError(
             "`vtc_budget='auto'` cannot be estimated, because the router decides from the pixels. Give a share or a "

@@ -16,8 +16,8 @@ import transformers
 from rich.console import Group
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from ..models.budget_vtc import Budget
-from ..models.compat_vtc import named_cache
+from ..models.host_vtc import named_cache
+from ..models.prompt_vtc import Budget
 from .costs import TowerShape, config_dict, decoder_of, tower_of
 from .methods import METHODS, decoder_parts, plain_features, report_of
 from .render import WORTHWHILE, as_table, as_text

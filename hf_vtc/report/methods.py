@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..models.configuration_llavolta import LlavoltaConfig
-from ..models.prompt_vtc import Prompt, VisionInputs
+from ..models.layout_vtc import layout_of_images
+from ..models.prompt_vtc import VisionInputs
 from ..models.tiling_vtc import TileLayout, pooled_grid, unpadded_grids
 from .costs import ConvTowerShape, DecoderShape, TowerShape, linear_flops
 
@@ -275,7 +276,5 @@ def plain_features(base: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) ->
     """A function that runs the tower without anything that a method adds to it; sizes are on the host before."""
     names = ("num_tiles", "image_sizes")
     vision = VisionInputs(inputs["pixel_values"], vtc_budget="full", **{name: inputs.get(name) for name in names})
-    no_text = torch.zeros(1, 0, dtype=torch.bool)
-    prompt = Prompt(inputs["pixel_values"].new_zeros(1, 0, 1), no_text, None, vision)
-    prompt.to_host()
-    return lambda: base.encode(inputs["pixel_values"], prompt)
+    layout = layout_of_images(base.config, vision)
+    return lambda: base.encode(inputs["pixel_values"], layout)

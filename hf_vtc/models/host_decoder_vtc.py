@@ -1,76 +1,56 @@
-"""LLaVolta's decoder: its layers in two segments, of which the second sees shorter images.
+"""The door to decoders of transformers: masks, and a decoder's own forward in two segments.
 
-Layers before the split have longer caches than those after it. Masks are therefore made for each segment, and what the
-shorter one needs to know travels on the cache object: see `CacheLayout`. No other file touches decoder internals.
+Seen on transformers 4.57.6 to 5.24.0, with the Llama, Qwen2, Qwen3 and Mistral families. Layers before the split have
+longer caches than those after it. Masks are therefore made for each segment, and what the shorter one needs to know
+travels on the cache object: see `CacheLayout`. No other file touches the inside of a decoder.
 """
 
 import copy
-import math
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .compat_vtc import decoder_masks, named_cache
-from .configuration_llavolta import LlavoltaConfig
-from .modeling_compressors_llavolta import Span, shorten
-from .packing_vtc import PackedPrompt
+from .host_vtc import named_cache
+from .packing_vtc import DecodePlan, PackedPrompt
+
+Shorten = Callable[
+    [torch.Tensor, torch.LongTensor, DecodePlan, torch.Tensor | None], tuple[PackedPrompt, torch.Tensor]
+]
 
 
-@dataclass
-class DecodePlan:
-    """What the decoder must know of a packed prompt; `generate` hands it to every step.
+def decoder_masks(
+    config: PretrainedConfig,
+    states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    past_length: int,
+) -> tuple[Any, dict[str, Any]]:
+    """Attention masks of a decoder, one or a dict by layer type, and what its layers need besides.
 
     Args:
-        layer_idx (`int`): decoder layer before which spans are shortened.
-        spans (`list[Span]`): in prompt order, columns of the packed prompt.
-        real (`torch.BoolTensor` of shape `(B, L)`): the packed prompt without padding, on the CPU.
-        positions (`torch.LongTensor` of shape `(B, L)`, *optional*): of a prompt that is short already, and whose
-            positions have gaps.
-        num_behind (`int`): columns at the end that are text behind the prompt.
+        config (`PretrainedConfig`): of the decoder.
+        states (`torch.Tensor` of shape `(B, L, D)`): what the layers get.
+        attention_mask (`torch.Tensor` of shape `(B, past_length + L)`, *optional*): 0 = padding.
+        cache (`Cache`, *optional*): whose first layers are those that get `states`.
+        past_length (`int`): tokens in these layers of the cache.
     """
+    if "cache_position" in _MASK_PARAMETERS:
+        # until 4.57
+        places = torch.arange(past_length, past_length + states.shape[1], device=states.device)
+        masks = create_masks_for_generate(config, states, attention_mask, places, cache)
+        return masks, {"cache_position": places}
+    return create_masks_for_generate(config, states, attention_mask, cache), {}
 
-    layer_idx: int
-    spans: list[Span]
-    real: torch.Tensor
-    positions: torch.Tensor | None = None
-    num_behind: int = 0
 
-    def for_rows(self, num_rows: int) -> "DecodePlan":
-        """The plan of a batch in which every row stands several times in a row, as for beams."""
-        repeats = num_rows // self.real.shape[0]
-        if repeats == 1:
-            return self
-        spans = [
-            span._replace(row=span.row * repeats + copy_idx)
-            for row in range(self.real.shape[0])
-            for copy_idx in range(repeats)
-            for span in self.spans
-            if span.row == row
-        ]
-        positions = None if self.positions is None else self.positions.repeat_interleave(repeats, 0)
-        return DecodePlan(self.layer_idx, spans, self.real.repeat_interleave(repeats, 0), positions)
-
-    def of_columns(self, start: int, end: int) -> "DecodePlan":
-        """The part of the plan from column `start` to `end`; columns behind the prompt are text."""
-        spans = [span._replace(start=span.start - start) for span in self.spans if span.start >= start]
-        num_behind = max(end - self.real.shape[1], 0)
-        real = F.pad(self.real[:, start:end], (0, num_behind), value=True)
-        return DecodePlan(self.layer_idx, spans, real, num_behind=num_behind)
-
-    def positions_of(self, start: int, end: int) -> torch.LongTensor:
-        """Positions `(B, end - start)` of the columns from `start` to `end`, counted on behind the prompt."""
-        behind = end - self.positions.shape[1]
-        if behind > 0:
-            steps = torch.arange(1, behind + 1, device=self.positions.device)
-            return torch.cat([self.positions, self.positions[:, -1:] + steps], dim=1)[:, start:]
-        return self.positions[:, start:end]
+_MASK_PARAMETERS = inspect.signature(create_masks_for_generate).parameters
 
 
 @dataclass
@@ -90,9 +70,15 @@ class CacheLayout:
     full_length: int
 
 
+def is_shortened(cache: Cache | None, attention_mask: torch.Tensor | None, given: torch.Tensor) -> bool:
+    """Whether the layers of a cache hold prompts of two lengths, before the tokens `given` `(B, L, ...)` are added."""
+    held = cache is not None and "vtc_layout" in vars(cache)
+    return held and past_length(cache, attention_mask, given.shape[1]) > 0
+
+
 def run_segments(
     decoder: nn.Module,
-    config: LlavoltaConfig,
+    shorten: Shorten,
     training: bool,
     embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -108,7 +94,7 @@ def run_segments(
 
     Args:
         decoder (`nn.Module`): of the Llama, Qwen2, Qwen3 or Mistral family, without a head.
-        config ([`LlavoltaConfig`]): gives the compressor.
+        shorten: from states, positions, plan and scores to the shorter sequence and its visual tokens.
         training (`bool`): of the model around the decoder.
         embeds (`torch.Tensor` of shape `(B, L, D)`): a packed prompt, or what follows it.
         attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 0 = padding.
@@ -140,8 +126,8 @@ def run_segments(
         past_mask = _past_mask(old, attention_mask, past, embeds)
         past_short = past if old is None else past - old.num_dropped
         if plan is not None and plan.spans:
-            states, scores = _run_scored(run, config.compressor, embeds, attention_mask, position_ids, past, plan)
-            layout, image_states = _shorten_sequence(states, position_ids, plan, scores, config, training)
+            states, scores = _run_scored(run, embeds, attention_mask, position_ids, past, plan)
+            layout, image_states = shorten(states, position_ids, plan, scores)
             states, position_ids = layout.inputs_embeds, layout.position_ids
             mask = _joined_mask(past_mask, layout.attention_mask, states)
         else:
@@ -178,74 +164,21 @@ def past_length(cache: Cache | None, attention_mask: torch.Tensor | None, length
 
 def _run_scored(
     run: "_DecoderRun",
-    compressor: str,
     embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.LongTensor,
     past: int,
     plan: DecodePlan,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Layers before the split, and the scores `(B, L)` that the compressor `"attention"` takes from the last one."""
+    """Layers before the split, and the scores `(B, L)` that the last one gives, if the plan asks for them."""
     split = plan.layer_idx
-    if compressor != "attention":
+    if not plan.reads_attention:
         return run.layers(embeds, 0, split, attention_mask, position_ids, past), None
     states = run.layers(embeds, 0, split - 1, attention_mask, position_ids, past)
     real = plan.real.to(states.device, non_blocking=True)
     rotary = run.decoder.rotary_emb(states, position_ids)
     scores = last_token_attention(run.decoder.layers[split - 1], states, rotary, real)
     return run.layers(states, split - 1, split, attention_mask, position_ids, past), scores
-
-
-def _shorten_sequence(
-    states: torch.Tensor,
-    position_ids: torch.LongTensor,
-    plan: DecodePlan,
-    scores: torch.Tensor | None,
-    config: LlavoltaConfig,
-    training: bool,
-) -> tuple[PackedPrompt, torch.Tensor]:
-    """Shorten the images of a sequence `(B, L, D)`; rows become ragged and are padded on the left.
-
-    Returns the new sequence with its positions, and the visual tokens `(num_visual_tokens, D)`. Nothing is read back
-    from the device: how many tokens stay is known, whichever they are.
-    """
-    num_rows, length, device = *states.shape[:2], states.device
-    flat = states.flatten(0, 1)
-    spans = [span._replace(row=0, start=span.row * length + span.start) for span in plan.spans]
-    shortened = shorten(flat, spans, config.compressor, math.isqrt(config.image_seq_length), training, scores)
-    # plans are made on the CPU, unless the tokens that stay were chosen on the device
-    planner = shortened.host_slots.device
-
-    text, counts = plan.real.clone(), plan.real.sum(1)
-    for span in plan.spans:
-        text[span.row, span.start : span.start + span.length] = False
-        counts[span.row] -= span.length - config.kept_tokens(span.length, span.stride)
-    kept = text.to(planner, non_blocking=True).flatten().index_fill(0, shortened.host_slots, True)
-    kept = kept.unflatten(0, (num_rows, length))
-    longest, is_padded = int(counts.max()), bool((counts != counts.max()).any())
-    # a stable sort moves dropped positions to the front and leaves kept ones in order
-    source = torch.argsort(kept.to(torch.int8), dim=1, stable=True)[:, length - longest :]
-    rows = torch.arange(num_rows, device=planner)[:, None] * length
-    flat_source = (source + rows).flatten()
-    expand_index = (kept.cumsum(1) - 1 + longest - kept.sum(1, keepdim=True)).clamp(min=0)
-    kept_index = torch.argsort((~kept).flatten().to(torch.int8), stable=True)[: int(counts.sum())]
-    embeds = shortened.take(flat, flat_source).unflatten(0, source.shape)
-    image_states = shortened.take(flat, shortened.host_slots)
-    packed_mask = kept.gather(1, source) if is_padded else None
-    kept, source, flat_source, expand_index, kept_index = (
-        plan.to(device, non_blocking=True) for plan in (kept, source, flat_source, expand_index, kept_index)
-    )
-    positions = position_ids.expand(num_rows, -1).flatten().index_add(0, shortened.slots, shortened.shifts)
-    layout = PackedPrompt(
-        inputs_embeds=embeds,
-        attention_mask=None if packed_mask is None else packed_mask.to(device, non_blocking=True),
-        position_ids=positions.index_select(0, flat_source).unflatten(0, source.shape),
-        kept_mask=kept,
-        source_index=source,
-        expand_index=expand_index,
-        kept_index=kept_index,
-    )
-    return layout, image_states
 
 
 def _cache_layout(

@@ -1,24 +1,17 @@
-"""What differs between the supported versions of transformers.
+"""The door to transformers' processors: what the newest can do, on every supported version.
 
-A choice looks for what the older versions have, or compares with the release that brought the newer: a name that a
-later version renames must fail loudly, and not select what was written for an older one.
+Seen on transformers 4.57.6 to 5.24.0. Before 5.10 each processor writes `__call__` itself, and before 5.23 masks of
+what a model is trained to write do not know expanded images; two backports stand in for these.
 """
 
 import bisect
-import dataclasses
 import inspect
-from functools import lru_cache
 from typing import Any
 
-import torch
-import transformers
-from torch import nn
-from transformers import AutoModel, BatchFeature, Cache, PretrainedConfig, ProcessorMixin
-from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import BatchFeature, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .window_vtc import release_of
+from .host_vtc import RELEASE
 
 try:
     # transformers 5
@@ -27,106 +20,7 @@ except ImportError:
     # 4.57, where an image processor without torchvision derives from the base class itself
     from transformers.image_processing_utils import BaseImageProcessor as ImageProcessorBase
 
-__all__ = [
-    "CACHE_NAME",
-    "ImageProcessorBase",
-    "ProcessorBase",
-    "build_tower",
-    "cache_of",
-    "decoder_masks",
-    "embed_patches",
-    "given_cache",
-    "named_cache",
-    "run_tower_layer",
-]
-
-_RELEASE = release_of(transformers.__version__)
-_OUTPUT_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
-
-# transformers 5.24 renamed the cache in every signature and output; up to 5.23 it has the older name
-CACHE_NAME = "past_key_values" if "past_key_values" in _OUTPUT_FIELDS else "cache"
-
-
-def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
-    """The keyword argument or output field in which the installed transformers carries a cache."""
-    return {CACHE_NAME: cache}
-
-
-def cache_of(outputs: BaseModelOutputWithPast) -> Cache | None:
-    """The cache in what a model of the installed transformers gave back."""
-    return getattr(outputs, CACHE_NAME)
-
-
-def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache that a caller gave under one of its two names.
-
-    Raises:
-        ValueError: two different caches were given.
-    """
-    if past_key_values is not None and cache is not None and past_key_values is not cache:
-        raise ValueError("`past_key_values` and `cache` are two names of one argument. Give one of them.")
-    return cache if past_key_values is None else past_key_values
-
-
-def build_tower(config: PretrainedConfig) -> nn.Module:
-    """A vision tower whose parameters have the names of the newest transformers.
-
-    Before 5.x CLIP and SigLIP held the tower in another module, which has no use here.
-    """
-    tower = AutoModel.from_config(config)
-    return getattr(tower, "vision_model", tower)
-
-
-def embed_patches(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """What a tower's `embeddings` give for `(T, 3, S, S)` pixels; InternVL's of 4.57 gives the grid beside it."""
-    device = next(tower.parameters()).device
-    if device.type != "meta":
-        # accelerate moves the input of a tower to its device, but here the tower itself is not called
-        pixel_values = pixel_values.to(device)
-    embedded = tower.embeddings(pixel_values)
-    return embedded[0] if isinstance(embedded, tuple) else embedded
-
-
-def run_tower_layer(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """One encoder layer of a tower on `(T, N, C)` states, without a mask.
-
-    Layers ask for no mask (InternVL), one (SigLIP, CLIP of 5.x) or two (CLIP of 4.57, which returns a tuple as well).
-    """
-    output = layer(states, *[None] * _num_masks(type(layer)))
-    return output[0] if isinstance(output, tuple) else output
-
-
-@lru_cache
-def _num_masks(layer_class: type[nn.Module]) -> int:
-    parameters = list(inspect.signature(layer_class.forward).parameters.values())[2:]
-    return sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
-
-
-def decoder_masks(
-    config: PretrainedConfig,
-    states: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    cache: Cache | None,
-    past_length: int,
-) -> tuple[Any, dict[str, Any]]:
-    """Attention masks of a decoder, one or a dict by layer type, and what its layers need besides.
-
-    Args:
-        config (`PretrainedConfig`): of the decoder.
-        states (`torch.Tensor` of shape `(B, L, D)`): what the layers get.
-        attention_mask (`torch.Tensor` of shape `(B, past_length + L)`, *optional*): 0 = padding.
-        cache (`Cache`, *optional*): whose first layers are those that get `states`.
-        past_length (`int`): tokens in these layers of the cache.
-    """
-    if "cache_position" in _MASK_PARAMETERS:
-        # until 4.57
-        places = torch.arange(past_length, past_length + states.shape[1], device=states.device)
-        masks = create_masks_for_generate(config, states, attention_mask, places, cache)
-        return masks, {"cache_position": places}
-    return create_masks_for_generate(config, states, attention_mask, cache), {}
-
-
-_MASK_PARAMETERS = inspect.signature(create_masks_for_generate).parameters
+__all__ = ["ImageProcessorBase", "ProcessorBase"]
 
 
 class _CallBackport(ProcessorMixin):
@@ -278,9 +172,9 @@ def _content_parts(content: Any) -> list[dict[str, Any]]:
 
 
 # 5.10 brought the steps of `__call__`, and 5.23 masks that know expanded images
-_MIXIN = ProcessorMixin if _RELEASE >= (5, 10) else _CallBackport
+_MIXIN = ProcessorMixin if RELEASE >= (5, 10) else _CallBackport
 
-if _RELEASE >= (5, 23):
+if RELEASE >= (5, 23):
     ProcessorBase = _MIXIN
 else:
 

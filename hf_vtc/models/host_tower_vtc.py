@@ -1,0 +1,131 @@
+"""The door to vision towers of transformers: CLIP, SigLIP and InternViT, whose parts are called one by one.
+
+Seen on transformers 4.57.6 to 5.24.0. Other towers run as a whole, by their `forward`.
+"""
+
+import inspect
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModel, PretrainedConfig
+
+# towers whose parts are called one by one; others run as a whole
+TOWERS_IN_PARTS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
+
+
+def build_tower(config: PretrainedConfig) -> nn.Module:
+    """A vision tower whose parameters have the names of the newest transformers.
+
+    Before 5.x CLIP and SigLIP held the tower in another module, which has no use here.
+    """
+    tower = AutoModel.from_config(config)
+    return getattr(tower, "vision_model", tower)
+
+
+def embed_patches(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What a tower's `embeddings` give for `(T, 3, S, S)` pixels; InternVL's of 4.57 gives the grid beside it."""
+    device = next(tower.parameters()).device
+    if device.type != "meta":
+        # accelerate moves the input of a tower to its device, but here the tower itself is not called
+        pixel_values = pixel_values.to(device)
+    embedded = tower.embeddings(pixel_values)
+    return embedded[0] if isinstance(embedded, tuple) else embedded
+
+
+def run_tower_layer(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """One encoder layer of a tower on `(T, N, C)` states, without a mask.
+
+    Layers ask for no mask (InternVL), one (SigLIP, CLIP of 5.x) or two (CLIP of 4.57, which returns a tuple as well).
+    """
+    output = layer(states, *[None] * _num_masks(type(layer)))
+    return output[0] if isinstance(output, tuple) else output
+
+
+@lru_cache
+def _num_masks(layer_class: type[nn.Module]) -> int:
+    parameters = list(inspect.signature(layer_class.forward).parameters.values())[2:]
+    return sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
+
+
+def encoder_layers(tower: nn.Module) -> nn.ModuleList:
+    """The layers of a tower, whatever its encoder calls them."""
+    return next(module for module in tower.encoder.children() if isinstance(module, nn.ModuleList))
+
+
+def norm_before_layers(tower: nn.Module) -> nn.Module:
+    """What stands between embeddings and layers; the identity in most towers."""
+    # spelt so in CLIP
+    return dict(tower.named_children()).get("pre_layrnorm", nn.Identity())
+
+
+def norm_of_output(tower: nn.Module) -> nn.Module:
+    """InternViT's norm behind the last layer; the identity in towers whose norm is for something else."""
+    return dict(tower.named_children()).get("layernorm", nn.Identity())
+
+
+def modules_behind_layers(tower: nn.Module) -> list[nn.Module]:
+    """What a tower does after its layers."""
+    parts = dict(tower.named_children())
+    # the norm behind CLIP's last layer is for the class token alone
+    return [parts[name] for name in ("head", "post_layernorm", "layernorm") if name in parts]
+
+
+class LayerParts(NamedTuple):
+    """The steps of one encoder layer of a tower; a tuple is run in order.
+
+    `scale_1` and `scale_2` multiply the two residual branches, `num_heads` and `dropout` belong to the attention.
+    """
+
+    norm_1: nn.Module
+    to_query: tuple[nn.Module, ...]
+    to_key: tuple[nn.Module, ...]
+    to_value: tuple[nn.Module, ...]
+    to_output: tuple[nn.Module, ...]
+    scale_1: float | torch.Tensor
+    norm_2: nn.Module
+    feed_forward: tuple[nn.Module, ...]
+    scale_2: float | torch.Tensor
+    num_heads: int
+    dropout: float
+
+
+def parts_of_layer(layer: nn.Module, tower_type: str) -> LayerParts:
+    """Take an encoder layer of one of `TOWERS_IN_PARTS` apart; `tower_type` is the `model_type` of its config."""
+    if tower_type == "internvl_vision":
+        attention = layer.attention
+        return LayerParts(
+            norm_1=layer.layernorm_before,
+            to_query=(attention.q_proj, attention.q_norm),
+            to_key=(attention.k_proj, attention.k_norm),
+            to_value=(attention.v_proj,),
+            to_output=(attention.projection_layer, attention.projection_dropout),
+            scale_1=layer.lambda_1,
+            norm_2=layer.layernorm_after,
+            feed_forward=(layer.mlp, layer.dropout),
+            scale_2=layer.lambda_2,
+            num_heads=attention.num_heads,
+            dropout=attention.attention_dropout,
+        )
+    attention = layer.self_attn
+    return LayerParts(
+        norm_1=layer.layer_norm1,
+        to_query=(attention.q_proj,),
+        to_key=(attention.k_proj,),
+        to_value=(attention.v_proj,),
+        to_output=(attention.out_proj,),
+        scale_1=1.0,
+        norm_2=layer.layer_norm2,
+        feed_forward=(layer.mlp,),
+        scale_2=1.0,
+        num_heads=attention.num_heads,
+        dropout=attention.dropout,
+    )
+
+
+def class_token_of(tower: nn.Module, tower_type: str) -> torch.Tensor | None:
+    """The class token `(C,)` of one of `TOWERS_IN_PARTS`, None for a tower without one."""
+    if tower_type == "clip_vision_model":
+        return tower.embeddings.class_embedding
+    return None if tower_type == "siglip_vision_model" else tower.embeddings.cls_token.flatten()

@@ -1,0 +1,47 @@
+"""The door to transformers: what its versions call by different names.
+
+Seen on transformers 4.57.6 to 5.24.0. `host_tower_vtc.py`, `host_decoder_vtc.py` and `host_processor_vtc.py` have what
+leans on towers, decoders and processors; nothing else in `models/` uses a private name of a host.
+
+A choice looks for what the older versions have, or compares with the release that brought the newer: a name that a
+later version renames must fail loudly, and not select what was written for an older one.
+"""
+
+import dataclasses
+
+import transformers
+from transformers import Cache, LlamaForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .window_vtc import release_of
+
+RELEASE = release_of(transformers.__version__)
+
+_OUTPUT_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+
+# transformers 5.24 renamed the cache in every signature and output; up to 5.23 it has the older name
+CACHE_NAME = "past_key_values" if "past_key_values" in _OUTPUT_FIELDS else "cache"
+
+# a head as in every stock decoder, in the words of the installed version
+HEAD_TP_PLAN = dict(LlamaForCausalLM._tp_plan)
+
+
+def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
+    """The keyword argument or output field in which the installed transformers carries a cache."""
+    return {CACHE_NAME: cache}
+
+
+def cache_of(outputs: BaseModelOutputWithPast) -> Cache | None:
+    """The cache in what a model of the installed transformers gave back."""
+    return getattr(outputs, CACHE_NAME)
+
+
+def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache that a caller gave under one of its two names.
+
+    Raises:
+        ValueError: two different caches were given.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("`past_key_values` and `cache` are two names of one argument. Give one of them.")
+    return cache if past_key_values is None else past_key_values

@@ -1,0 +1,247 @@
+"""Where the images of one call are: made once, on the host, before the tower runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .configuration_vtc import VtcConfig
+from .packing_vtc import to_host
+from .prompt_vtc import BY_SCORES, VisionInputs, chosen_levels
+from .tiling_vtc import ImageSizes, refuse_no_pixels
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The prompts and images of one call, and what their sizes and budgets decide. Everything is on the CPU.
+
+    Args:
+        placeholder_mask, attention_mask (`torch.Tensor` of shape `(B, L)`): the former bool, the latter 0 = padding.
+        sizes ([`ImageSizes`]): tiles and pixels of each image.
+        num_reserved (`torch.LongTensor` of shape `(num_images,)`): visual tokens of each image without compression.
+        num_written (`torch.LongTensor` of shape `(num_images,)`): placeholders of each image in the prompts: as many,
+            or just those that enter the language model.
+        rows (`list[int]`): the row of each image.
+        counts (`list[Sequence[int]]`): of each image, the visual tokens that leave at each level, all of them first.
+        levels (`list[int]`): the level of each image, `BY_SCORES` where a router must be asked. Of no meaning beside
+            `router_decisions`.
+        router_decisions (`torch.Tensor`, *optional*): what the caller wants in place of a router's decisions.
+    """
+
+    placeholder_mask: torch.Tensor
+    attention_mask: torch.Tensor
+    sizes: ImageSizes
+    num_reserved: torch.LongTensor
+    num_written: torch.LongTensor
+    rows: list[int]
+    counts: list[Sequence[int]]
+    levels: list[int]
+    router_decisions: torch.Tensor | None = None
+
+    @property
+    def num_images(self) -> int:
+        return len(self.num_reserved)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the prompts were written for the tokens that enter the language model, and none is to be dropped."""
+        return self.num_written is not self.num_reserved
+
+    @property
+    def wants_all(self) -> bool:
+        """Whether no image is to be compressed."""
+        return self.router_decisions is None and not any(self.levels)
+
+    @property
+    def asks_scores(self) -> bool:
+        """Whether a router must say at which level some image is."""
+        return self.router_decisions is None and BY_SCORES in self.levels
+
+    @cached_property
+    def num_leaving(self) -> torch.LongTensor:
+        """Visual tokens of each image at its level, `(num_images,)`."""
+        return torch.tensor([own[level] for own, level in zip(self.counts, self.levels)], dtype=torch.long)
+
+
+def layout_of_prompt(
+    config: VtcConfig, placeholder_mask: torch.Tensor, attention_mask: torch.Tensor | None, vision: VisionInputs
+) -> Layout:
+    """The layout of prompts and their images, by one transfer from the device.
+
+    Args:
+        placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): where placeholders are.
+        attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 = padding.
+
+    Raises:
+        ValueError: sizes and tiles are not those of the images, placeholders are not as many as these need, or no
+            count of visual tokens fits a budget.
+    """
+    optional = (attention_mask, vision.num_tiles, vision.image_sizes, vision.router_decisions)
+    placeholder_mask, *arrived = to_host(placeholder_mask, *[tensor for tensor in optional if tensor is not None])
+    fetched = iter(arrived)
+    mask, num_tiles, image_sizes, decisions = (None if tensor is None else next(fetched) for tensor in optional)
+    mask = torch.ones_like(placeholder_mask, dtype=torch.long) if mask is None else mask
+    sizes = sizes_of_images(config, placeholder_mask, num_tiles, image_sizes, vision)
+    return _layout(config, placeholder_mask, mask, sizes, vision, decisions)
+
+
+def layout_of_images(config: VtcConfig, vision: VisionInputs) -> Layout:
+    """The layout of a prompt of placeholders alone, as many as the images of `vision` reserve."""
+    optional = (vision.num_tiles, vision.image_sizes, vision.router_decisions)
+    fetched = iter(to_host(*[tensor for tensor in optional if tensor is not None]))
+    num_tiles, image_sizes, decisions = (None if tensor is None else next(fetched) for tensor in optional)
+    if num_tiles is None and config.sees_tiles:
+        num_tiles = torch.tensor([len(vision.pixel_values)])
+    sizes = sizes_of_images(config, torch.zeros(1, 0, dtype=torch.bool), num_tiles, image_sizes, vision)
+    placeholder_mask = torch.ones(1, int(config.reserved_tokens(sizes).sum()), dtype=torch.bool)
+    return _layout(config, placeholder_mask, placeholder_mask.long(), sizes, vision, decisions)
+
+
+def _layout(
+    config: VtcConfig,
+    placeholder_mask: torch.Tensor,
+    attention_mask: torch.Tensor,
+    sizes: ImageSizes,
+    vision: VisionInputs,
+    decisions: torch.Tensor | None,
+) -> Layout:
+    if decisions is not None and not config.takes_decisions:
+        raise ValueError("`router_decisions` are of no use here: nothing is routed. Give `vtc_budget`.")
+    reserved = config.reserved_tokens(sizes)
+    counts = config.levels(sizes)
+    levels = chosen_levels(vision.vtc_budget, counts, config.own_level)
+    written, num_placeholders = reserved, int(placeholder_mask.sum())
+    if num_placeholders != int(reserved.sum()):
+        if decisions is None and BY_SCORES not in levels:
+            entering = [own[config.level_entering(level)] for own, level in zip(counts, levels, strict=True)]
+            if num_placeholders == sum(entering):
+                written = torch.tensor(entering, dtype=torch.long)
+        if written is reserved and config.mm_patch_merge_type == "spatial_unpad" and sizes.grids is None:
+            raise ValueError(
+                f"Image features and image tokens do not match: the prompts hold {num_placeholders} placeholders, but "
+                f"{int(sizes.num_tiles.sum())} separate tiles need {int(reserved.sum())}. Images of several tiles "
+                "need `num_tiles` and `image_sizes`: pass all that the processor returned."
+            )
+    rows = rows_of_images(placeholder_mask, written.tolist())
+    return Layout(placeholder_mask, attention_mask, sizes, reserved, written, rows, counts, levels, decisions)
+
+
+def sizes_of_images(
+    config: VtcConfig,
+    placeholder_mask: torch.Tensor,
+    num_tiles: torch.Tensor | None,
+    image_sizes: torch.Tensor | None,
+    vision: VisionInputs,
+) -> ImageSizes:
+    """Tiles and pixels of each image, checked against each other and against what was given.
+
+    Args:
+        placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): on the CPU, as are the following.
+        num_tiles (`torch.LongTensor` of shape `(num_images,)`, *optional*).
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (height, width) in pixels.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    if not config.sees_tiles:
+        return ImageSizes(None, _own_sizes(image_sizes, vision), None)
+    given = vision.pixel_values if vision.image_features is None else vision.image_features
+    total = len(next(iter(given.values())) if isinstance(given, dict) else given)
+    if num_tiles is not None and image_sizes is not None and image_sizes.shape != (len(num_tiles), 2):
+        raise ValueError(
+            f"`image_sizes` needs (height, width) for each of the {len(num_tiles)} images of `num_tiles`, got shape "
+            f"{tuple(image_sizes.shape)}."
+        )
+    if image_sizes is not None:
+        refuse_no_pixels(image_sizes)
+    joined = config.mm_patch_merge_type == "spatial_unpad" and num_tiles is not None and image_sizes is not None
+    if num_tiles is None:
+        # without the processor's word a run of placeholders is an image
+        runs = placeholder_runs(placeholder_mask)
+        num_tiles = torch.tensor([-(-length // config.image_seq_length) for _, length in runs], dtype=torch.long)
+    if int(num_tiles.sum()) != total:
+        raise ValueError(
+            f"Image features and image tokens do not match: the prompts need {int(num_tiles.sum())} tiles of "
+            f"{config.image_seq_length} placeholders, but {total} tiles were given. Pass `pixel_values` and "
+            "`num_tiles` of the same images, in prompt order, and `input_ids` from the same call of the processor."
+        )
+    return config.joined_sizes(num_tiles, image_sizes) if joined else ImageSizes(num_tiles, image_sizes, None)
+
+
+def _own_sizes(image_sizes: torch.Tensor | None, vision: VisionInputs) -> torch.Tensor:
+    """Processed sizes of images that are encoded each at its own."""
+    if vision.image_features is not None:
+        if image_sizes is None:
+            raise ValueError(
+                "`image_sizes` must be given with `image_features`, which do not tell the sizes of their images. Pass "
+                "what the processor returned."
+            )
+        return image_sizes
+    num_images, _, *largest = vision.pixel_values.shape
+    if image_sizes is None:
+        return torch.tensor([largest] * num_images)
+    if image_sizes.shape != (num_images, 2):
+        raise ValueError(
+            f"`image_sizes` must be (height, width) of each image, shape ({num_images}, 2), got "
+            f"{tuple(image_sizes.shape)}. Pass what the processor returned with `pixel_values`."
+        )
+    for image_idx, (height, width) in enumerate(image_sizes.tolist()):
+        if height > largest[0] or width > largest[1]:
+            raise ValueError(
+                f"`image_sizes` of image {image_idx} is {height} x {width}, but `pixel_values` has room for "
+                f"{largest[0]} x {largest[1]}. Give processed sizes in pixels, not those of the originals."
+            )
+    return image_sizes
+
+
+def placeholder_runs(placeholder_mask: torch.Tensor) -> list[tuple[int, int]]:
+    """Runs of placeholders in prompt order.
+
+    Args:
+        placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): on the CPU.
+
+    Returns:
+        A list of `(row, length)`, one per run.
+    """
+    padded = torch.nn.functional.pad(placeholder_mask.to(torch.int8), (1, 1))
+    edges = padded.diff(dim=1)
+    rows, starts = (edges == 1).nonzero(as_tuple=True)
+    ends = (edges == -1).nonzero(as_tuple=True)[1]
+    return list(zip(rows.tolist(), (ends - starts).tolist(), strict=True))
+
+
+def rows_of_images(placeholder_mask: torch.Tensor, num_written: list[int]) -> list[int]:
+    """The row of each image, and the check that the prompts hold the placeholders of whole images.
+
+    Args:
+        placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): on the CPU.
+        num_written (`list[int]`): placeholders of each image, in prompt order.
+
+    Raises:
+        ValueError: a row's placeholders do not add up to whole images, or an image is interrupted by text.
+    """
+    rows, images = [], iter(enumerate(num_written))
+    for row, left in placeholder_runs(placeholder_mask):
+        # images with no text between them share a run
+        while left > 0:
+            image_idx, reserved = next(images, (None, 0))
+            if image_idx is None:
+                raise _mismatch(row, f"{left} placeholders are left over after the last of {len(rows)} images")
+            if reserved > left:
+                raise _mismatch(row, f"image {image_idx} needs {reserved} placeholders, but a run of {left} is next")
+            rows.append(row)
+            left -= reserved
+    if len(rows) < len(num_written):
+        raise _mismatch(
+            placeholder_mask.shape[0] - 1,
+            f"{len(num_written)} images were given, but the prompts hold placeholders for {len(rows)}",
+        )
+    return rows
+
+
+def _mismatch(row: int, what: str) -> ValueError:
+    return ValueError(
+        f"Image features and image tokens do not match in sample {row}: {what}. Build `input_ids` with the processor "
+        "of this checkpoint, from the same images, in prompt order, and do not truncate inside an image."
+    )

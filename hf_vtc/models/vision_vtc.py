@@ -1,0 +1,317 @@
+"""The half of every compressing model before the language model: tower, connectors, router, and the steps of a method.
+
+    layout (host) -> encode -> score -> choose (host) -> connect
+
+A method's step is a pure function of what it is given, with a plain default here. `VtcVision` is abstract; it can be
+built and loaded without a language model, and `modeling_vtc.py` adds one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
+
+from .configuration_vtc import VtcConfig
+from .host_tower_vtc import build_tower
+from .layout_vtc import Layout, layout_of_images
+from .packing_vtc import to_device, to_host
+from .prompt_vtc import Budget, VisionInputs
+from .tiling_vtc import joined_order
+from .tower_vtc import run_tower_to, unused_modules
+
+Features = torch.Tensor | dict[str, torch.Tensor]
+
+
+class TextStates(NamedTuple):
+    """What a router may read of the prompts: embeddings `(B, L, D)`, and a bool `(B, L)`, True at real text."""
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+
+
+class Scores(NamedTuple):
+    """What `score` found: what the host reads, what the outputs show, and what `connect` may use again."""
+
+    for_host: tuple[torch.Tensor, ...]
+    router_logits: torch.Tensor
+    reused: Any = None
+
+
+@dataclass
+class Choice:
+    """What `choose` decided, on the CPU.
+
+    `num_entering`, `num_kept` `(num_images,)`: visual tokens that enter the language model, and that leave the
+    compression, which is in it if `strides` says how many of an image become one there. `decisions`: as
+    `router_decisions` of the outputs.
+    """
+
+    num_entering: torch.LongTensor
+    num_kept: torch.LongTensor
+    decisions: torch.Tensor | None = None
+    strides: list[int] | None = None
+
+
+@dataclass
+class VisualTokens:
+    """What `connect` gives back: visual tokens, and which placeholders they fill.
+
+    `embeds` `(V, D)` in prompt order. `slots` `(V,)`, on the CPU: which of all placeholders of the call they fill,
+    rising; all of them if None. `position_shifts` `(V,)`: if given, every token keeps the position that it has in the
+    full-length prompt, visual tokens that of their placeholder plus this. `router_decisions`, `router_logits`: if they
+    were made here.
+    """
+
+    embeds: torch.Tensor
+    slots: torch.LongTensor | None = None
+    position_shifts: torch.Tensor | None = None
+    router_decisions: torch.Tensor | None = None
+    router_logits: torch.Tensor | None = None
+
+
+class _Touched(torch.autograd.Function):
+    """The first tensor as it is; the others get gradients of zero, whatever their values are."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        ctx.likes = [(other.shape, other.dtype, other.device) for other in others]
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes)
+        return gradient, *zeros
+
+
+def touch(states: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """`states`, in whose graph `others` take part with weight zero.
+
+    Every process of distributed training must run the same modules, and every parameter that trains must have a
+    gradient, whatever the data decide. Not a product with zero, which would pass on what overflowed.
+    """
+    others = tuple(other for other in others if other.requires_grad)
+    return _Touched.apply(states, *others) if others else states
+
+
+class VtcPreTrainedModel(PreTrainedModel):
+    """Loading, saving and the flags that transformers asks for."""
+
+    config_class = VtcConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    model_tags = ["vtc", "vision-token-compression", "custom_code"]
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # how many tokens are kept depends on the data
+    _can_compile_fullgraph = False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers guesses from names of classes in the source; tower and decoder have the attention that is meant
+        return True
+
+    def post_init(self) -> None:
+        super().post_init()
+        parts = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+        names = {name for part in parts for name in part._no_split_modules or ()}
+        # of all parts, which transformers 4 does not collect, and none that is not here, which FSDP would miss
+        self._no_split_modules = sorted(names & {type(module).__name__ for module in self.modules()})
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VtcVision) and module.image_newline is not None:
+            nn.init.normal_(module.image_newline, std=self.config.text_config.hidden_size**-0.5)
+
+    def save_pretrained(self, save_directory: str, *args: Any, save_code: bool = True, **kwargs: Any) -> None:
+        """`PreTrainedModel.save_pretrained`, and the code beside the weights.
+
+        Args:
+            save_directory (`str`): the folder.
+            save_code (`bool`): copy the model's source files and write every `auto_map` key, so that the folder loads
+                with `trust_remote_code=True` where hf_vtc is not installed. `False` writes neither.
+        """
+        if save_code:
+            self.config.auto_map = self.config.remote_code_map()
+        else:
+            # a map without files would break every load with trust_remote_code
+            vars(self.config).pop("auto_map", None)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if save_code and kwargs.get("is_main_process", True):
+            custom_object_save(self, save_directory)
+
+
+class VtcVision(VtcPreTrainedModel):
+    """Tower, connectors and router: the way from pixels to visual tokens. Abstract.
+
+    `image_features` are whatever `encode` gives: a tensor, or a dict of tensors with a leading axis of tiles.
+    """
+
+    # whether text that comes later can change what a router decided for an image
+    routes_by_text = False
+
+    def __init__(self, config: VtcConfig):
+        super().__init__(config)
+        self.vision_tower = self.make_tower(config)
+        joined = config.mm_patch_merge_type == "spatial_unpad"
+        self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size)) if joined else None
+        self.make_decoder(config)
+        self.make_parts(config)
+        self.post_init()
+
+    def make_tower(self, config: VtcConfig) -> nn.Module:
+        """Step: the vision tower. A method builds encoders of ours itself: remote code cannot find them by config."""
+        tower = build_tower(config.vision_config)
+        # no feature depends on them: without this, distributed training waits for their gradients
+        for unused in unused_modules(tower, config.vision_feature_layer):
+            unused.requires_grad_(False)
+        return tower
+
+    def make_decoder(self, config: VtcConfig) -> None:
+        """Here there is none."""
+
+    def make_parts(self, config: VtcConfig) -> None:
+        """Step: connectors and router of the method."""
+        raise NotImplementedError
+
+    def encode(self, pixel_values: torch.Tensor, layout: Layout | None = None) -> Features:
+        """Step: features of each tile, `(total_tiles, 3, S, S)` to `(total_tiles, N, C)`, row-major.
+
+        `layout` is None where nobody says what the images are for.
+        """
+        features = run_tower_to(self.vision_tower, pixel_values.to(self.dtype), self.config.vision_feature_layer)
+        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+
+    def score(self, features: Features, text: TextStates | None, layout: Layout) -> Scores | None:
+        """Step: what a router says of the images, None if nobody asks."""
+        return None
+
+    def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
+        """Step, on the host: how many tokens each image keeps; `scores` are those of `score` that the host reads."""
+        return Choice(layout.num_leaving, layout.num_leaving)
+
+    def connect(self, features: Features, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
+        """Step: from features to visual tokens. In training every module runs once, in one order."""
+        tokens = self.join_tiles({0: self.multi_modal_projector(features)}, [0] * layout.num_images, layout)
+        if len(tokens) != int(layout.num_reserved.sum()):
+            raise ValueError(
+                f"Image features and image tokens do not match: {len(tokens)} visual tokens for "
+                f"{int(layout.num_reserved.sum())} placeholders. Pass `image_features` that `encode` gave for these "
+                "images."
+            )
+        return VisualTokens(tokens)
+
+    def routes(self, router: nn.Module, asked: bool) -> bool:
+        """Whether a router runs: if it is asked, or if it trains, so that every process runs the same modules."""
+        trains = (
+            router.training and torch.is_grad_enabled() and any(each.requires_grad for each in router.parameters())
+        )
+        return asked or trains
+
+    def compress(self, vision: VisionInputs, layout: Layout, text: TextStates | None) -> tuple[Choice, VisualTokens]:
+        """All steps from pixels to visual tokens."""
+        features = self.encode(vision.pixel_values, layout) if vision.image_features is None else vision.image_features
+        scores = self.score(features, text, layout)
+        choice = self.choose([] if scores is None else to_host(*scores.for_host), layout)
+        visual = self.connect(features, choice, layout, scores)
+        if scores is not None:
+            visual.router_logits = scores.router_logits
+            if self.training:
+                visual.embeds = touch(visual.embeds, scores.router_logits)
+        if visual.router_decisions is None and choice.decisions is not None:
+            visual.router_decisions = choice.decisions.to(visual.embeds.device, non_blocking=True)
+        return choice, visual
+
+    def join_tiles(
+        self,
+        tokens: dict[int, torch.Tensor],
+        chosen: list[int],
+        layout: Layout,
+        grids: Sequence[tuple[int, int]] | None = None,
+    ) -> torch.Tensor:
+        """Visual tokens `(V, D)` of all images, one after the other, by one gather; as maps where the layout has any.
+
+        Args:
+            tokens (`dict[int, torch.Tensor]`): `(T, g, D)` tokens of every tile, at every granularity that is used.
+            chosen (`list[int]`): the granularity of each image.
+            grids (`Sequence[tuple[int, int]]`, *optional*): (rows, columns) of a tile's tokens at each granularity.
+        """
+        grids = [self.config.token_grid] if grids is None else grids
+        bank = {idx: each.flatten(0, 1) for idx, each in tokens.items()}
+        newline, parts = self.image_newline, list(bank.values())
+        if layout.sizes.grids is None and len(bank) == 1:
+            joined = parts[0]
+        else:
+            starts = dict(zip(bank, torch.tensor([0, *map(len, parts)]).cumsum(0).tolist(), strict=False))
+            num_tiles = layout.sizes.num_tiles
+            first_tiles = (num_tiles.cumsum(0) - num_tiles).tolist()
+            sources, end = [], sum(map(len, parts))
+            for image_idx, (idx, first_tile) in enumerate(zip(chosen, first_tiles, strict=True)):
+                order = self._token_order(layout, image_idx, grids[idx])
+                first = starts[idx] + first_tile * grids[idx][0] * grids[idx][1]
+                sources.append(torch.where(order < 0, end, order + first))
+            if newline is not None:
+                parts.append(newline[None].to(parts[0]))
+            (source,) = to_device(parts[0].device, torch.cat(sources))
+            joined = torch.cat(parts).index_select(0, source)
+        return touch(joined, newline) if self.training and newline is not None else joined
+
+    def _token_order(self, layout: Layout, image_idx: int, token_grid: tuple[int, int]) -> torch.LongTensor:
+        """Which token of an image stands where, counted in the order of its tiles; -1 = newline."""
+        num_tiles, per_tile = int(layout.sizes.num_tiles[image_idx]), token_grid[0] * token_grid[1]
+        if layout.sizes.grids is None:
+            return torch.arange(num_tiles * per_tile)
+        if num_tiles == 1:
+            single = torch.arange(per_tile)
+            return nn.functional.pad(single, (0, int(self.config.newline_behind_single_tile)), value=-1)
+        kept = layout.sizes.kept(token_grid, self.config.unpad_rule)[image_idx]
+        return joined_order(tuple(layout.sizes.grids[image_idx].tolist()), token_grid, tuple(kept.tolist()))
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        num_tiles: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        vtc_budget: Budget | Sequence[Budget] = "full",
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Visual tokens of some images as they enter the language model.
+
+        Args:
+            vtc_budget: as in `forward`; by default all that the processor reserves.
+
+        Returns:
+            `last_hidden_state`: features, as of `encode`; `pooler_output`: one tensor `(entering, D)` per image.
+
+        Raises:
+            ValueError: `"auto"`, of a router that reads the question.
+        """
+        vision = VisionInputs(pixel_values, None, num_tiles, image_sizes, vtc_budget)
+        layout = layout_of_images(self.config, vision)
+        if layout.asks_scores and self.routes_by_text:
+            raise ValueError(
+                "`vtc_budget='auto'` needs the question, by which this router goes. Give a budget for each image."
+            )
+        vision.image_features = self.encode(pixel_values, layout)
+        choice, visual = self.compress(vision, layout, None)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision.image_features,
+            pooler_output=list(visual.embeds.split(choice.num_entering.tolist())),
+        )
+
+
+class VtcVisionHalf(VtcVision):
+    """A `VtcVision` that loads from the checkpoint of a whole model, whose language model it leaves out. Abstract."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^lm_head\."]
