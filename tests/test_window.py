@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hf_vtc import answers, cli
@@ -15,14 +16,35 @@ from hf_vtc import answers, cli
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def window():
-    """`window_vtc.py` loaded from its file, as the command line does; nothing of the package is imported for it."""
-    path = ROOT / "hf_vtc" / "models" / "window_vtc.py"
-    spec = importlib.util.spec_from_file_location("window_vtc_alone", path)
-    module = importlib.util.module_from_spec(spec)
+def module_of(path):
+    """A file as a module by itself; nothing of the package is imported for it."""
+    spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_alone", ROOT / path)
+    # dataclasses look their module up
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def window():
+    return module_of("hf_vtc/models/window_vtc.py")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """The program that measures the window, `tests/window/run.py`."""
+    return module_of("tests/window/run.py")
+
+
+@pytest.fixture(scope="module")
+def check():
+    """What it runs inside of each environment, `tests/window/check.py`."""
+    return module_of("tests/window/check.py")
+
+
+@pytest.fixture(scope="module")
+def stored(rows):
+    return load_file(rows.EXPECTED)
 
 
 def test_a_newer_minor_is_named_with_the_remedy(window, monkeypatch):
@@ -99,3 +121,73 @@ def test_a_fault_on_a_proven_host_stays_a_traceback(failing, window):
     error = TypeError("ours")
     assert failing(window.OLDEST_PROVEN, error).exception is error
     assert "pip install" not in failing(window.OLDEST_PROVEN, HOST_ERROR).stderr
+
+
+def test_rows_reach_from_the_oldest_to_the_smallest_versions(rows, window):
+    found = rows.all_rows()
+    assert f"transformers=={window.OLDEST_PROVEN}" in found[window.OLDEST_PROVEN].pins
+    # what setup.cfg bounds is what the newest row takes
+    assert found["newest"].pins == ()
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    required = settings["options"]["install_requires"].split()
+    floors = [f"torch=={found['floors'].torch}", *found["floors"].pins]
+    assert len(floors) == len(required)
+    assert all(line.split(",")[0] == pin.replace("==", ">=") for line, pin in zip(sorted(required), sorted(floors)))
+    # every Python that the classifiers claim has a row
+    claimed = re.findall(r"Python :: (3\.\d+)", settings["metadata"]["classifiers"])
+    assert {row.python for row in found.values()} == set(claimed)
+
+
+def test_rows_are_chosen_by_name(rows):
+    assert [row.name for row in rows.chosen_rows(["floors", "5.23.0"])] == ["floors", "5.23.0"]
+    assert rows.chosen_rows(["5.99.1"])[0].pins == ("transformers==5.99.1",)
+    assert [row.name for row in rows.chosen_rows([])] == list(rows.all_rows())
+    with pytest.raises(SystemExit, match="'ceilings'"):
+        rows.chosen_rows(["ceilings"])
+
+
+def test_a_step_that_fails_is_a_fault_of_its_row_alone(rows, tmp_path, monkeypatch):
+    class Environment:
+        def __init__(self, row, folder):
+            self.log = folder / "log"
+
+        def install(self, wheel):
+            return {"transformers": "5.23.0"}
+
+        def demo(self, scratch):
+            raise rows.StepFailed("crashed")
+
+        def checkpoints(self, *arguments):
+            return "0"
+
+        exported = tests = None
+
+    monkeypatch.setattr(rows, "Environment", Environment)
+    result = rows.measure(rows.Row("newest"), tmp_path, tmp_path, ("demo", "checkpoints"), tmp_path)
+    assert result.cells == {"demo": "**fails**", "checkpoints": "0"}
+    assert len(result.faults) == 1 and "newest, demo: crashed" in result.faults[0]
+
+
+def test_answers_that_differ_are_named(check, stored):
+    assert check.differences(stored, stored) == (0.0, [])
+    name = "vico-tiny auto"
+    ids, logits = stored[f"{name} ids"].clone(), stored[f"{name} logits"].clone()
+    ids[0, 0] += 1
+    logits[0, 0, 0] += 0.5
+    largest, wrong = check.differences(stored | {f"{name} ids": ids, f"{name} logits": logits}, stored)
+    assert wrong == [f"{name} ids"] and abs(largest - 0.5) < 1e-6
+    logits[0, 0, 0] = float("nan")
+    assert check.differences(stored | {f"{name} logits": logits}, stored)[0] == float("inf")
+    fewer = {key: value for key, value in stored.items() if key != f"{name} ids"}
+    assert check.differences(fewer, stored)[1] == [f"{name} ids"]
+
+
+@pytest.mark.window
+def test_shipped_checkpoints_answer_as_stored(check, stored):
+    folders = check.checkpoints(ROOT / "model_cards")
+    found = {name: value for folder in folders for name, value in check.answers(folder, remote=False).items()}
+    largest, wrong = check.differences(found, stored)
+    assert len(folders) == 5 and not wrong
+    # as for other stored numbers, since another processor may have made them; `run.py` holds them to 1e-5
+    assert largest < 1e-4
