@@ -11,7 +11,8 @@ import transformers
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from hf_vtc import answers, cli
+from hf_vtc_cli import answers
+from hf_vtc_cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,7 +94,7 @@ def failing(monkeypatch):
 
         monkeypatch.setattr(transformers, "__version__", version)
         monkeypatch.setattr(answers, "config_of", config_of)
-        return CliRunner().invoke(cli.app, ["estimate", "owner/name", "--num-tiles", "1", *options])
+        return CliRunner().invoke(app, ["estimate", "owner/name", "--num-tiles", "1", *options])
 
     return run
 
