@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,3 +121,9 @@ except SystemExit as end:
 """
     text = run_python(script, "--version", installed=True)
     assert text.startswith(f"hf_vtc {hf_vtc.__version__}, ") and "status 0 []" in text
+
+
+def test_every_file_that_names_the_version_names_this_one():
+    for name, pattern in (("CITATION.cff", r"^version: (.+)$"), ("CHANGELOG.md", r"^## (\S+)")):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert re.search(pattern, text, re.MULTILINE)[1] == hf_vtc.__version__, name
