@@ -134,8 +134,9 @@ class Environment:
     def run(self, *command: object, cwd: Path | None = None, **variables: str) -> str:
         """Standard output of a command, the interpreter of the environment unless it is named, in a clean setting."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        # what is compared between environments may not depend on a compiler or on the Hub
-        clean = {"HF_HUB_OFFLINE": "1", "HF_VTC_OPS": "off", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        # what is compared between environments may not depend on a compiler, on the Hub, or on how threads share sums
+        clean = {"HF_HUB_OFFLINE": "1", "HF_VTC_OPS": "off", "OMP_NUM_THREADS": "1"}
+        clean["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
         result = subprocess.run(
             [str(part) for part in command],
             cwd=cwd or self.folder.parent,
