@@ -156,7 +156,7 @@ def _grids(op: str, features: int) -> Iterator[Case]:
         (features, "15 tokens", lambda x: x[:, :15], "square number of tokens, got 15"),
         (features, "freed", freed, "memory of `features` was freed"),
         (features, "too many tokens", lambda x: x[:1, :1].expand(1, 2**60 - 1, 3), "square"),
-        (features, "too many tiles", lambda x: x[:1].expand(2**56, 16, 3), ""),
+        (features, "too many tiles", lambda x: x[:1].expand(2**56, 16, 3), "" if features else None),
         (tiles, "int32", instead(torch.tensor([0, 1, 2], dtype=torch.int32)), "`tiles` must be int64"),
         (tiles, "a matrix", instead(torch.tensor([[0, 1, 2]])), "`tiles` must have 1 dimensions"),
         (tiles, "one too large", numbers(0, 1, 3), "`tiles` must lie in 0 to 2", True),
