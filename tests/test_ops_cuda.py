@@ -52,6 +52,7 @@ def test_an_index_out_of_range_traps(simulated):
     assert "hostsim: trap" in result.stderr
 
 
+@pytest.mark.timeout(1800)
 def test_no_argument_leads_the_binding_or_a_kernel_astray(simulated):
     result = run_sanitized("hostile.py", simulated)
     assert result.returncode == 0, result.stderr[-4000:]
