@@ -1,9 +1,10 @@
 """Arguments that no op may follow into memory that is not theirs: a list by name, and as many more by a seed.
 
-`python hostile.py LIBRARY` runs every case in a process of its own, forked from one that has loaded LIBRARY, and
-prints a line of JSON for each: its name, how it ended, and what was said. An argument is either refused by an error,
-or means something; then the result must be that of the same values in fresh, contiguous memory, and of the shape that
-the fake kernel promises. A process that dies or hangs is a fault, unless it is the trap of a simulated kernel.
+`python hostile.py LIBRARY` runs the cases in processes forked from one that has loaded LIBRARY, a new one after each
+that ends it, and prints a line of JSON for each: its name, how it ended, and what was said. An argument is either
+refused by an error, or means something; then the result must be that of the same values in fresh, contiguous memory,
+and of the shape that the fake kernel promises. A process that dies or hangs is a fault, unless it is the trap of a
+simulated kernel.
 """
 
 import json
@@ -423,27 +424,34 @@ def _run(case: Case) -> tuple[str, str]:
     return "right", ""
 
 
-def outcome_of(case: Case) -> tuple[str, str]:
-    """`_run` in a process of its own, which may end by a trap or a crash instead."""
-    with tempfile.TemporaryFile("w+") as errors:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.dup2(errors.fileno(), 2)
-            signal.alarm(SECONDS_PER_CASE)
-            os.write(writer, json.dumps(_run(case)).encode()[:60000])
-            os._exit(0)
-        os.close(writer)
-        with open(reader) as pipe:
-            answer = pipe.read()
-        _, status = os.waitpid(child, 0)
-        errors.seek(0)
-        said = errors.read()
-    if status == 0:
-        return tuple(json.loads(answer))
-    if "hostsim: trap" in said:
-        return "trapped", ""
-    return ("hung" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else "crashed"), said[-3000:]
+def outcomes_of(cases: list[Case]) -> Iterator[tuple[str, str]]:
+    """`_run` of each case in a process forked for them; the case after a trap or a crash gets another."""
+    while cases:
+        with tempfile.TemporaryFile("w+") as errors:
+            reader, writer = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.dup2(errors.fileno(), 2)
+                with open(writer, "w") as pipe:
+                    for case in cases:
+                        signal.alarm(SECONDS_PER_CASE)
+                        print(json.dumps(_run(case)), file=pipe, flush=True)
+                os._exit(0)
+            os.close(writer)
+            finished = 0
+            with open(reader) as pipe:
+                for line in pipe:
+                    finished += 1
+                    yield tuple(json.loads(line))
+            _, status = os.waitpid(child, 0)
+            errors.seek(0)
+            said = errors.read()[-3000:]
+        cases = cases[finished:]
+        if status == 0:
+            return
+        hung = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+        yield "trapped" if "hostsim: trap" in said else "hung" if hung else "crashed", said
+        cases = cases[1:]
 
 
 def unexpected(answers: str, traps: bool) -> list[str]:
@@ -469,8 +477,8 @@ def main() -> None:
     # what is not written stays NaN, or the greatest integer
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
-    for case in (*NAMED, *drawn()):
-        outcome, said = outcome_of(case)
+    cases = [*NAMED, *drawn()]
+    for case, (outcome, said) in zip(cases, outcomes_of(cases), strict=True):
         print(json.dumps({"name": case.name, "outcome": outcome, "said": said}), flush=True)
 
 
