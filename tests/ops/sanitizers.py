@@ -12,17 +12,25 @@ FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1"
 
 
-def sanitizer_library() -> str | None:
-    """Path of libasan.so of this g++, or None where either is missing."""
+def _library(name: str) -> str | None:
     if shutil.which("g++") is None:
         return None
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
     return found if os.path.isabs(found) else None
 
 
+def sanitizer_library() -> str | None:
+    """Path of libasan.so of this g++, or None where either is missing."""
+    return _library("libasan.so")
+
+
 def run_sanitized(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """Run `script` with the sanitizers' library in the process before Python is."""
-    return run_script(script, *arguments, LD_PRELOAD=sanitizer_library(), ASAN_OPTIONS=OPTIONS, **environment)
+    """Run `script` with the sanitizers' library in the process before Python is.
+
+    With that of C++, since the sanitizers look for what throws exceptions when they start, and Python itself has none.
+    """
+    preloaded = f"{sanitizer_library()} {_library('libstdc++.so.6')}"
+    return run_script(script, *arguments, LD_PRELOAD=preloaded, ASAN_OPTIONS=OPTIONS, **environment)
 
 
 def run_script(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

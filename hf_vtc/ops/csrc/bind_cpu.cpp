@@ -346,6 +346,7 @@ std::tuple<Tensor, Tensor, Tensor> assign_segment_mean(Tensor logits, Tensor val
   std::vector<int64_t> next(offsets.begin(), offsets.end() - 1);
   for (int64_t at = 0; at < shape.num_places; ++at) members[next[at / num_rows * num_groups + groups[at]]++] = at;
 
+  if (means.numel() == 0) return {means, group_idx, counts};
   // rows of values by number, which takes tiles that follow each other; the stride of a single row means nothing
   bool follow = shape.num_tiles <= 1 || num_rows <= 1 || values.stride(0) == num_rows * values.stride(1);
   values = follow ? dense_rows(values) : torch::stable::contiguous(values);
