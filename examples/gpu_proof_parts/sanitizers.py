@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_vtc.ops.build import find_nvcc
 
+from . import op_once
 from .op_cases import OPS
 from .work import Proof
 
@@ -32,6 +33,7 @@ KERNELS = (
     "choose_groups",
     "group_mean",
 )
+_KERNEL = re.compile(f"(?:{'|'.join(KERNELS)})(?:_backward)?")
 _METRICS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory_bandwidth_percent",
@@ -75,7 +77,9 @@ def find_tool(name: str) -> str | None:
     """A tool of the CUDA toolkit, on the PATH or beside nvcc."""
     nvcc = find_nvcc()
     beside = [] if nvcc is None else [str(Path(nvcc).resolve().parent)]
-    return shutil.which(name) or shutil.which(name, path=":".join([*beside, "/usr/local/cuda/bin"]))
+    # where NVIDIA's installers put them
+    usual = ["/usr/local/cuda/bin", *map(str, sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True))]
+    return shutil.which(name) or shutil.which(name, path=":".join([*beside, *usual]))
 
 
 def sanitizer_command(tool: str, command: Sequence[str], option: str = "--kernel-name") -> list[str]:
@@ -96,20 +100,27 @@ def findings_of(said: str) -> int | None:
     return int(found[-1][0] or found[-1][1]) if found else None
 
 
-def start(command: Sequence[str]) -> subprocess.Popen:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+class Started:
+    """A process whose output goes to a file: what it leaves running cannot hold up who reads it."""
 
+    def __init__(self, command: Sequence[str]):
+        self.output = tempfile.TemporaryFile("w+", errors="replace")
+        self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT)
 
-def finish(proof: Proof, process: subprocess.Popen) -> str:
-    """What a process said; it is killed when the part's time is nearly up."""
-    try:
-        said, _ = process.communicate(timeout=max(1.0, min(proof.left - 2, 600.0)))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        said, _ = process.communicate()
-        said += "\nkilled: the part's time is up\n"
-    sys.stdout.write(said)
-    return said
+    def finish(self, proof: Proof) -> str:
+        """What it said; it is killed when the part's time is nearly up."""
+        late = ""
+        try:
+            self.process.wait(max(1.0, min(proof.left - 2, 600.0)))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            late = "killed, since the time of the part was up\n"
+        self.output.seek(0)
+        said = self.output.read() + late
+        self.output.close()
+        sys.stdout.write(said)
+        return said
 
 
 def check_control(proof: Proof, folder: Path) -> None:
@@ -126,12 +137,12 @@ def check_control(proof: Proof, folder: Path) -> None:
     if proof.dry:
         return proof.skip("control", "planted faults", "a dry run has no GPU to run it on")
     running = {
-        (tool, fault): start(sanitizer_command(tool, [str(program), *([tool[0]] if fault else [])]))
+        (tool, fault): Started(sanitizer_command(tool, [str(program), *([tool[0]] if fault else [])]))
         for tool in TOOLS
         for fault in (True, False)
     }
-    for (tool, fault), process in running.items():
-        findings = findings_of(finish(proof, process))
+    for (tool, fault), started in running.items():
+        findings = findings_of(started.finish(proof))
         right = findings is not None and (findings > 0) == fault
         proof.record("control", f"{tool}, {'with' if fault else 'without'} a fault", right, findings=findings)
     return None
@@ -143,36 +154,35 @@ def _architecture(proof: Proof) -> str:
     return "90" if proof.dry else "".join(map(str, torch.cuda.get_device_capability()))
 
 
-def cases_command(proof: Proof, op: str, records: Path) -> list[str]:
+def cases_command(op: str, records: Path) -> list[str]:
     """The awkward cases of one op, small shapes all of them."""
-    command = [sys.executable, "-m", "gpu_proof_parts.op_cases", "--device", proof.device.type, "--ops", op]
-    return [*command, "--dtypes", "float32", "bfloat16", "--no-opcheck", "--records", str(records)]
+    command = [sys.executable, "-m", "gpu_proof_parts.op_cases", "--device", "cuda", "--ops", op, "--only-cases"]
+    return [*command, "--dtypes", "float32", "bfloat16", "--records", str(records)]
 
 
 def sanitize(proof: Proof) -> None:
-    """Every op under every tool, side by side; a dry run has the first op, and no tool."""
+    """Every op under every tool, side by side."""
     with tempfile.TemporaryDirectory() as folder:
         running = {}
-        for op in OPS[:1] if proof.dry else OPS:
-            for tool in TOOLS[:1] if proof.dry else TOOLS:
-                command = cases_command(proof, op, Path(folder) / f"{op}-{tool}.jsonl")
-                if not proof.dry:
-                    try:
-                        command = sanitizer_command(tool, command)
-                    except FileNotFoundError as missing:
-                        proof.record("compute-sanitizer", f"{op}, {tool}", ok=False, error=str(missing))
-                        continue
-                running[op, tool] = start(command)
-        for (op, tool), process in running.items():
-            said = finish(proof, process)
-            report(proof, op, tool, said, process.returncode)
+        for op in OPS:
+            for tool in TOOLS:
+                command = cases_command(op, Path(folder) / f"{op}-{tool}.jsonl")
+                try:
+                    # part a runs these cases in a dry run, too
+                    command = [sys.executable, "-c", ""] if proof.dry else sanitizer_command(tool, command)
+                except FileNotFoundError as missing:
+                    proof.record("compute-sanitizer", f"{op}, {tool}", ok=False, error=str(missing))
+                    continue
+                running[op, tool] = Started(command)
+        for (op, tool), started in running.items():
+            report(proof, op, tool, started.finish(proof), started.process.returncode)
 
 
 def report(proof: Proof, op: str, tool: str, said: str, status: int) -> None:
     """One row: what the tool found, and whether the cases were right under it."""
     findings = findings_of(said)
     if proof.dry:
-        return proof.skip("compute-sanitizer", f"{op}, {tool}", f"a dry run has no GPU; cases ended with {status}")
+        return proof.skip("compute-sanitizer", f"{op}, {tool}", "a dry run has no GPU")
     complaints = (line.strip("= ") for line in said.splitlines() if re.search(r"Invalid|Race reported|Error:", line))
     first = next(complaints, "")
     proof.record(
@@ -199,27 +209,37 @@ def counters_of(said: str) -> list[dict[str, Any]]:
     for row in csv.DictReader(io.StringIO("\n".join(lines[begin:]))):
         name, value = row.get("Metric Name"), row.get("Metric Value")
         if name in _METRICS and value:
-            kernel = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"].split("(")[0]})
+            known = _KERNEL.search(row["Kernel Name"])
+            kernel = kernels.setdefault(row["ID"], {"kernel": known[0] if known else row["Kernel Name"]})
             kernel[_METRICS[name]] = float(value.replace(",", ""))
     return list(kernels.values())
 
 
 def read_counters(proof: Proof) -> None:
     """Each op once at a real size: its kernels' time, share of the memory bandwidth, and occupancy."""
-    command = [sys.executable, "-m", "gpu_proof_parts.op_once", "--device", proof.device.type]
-    if not proof.dry:
-        program = find_tool("ncu")
-        if program is None:
-            return proof.skip("Nsight Compute", "kernels", "ncu is not on the PATH, nor beside nvcc")
-        # clocks are left as they are
-        options = ["--clock-control", "none", "--csv", "--kernel-name", "regex:" + "|".join(KERNELS)]
-        command = [program, *options, "--metrics", ",".join(_METRICS), *command]
-    said = finish(proof, start(command))
+    if proof.dry:
+        op_once.run(proof)
+        return proof.skip("Nsight Compute", "kernels", "a dry run has no GPU")
+    program = find_tool("ncu")
+    if program is None:
+        return proof.skip("Nsight Compute", "kernels", "ncu is not on the PATH, nor beside nvcc")
+    # clocks are left as they are
+    options = [
+        "--clock-control",
+        "none",
+        "--print-units",
+        "base",
+        "--csv",
+        "--kernel-name",
+        "regex:" + "|".join(KERNELS),
+    ]
+    command = [program, *options, "--metrics", ",".join(_METRICS), sys.executable, "-m", "gpu_proof_parts.op_once"]
+    said = Started(command).finish(proof)
     kernels = counters_of(said)
     for kernel in kernels:
         proof.record("Nsight Compute", kernel.pop("kernel"), **kernel)
     if not kernels:
         lines = [line for line in said.splitlines() if line.strip()]
-        why = "a dry run has no GPU" if proof.dry else f"no counters: {lines[-1] if lines else 'it said nothing'}"
+        why = f"no counters: {lines[-1] if lines else 'it said nothing'}"
         proof.skip("Nsight Compute", "kernels", why[:300])
     return None

@@ -58,7 +58,11 @@ def gradients_of(case: Case, inputs: list[Input]) -> tuple[list[torch.Tensor], l
     ]
     outputs = outputs_of(case, leaves)
     torch.manual_seed(1)
-    total = sum((output.double() * torch.randn(output.shape).double()).sum() for output in outputs if output.grad_fn)
+    total = sum(
+        (output.double() * torch.randn(output.shape).double().to(output.device)).sum()
+        for output in outputs
+        if output.grad_fn
+    )
     values = [each.value for each in leaves if each.differentiable]
     return [output.detach() for output in outputs], list(torch.autograd.grad(total, values))
 
@@ -263,3 +267,53 @@ CASES = [
         for name, make in GROUPS.items()
     ),
 ]
+
+# arguments of every op and of every backward kernel that `torch.library.opcheck` tries
+OPCHECKED = {
+    "segment_mean": lambda: (
+        torch.randn(5, 3, requires_grad=True),
+        torch.tensor([4, 0, 0]),
+        torch.tensor([0, 1, 1, 3]),
+    ),
+    "segment_mean_backward": lambda: (
+        torch.randn(2, 3),
+        torch.tensor([0, 1, 1]),
+        torch.tensor([0, 2, 2, 3]),
+        torch.tensor([0, 1, 3]),
+    ),
+    "unshuffle_layernorm": lambda: (
+        torch.randn(3, 16, 3, requires_grad=True),
+        torch.tensor([2, 0]),
+        torch.randn(12, requires_grad=True),
+        torch.randn(12, requires_grad=True),
+        2,
+        True,
+        1e-5,
+    ),
+    "unshuffle_layernorm_backward": lambda: (
+        torch.randn(3, 4, 12),
+        torch.randn(3, 16, 3),
+        None,
+        torch.randn(12),
+        torch.randn(3, 4),
+        torch.rand(3, 4),
+        2,
+        False,
+    ),
+    "pool_pyramid": lambda: (torch.randn(2, 16, 3, requires_grad=True), [1, 3]),
+    "pool_pyramid_backward": lambda: ([torch.randn(2, 8, 3), torch.randn(2, 2, 3)], [1, 3]),
+    "assign_segment_mean": lambda: (
+        torch.randn(2, 3, 5, requires_grad=True),
+        torch.randn(2, 5, 4, requires_grad=True),
+        None,
+        1e-6,
+        1.0,
+        0.5,
+    ),
+    "assign_segment_mean_backward": lambda: (
+        torch.randn(2, 3, 4),
+        torch.randint(3, (2, 5)),
+        torch.tensor([[2, 2, 1], [5, 0, 0]]),
+        1e-6,
+    ),
+}
