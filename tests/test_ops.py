@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from ops.cases import CASES, TOLERANCES, Case, gradients_of, outputs_of
-from ops.hostile import VALID
+from ops.hostile import VALID, opcheck_arguments
 
 from hf_vtc.models import ops_vtc
 from hf_vtc.models.ops_vtc import assign_segment_mean, compiled_ops, pool_pyramid, segment_mean, unshuffle_layernorm
@@ -62,18 +62,9 @@ def test_runs_repeat_bit_for_bit(case):
         assert torch.equal(before, after)
 
 
-def differentiable(argument: object) -> object:
-    """What a gradient can be asked of does ask for one."""
-    wanted = isinstance(argument, torch.Tensor) and argument.is_floating_point()
-    return argument.requires_grad_() if wanted else argument
-
-
 @pytest.mark.parametrize("name", VALID)
 def test_opcheck(name):
-    arguments = VALID[name]()
-    if not name.endswith("_backward"):
-        arguments = tuple(map(differentiable, arguments))
-    torch.library.opcheck(getattr(torch.ops.hf_vtc, name).default, arguments)
+    torch.library.opcheck(getattr(torch.ops.hf_vtc, name).default, opcheck_arguments(name))
 
 
 def test_every_op_is_checked():

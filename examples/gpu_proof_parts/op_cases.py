@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ops.cases import CASES, OPCHECKED, TOLERANCES, Case, Input, gradients_of
+from ops.cases import CASES, TOLERANCES, Case, Input, gradients_of
+from ops.hostile import VALID, opcheck_arguments
 
 from hf_vtc.models.ops_vtc import compiled_ops, segment_mean
 
@@ -89,7 +90,7 @@ def check_op(proof: Proof, op: str, dtype_name: str, device: torch.device) -> No
 
 def opcheck(proof: Proof, name: str, device: torch.device) -> None:
     """torch's own checks of an op: schema, fake kernel, autograd registration."""
-    arguments = tuple(moved(each, device) for each in OPCHECKED[name]())
+    arguments = tuple(moved(each, device) for each in opcheck_arguments(name))
     try:
         torch.library.opcheck(getattr(torch.ops.hf_vtc, name).default, arguments)
     except Exception as failure:
@@ -129,7 +130,7 @@ def main() -> int:
             check_op(proof, op, dtype, device)
     if not options.only_cases:
         torch.use_deterministic_algorithms(False)
-        for name in OPCHECKED:
+        for name in VALID:
             if name.removesuffix("_backward") in options.ops:
                 opcheck(proof, name, device)
         if "segment_mean" in options.ops:

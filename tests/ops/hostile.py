@@ -68,6 +68,17 @@ VALID: dict[str, Callable[[], tuple]] = {
 }
 
 
+def opcheck_arguments(name: str) -> tuple:
+    """What `torch.library.opcheck` tries an op with: of what a gradient can be asked, one is."""
+    arguments = VALID[name]()
+    if name.endswith("_backward"):
+        return arguments
+    return tuple(
+        each.requires_grad_() if isinstance(each, torch.Tensor) and each.is_floating_point() else each
+        for each in arguments
+    )
+
+
 class Case(NamedTuple):
     """A call of an op. `refused` is what its error must say; None: anything that is right. `by_values`: what is wrong
     stands in a tensor, which a CUDA kernel finds out, and traps."""
