@@ -29,7 +29,7 @@ EXAMPLES = Path(__file__).resolve().parent
 ROOT = EXAMPLES.parent
 DEFAULT_MINUTES = 8.0
 # of a dry run nothing is cut short: a CPU may be slow and shared
-DRY_BOX_SECONDS = 120.0
+DRY_BOX_SECONDS = 300.0
 _INSTALL_SECONDS = 60
 
 
@@ -93,13 +93,17 @@ def worker_environment(scratch: Path, site: Path | None) -> dict[str, str]:
     return environment
 
 
-def install(wheels: Path, site: Path) -> None:
-    """Unpack wheels into a folder of their own; nothing of the machine is changed."""
+def install(wheels: Path, site: Path) -> str | None:
+    """Unpack wheels into a folder of their own, so that nothing of the machine is changed; returns what went wrong."""
     files = sorted(map(str, wheels.glob("*.whl")))
-    if not files:
-        raise ValueError(f"`--wheels {wheels}` holds no wheels. Make them with examples/gpu_proof_wheels.py.")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([*command, "--target", str(site), *files], check=True, timeout=_INSTALL_SECONDS)
+    try:
+        result = subprocess.run(
+            [*command, "--target", str(site), *files], capture_output=True, text=True, timeout=_INSTALL_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if result.returncode == 0 else result.stderr.strip()[-500:]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -115,6 +119,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         options.chosen = chosen_parts(options.parts)
     except ValueError as error:
         parser.error(str(error))
+    if options.wheels and not any(options.wheels.glob("*.whl")):
+        parser.error(f"--wheels {options.wheels} holds no wheels; examples/gpu_proof_wheels.py makes them")
     if options.minutes <= 0:
         parser.error(f"--minutes must be above 0, got {options.minutes}")
     return options
@@ -128,7 +134,9 @@ def main() -> int:
         site = None
         if options.wheels:
             site = scratch / "site"
-            install(options.wheels, site)
+            failure = install(options.wheels, site)
+            # parts may do with what the machine has
+            results.content["machine"]["wheels"] = failure or [file.name for file in options.wheels.glob("*.whl")]
 
         def command_of(part: Part, records: Path, end: float) -> list[str]:
             command = [sys.executable, "-m", "gpu_proof_parts.work", part.letter, "--records", str(records.resolve())]

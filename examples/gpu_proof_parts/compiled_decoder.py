@@ -74,7 +74,15 @@ class Graphed:
 
 
 def states_of(decoder: torch.nn.Module, embeds: torch.Tensor) -> torch.Tensor:
-    return decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    """Last hidden states of a causal decoder, layer by layer, without a mask.
+
+    transformers would build one while a graph is captured, for which there is only a slower attention.
+    """
+    positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+    rotary = decoder.rotary_emb(embeds, positions)
+    for layer in decoder.layers:
+        embeds = layer(embeds, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+    return decoder.norm(embeds)
 
 
 def num_graphs() -> int:

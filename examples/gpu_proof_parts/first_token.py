@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 import hf_vtc
+import hf_vtc.ops
 
 from .models import METHODS, build, inputs_of, shape_of
 from .work import Proof, reason_of
@@ -28,6 +29,8 @@ _GREEDY = {"do_sample": False, "use_cache": True}
 
 def run(proof: Proof) -> None:
     etas: list[float] = []
+    ops = hf_vtc.ops.load(proof.device.type)
+    proof.record("ops", "what runs", kind="plain PyTorch" if ops is None else "compiled")
     for method in METHODS:
         name = f"{method}, {attention_of('sdpa')}"
         proof.attempt("time to first token", name, functools.partial(measure, proof, method, etas), needs=20)
@@ -157,7 +160,8 @@ def against_plain(proof: Proof, model: PreTrainedModel, method: str) -> None:
             stock = uncompressed(model)
     finally:
         torch.set_default_dtype(before)
-    stock = stock.to(proof.device, proof.dtype).eval()
+    # rotary frequencies stay in float32
+    stock = stock.to(proof.device).eval()
     if hasattr(stock, "generation_config"):
         stock.generation_config = model.generation_config
     own = stock_inputs(stock, inputs)
