@@ -135,7 +135,7 @@ def check_control(proof: Proof, folder: Path) -> None:
         if proof.dry:
             return proof.skip("control", "planted faults", "there is no nvcc here")
         raise FileNotFoundError("there is no nvcc")
-    capability = _architecture(proof)
+    capability = architecture(proof)
     subprocess.run([nvcc, f"-arch=sm_{capability}", "-lineinfo", str(source), "-o", str(program)], check=True)
     if proof.dry:
         return proof.skip("control", "planted faults", "a dry run has no GPU to run it on")
@@ -151,7 +151,7 @@ def check_control(proof: Proof, folder: Path) -> None:
     return None
 
 
-def _architecture(proof: Proof) -> str:
+def architecture(proof: Proof) -> str:
     import torch
 
     return "90" if proof.dry else "".join(map(str, torch.cuda.get_device_capability()))

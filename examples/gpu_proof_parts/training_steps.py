@@ -127,8 +127,10 @@ def quantised_steps(proof: Proof, quantised: dict[str, dict[str, Any]]) -> None:
 
 
 def quantised_step(proof: Proof, name: str, folder: Path, fields: dict[str, Any]) -> None:
-    chosen = quantization_config(AutoConfig.from_pretrained(folder), **fields)
+    how: dict[str, Any] = {}
     # without a GPU nothing can be quantised; the rest is the same
-    how = {} if proof.dry else {"quantization_config": chosen, "device_map": {"": 0}}
+    if not proof.dry:
+        chosen = quantization_config(AutoConfig.from_pretrained(folder), **fields)
+        how = {"quantization_config": chosen, "device_map": {"": 0}}
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=proof.dtype, **how)
     lora_step(proof, name if not proof.dry else f"{name} (not quantised in a dry run)", model)
