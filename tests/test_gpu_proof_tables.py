@@ -24,7 +24,11 @@ def finished(**overrides) -> dict:
         "headline": "19 of 19 checks hold",
         "rows": [{"table": "t", "name": "n", "ok": True}],
     }
-    parts[1] |= {"status": "killed", "reason": "killed at its time box of 75 s.", "rows": [{"table": "t"}] * 3}
+    parts[1] |= {
+        "status": "killed",
+        "reason": "killed at its time box of 75 s.",
+        "rows": [{"ok": ok} for ok in (True, None, False)],
+    }
     parts[2] |= {"status": "failed", "reason": "OutOfMemoryError: too much"}
     return {
         "command": "c",
@@ -53,6 +57,8 @@ def test_the_readme_shows_the_last_run_that_reached_a_part(tmp_path):
     assert header == "| part | shows | NVIDIA H100 |"
     assert lines[0].endswith("| 19 of 19 checks hold ([2026-01-02](docs/results/z.json), ffffffffff) |")
     assert lines[1].endswith("| 8 of 8 checks hold ([2026-03-01](docs/results/a.json), eeeeeeeeee) |")
+    own = readme_table([finished(file="x.json")]).splitlines()[3]
+    assert "1 of 2 checks hold; cut off at its time box after 3 results (" in own
     assert "FAILED after 0 results (OutOfMemoryError: too much)" in lines[2]
     assert lines[3].endswith(f"| {NOT_RUN} |")
 

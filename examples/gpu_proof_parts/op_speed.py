@@ -44,23 +44,29 @@ def run(proof: Proof) -> None:
     options = argparse.Namespace(
         device=proof.device.type, no_compile=proof.dry, repeats=2 if proof.dry else benchmark_ops.DEFAULT_REPEATS
     )
-    rows = []
+    rows: list[benchmark_ops.Row] = []
     for dtype in (torch.bfloat16, torch.float32):
         for op, size, make in problems:
             work = partial(forward, proof, op, size, dtype, make, options)
-            rows.append(proof.attempt("forward", f"{op}, {size}", work, needs=5))
+            row = proof.attempt("forward", f"{op}, {size}", work, needs=5)
+            if row is not None:
+                rows.append(row)
+                summarise(proof, rows)
     for dtype in (torch.bfloat16, torch.float32):
         for op in BACKWARD:
             proof.attempt("backward", op, partial(backward, proof, op, dtype), needs=3)
-    done = [row for row in rows if row is not None]
-    if done:
-        fast = sum(row.over_best_eager >= benchmark_ops.GOAL for row in done)
-        slowest = min(row.over_best_eager for row in done)
-        proof.headline(
-            f"{fast} of {len(done)} forward rows at {benchmark_ops.GOAL}x or more over the best eager form, the "
-            f"slowest {slowest:.2f}x; {min(row.of_copy for row in done):.0%} to "
-            f"{max(row.of_copy for row in done):.0%} of a copy's bandwidth"
-        )
+    if rows:
+        summarise(proof, rows)
+
+
+def summarise(proof: Proof, rows: list[benchmark_ops.Row]) -> None:
+    """The headline so far."""
+    fast = sum(row.over_best_eager >= benchmark_ops.GOAL for row in rows)
+    slowest, shares = min(row.over_best_eager for row in rows), [row.of_copy for row in rows]
+    proof.headline(
+        f"{fast} of {len(rows)} forward rows at {benchmark_ops.GOAL}x or more over the best eager form, the slowest "
+        f"{slowest:.2f}x; {min(shares):.0%} to {max(shares):.0%} of a copy's bandwidth"
+    )
 
 
 def forward(proof: Proof, op: str, size: str, dtype: torch.dtype, make: Callable, options) -> benchmark_ops.Row:

@@ -100,7 +100,10 @@ def outcome(part: dict[str, Any] | None) -> str:
     """What the README says of one part of one run."""
     if part is None or part["status"] == "not started":
         return NOT_RUN
-    said = [part["headline"]] if part.get("headline") else []
+    checks = [row["ok"] for row in part["rows"] if row.get("ok") is not None]
+    # a part that was cut off had no time for a sentence
+    headline = part.get("headline") or (f"{sum(checks)} of {len(checks)} checks hold" if checks else "")
+    said = [headline] if headline else []
     if part["status"] != "done":
         reached = f"{_WORDS[part['status']]} after {len(part['rows'])} results"
         said.append(f"{reached} ({part['reason']})" if part["status"] == "failed" and part.get("reason") else reached)
