@@ -70,6 +70,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder for the adapter and its checkpoints")
     parser.add_argument("--eval-data", help="records to measure the loss on after every epoch")
     parser.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="what to do with bad records")
+    parser.add_argument(
+        "--check-images", choices=["pixels", "header"], default="pixels", help="header: decode none before training"
+    )
     parser.add_argument("--allow-urls", action="store_true", help="download images that are addresses")
     parser.add_argument("--max-length", type=int, help="tokens per conversation; text beyond is cut, images never")
     parser.add_argument("--epochs", type=float, default=1.0)
@@ -160,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     collator = VtcCollator(processor, max_length=args.max_length)
-    checked = {"on_error": args.on_error, "allow_urls": args.allow_urls, "collator": collator}
+    checked = {"on_error": args.on_error, "check_images": args.check_images, "allow_urls": args.allow_urls}
+    checked["collator"] = collator
     records = load_records(args.data, args.image_folder, **checked)
     eval_records = load_records(args.eval_data, args.image_folder, **checked) if args.eval_data else None
     model = load_model(args, torch.bfloat16 if half else torch.float32)

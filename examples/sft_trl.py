@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id of a model of hf_vtc")
     parser.add_argument("--data", required=True, help=".json, .jsonl or .parquet file, or a folder of them")
     parser.add_argument("--image-folder", help="where paths of images start; default: the folder of the data")
+    parser.add_argument(
+        "--check-images", choices=["pixels", "header"], default="pixels", help="header: decode none before training"
+    )
     parser.add_argument("--output", required=True)
     parser.add_argument("--full", action="store_true", help="train every weight, without adapters")
     parser.add_argument("--epochs", type=float, default=1.0)
@@ -36,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModelForVision2Seq.from_pretrained(args.model, dtype=torch.float32)
     collator = VtcCollator(processor, max_length=args.max_length)
+    records = load_records(args.data, args.image_folder, check_images=args.check_images, collator=collator)
     trainer = SFTTrainer(
         model,
         args=SFTConfig(
@@ -50,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
             weight_decay=0.0,
             report_to="none",
         ),
-        train_dataset=load_records(args.data, args.image_folder, collator=collator).to_dataset(),
+        train_dataset=records.to_dataset(),
         data_collator=collator,
         processing_class=processor,
         peft_config=None if args.full else default_lora_config(model),

@@ -182,6 +182,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help=".json, .jsonl or .parquet file, or a folder of them")
     parser.add_argument("--image-folder", help="where paths of images start; default: the folder of the data")
     parser.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="what to do with bad records")
+    parser.add_argument(
+        "--check-images", choices=["pixels", "header"], default="pixels", help="header: decode none before training"
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and the result")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", dest="overrides")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
@@ -201,7 +204,8 @@ def main(arguments: list[str] | None = None) -> VtcTrainer:
     set_seed(args.seed)
     processor = AutoProcessor.from_pretrained(args.model)
     collator = VtcCollator(processor, max_length=recipe.get("max_length"))
-    records = load_records(args.data, args.image_folder, on_error=args.on_error, collator=collator)
+    checked = {"on_error": args.on_error, "check_images": args.check_images, "collator": collator}
+    records = load_records(args.data, args.image_folder, **checked)
     # the optimizer's steps are smaller than bfloat16 can hold; autocast computes in it
     model = AutoModelForVision2Seq.from_pretrained(args.model, dtype=torch.float32)
     reference = None

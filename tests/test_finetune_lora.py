@@ -123,7 +123,8 @@ def test_finetune_lora_runs_as_a_command(checkpoint, tmp_path):
     environment = {"PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1", "PATH": ""}
     failed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert failed.returncode != 0
-    assert "1 of 3 records cannot be used:\n  mine.json, line 1: `conversations` must be a list" in failed.stderr
+    reason = "mine.json, line 1 (record 2): `conversations` must be a list"
+    assert f"1 of 3 records cannot be used:\n  {reason}" in failed.stderr
     done = subprocess.run([*command, "--on-error", "skip"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "1 of 3 records cannot be used" in done.stderr
