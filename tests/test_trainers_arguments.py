@@ -161,6 +161,23 @@ def test_batches_that_accelerate_would_cut_are_refused(tmp_path):
         build(NEXT_TOKEN["llavolta"], tmp_path, accelerator_config={"dispatch_batches": True})
 
 
+def test_the_stock_trainer_says_what_a_stream_needs(method, tmp_path):
+    """Batches that accelerate has cut are refused with that advice, never trained on."""
+    records = [record for record in chats(12) if len(record["images"]) == 2]
+    for config, fails in (({}, True), ({"dispatch_batches": False}, False)):
+        options = {"per_device_train_batch_size": 2, "max_steps": 2, "accelerator_config": config}
+        options["remove_unused_columns"] = False
+        collator = VtcCollator(tiny_processor(method))
+        trainer = Trainer(
+            tiny_model(method), arguments(tmp_path, **options), train_dataset=Stream(records), data_collator=collator
+        )
+        if fails:
+            with pytest.raises(ValueError, match="'dispatch_batches': False"):
+                trainer.train()
+        else:
+            trainer.train()
+
+
 def train_on_a_stream(folder, **options):
     """Weights after training on a stream, the same whatever the number of processes."""
     model = model_without_dropout("llavolta")

@@ -11,6 +11,12 @@ from .packing_vtc import to_host
 from .prompt_vtc import BY_SCORES, VisionInputs, chosen_levels
 from .tiling_vtc import ImageSizes, refuse_no_pixels
 
+# the most frequent reason in training
+STREAM_ADVICE = (
+    "If the data is a stream, pass `accelerator_config={'dispatch_batches': False}` to `TrainingArguments`: "
+    "accelerate cuts batches of streams otherwise, and images from their prompts."
+)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -121,7 +127,8 @@ def _layout(
             raise ValueError(
                 f"Image features and image tokens do not match: the prompts hold {num_placeholders} placeholders, but "
                 f"{int(sizes.num_tiles.sum())} separate tiles need {int(reserved.sum())}. Images of several tiles "
-                "need `num_tiles` and `image_sizes`: pass all that the processor returned."
+                "need `num_tiles` and `image_sizes`: pass all that the processor returned. "
+                f"{STREAM_ADVICE}"
             )
     rows = rows_of_images(placeholder_mask, written.tolist())
     return Layout(placeholder_mask, attention_mask, sizes, reserved, written, rows, counts, levels, decisions)
@@ -164,7 +171,8 @@ def sizes_of_images(
         raise ValueError(
             f"Image features and image tokens do not match: the prompts need {int(num_tiles.sum())} tiles of "
             f"{config.image_seq_length} placeholders, but {total} tiles were given. Pass `pixel_values` and "
-            "`num_tiles` of the same images, in prompt order, and `input_ids` from the same call of the processor."
+            "`num_tiles` of the same images, in prompt order, and `input_ids` from the same call of the processor. "
+            f"{STREAM_ADVICE}"
         )
     return config.joined_sizes(num_tiles, image_sizes) if joined else ImageSizes(num_tiles, image_sizes, None)
 
@@ -243,5 +251,6 @@ def rows_of_images(placeholder_mask: torch.Tensor, num_written: list[int]) -> li
 def _mismatch(row: int, what: str) -> ValueError:
     return ValueError(
         f"Image features and image tokens do not match in sample {row}: {what}. Build `input_ids` with the processor "
-        "of this checkpoint, from the same images, in prompt order, and do not truncate inside an image."
+        "of this checkpoint, from the same images, in prompt order, and do not truncate inside an image. "
+        f"{STREAM_ADVICE}"
     )
