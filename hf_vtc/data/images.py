@@ -1,12 +1,9 @@
 """Images of records that nobody has looked at: opened inside of one folder only, checked before they are decoded."""
 
-import base64
-import binascii
 import io
 import os
 import re
 import stat
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -15,15 +12,10 @@ from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from ..models.image_processing_vtc import VtcImageProcessor
+from ..models.image_loading_vtc import decode_base64, download, upright_rgb, upright_size
 
 # PIL knows more, among them formats that start other programs (EPS) or name other files
 _RASTER_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-_EXIF_ORIENTATION = 0x0112
-# orientations that swap height and width
-_TURNED = (5, 6, 7, 8)
-_DOWNLOAD_SECONDS = 60
-_MOST_DOWNLOADED_BYTES = 256 * 2**20
 
 
 class ImageReader:
@@ -49,8 +41,6 @@ class ImageReader:
         self.image_folder = None if image_folder is None else os.path.realpath(image_folder)
         self.allow_urls = allow_urls
         self.max_image_pixels = max_image_pixels
-        # the conversion to upright 8-bit RGB, which is the same for every processor
-        self._processor = VtcImageProcessor()
 
     def read(self, source: Any) -> Image.Image:
         """Decode an image to upright 8-bit RGB.
@@ -60,7 +50,7 @@ class ImageReader:
         """
         with self._opened(source) as image:
             try:
-                return self._processor.fetch_images(image)
+                return upright_rgb(image, "images", "the image")
             except ValueError as error:
                 raise ValueError(f"Image {shown(source)} cannot be used ({_reason(error)}).") from error
 
@@ -71,8 +61,7 @@ class ImageReader:
             ValueError: `source` may not be opened, or does not begin like a usable image.
         """
         with self._opened(source) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
-            return (image.width, image.height) if turned else (image.height, image.width)
+            return upright_size(image)
 
     def check_header(self, source: Any) -> None:
         """Raise a `ValueError` if `source` may not be opened, or does not begin like a usable image.
@@ -190,20 +179,14 @@ def _decoded(uri: str) -> bytes:
     if not comma or not header.endswith(";base64"):
         raise ValueError(f"Image {shown(uri)} must be a data URI in base64.")
     try:
-        return base64.b64decode("".join(payload.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return decode_base64(payload)
+    except ValueError as error:
         raise ValueError(f"Image {shown(uri)} is damaged base64 ({error}).") from error
 
 
 def _downloaded(url: str) -> bytes:
-    # some hosts refuse the default agent of urllib
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (hf_vtc)"})
-        with urllib.request.urlopen(request, timeout=_DOWNLOAD_SECONDS) as response:
-            content = response.read(_MOST_DOWNLOADED_BYTES + 1)
+        return download(url)
     # HTTP clients add errors of their own to those of sockets
     except Exception as error:
         raise ValueError(f"Image {shown(url)} could not be downloaded ({_reason(error)}).") from error
-    if len(content) > _MOST_DOWNLOADED_BYTES:
-        raise ValueError(f"Image {shown(url)} is larger than {_MOST_DOWNLOADED_BYTES} bytes.")
-    return content

@@ -4,12 +4,8 @@ One class serves every method; the field `tiling` says how an image is cut, see 
 rescales and normalises in float32, and so do we.
 """
 
-import base64
-import binascii
-import io
 import json
 import os
-import urllib.request
 from collections.abc import Sequence
 from copy import copy
 from functools import partial
@@ -17,13 +13,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .host_processor_vtc import ImageProcessorBase
+from .image_loading_vtc import load_images
 from .tiling_vtc import TileLayout, TilingSettings, square_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -31,8 +27,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # (height, width), as in transformers' LLaVA-NeXT; the original LLaVA code writes (width, height)
 LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
-_EXIF_ORIENTATION = 0x0112
-_DOWNLOAD_SECONDS = 60
 # kinds of `tiling` that cut an image into several tiles
 _SEVERAL_TILES = ("anyres", "dynamic")
 
@@ -195,7 +189,7 @@ class VtcImageProcessor(ImageProcessorBase):
             OSError: a file or URL cannot be read.
             ValueError: the content is no usable image.
         """
-        return _fetch(image_url_or_urls, "images", input_data_format)
+        return load_images(image_url_or_urls, "images", input_data_format)
 
     def preprocess(
         self,
@@ -224,7 +218,7 @@ class VtcImageProcessor(ImageProcessorBase):
             ValueError: no image, an image without pixels or with an impossible shape, or a field outside its range.
         """
         settings = self._settings(**overrides)
-        images = _flatten(_fetch(images, "images", input_data_format))
+        images = _flatten(load_images(images, "images", input_data_format))
         if not images:
             raise ValueError("`images` must hold at least one image, got none. Leave it out for text alone.")
         layouts = [_bounded_layout(image.height, image.width, settings) for image in images]
@@ -408,160 +402,3 @@ def _flatten(images: Any) -> list[Image.Image]:
     if isinstance(images, list):
         return [image for item in images for image in _flatten(item)]
     return [images]
-
-
-def _fetch(source: Any, where: str, input_data_format: str | None) -> Any:
-    if isinstance(source, (list, tuple)) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 4):
-        items = [(f"{where}[{index}]", item) for index, item in enumerate(source)]
-        return [[] if item is None else _fetch(item, place, input_data_format) for place, item in items]
-    if isinstance(source, (str, os.PathLike)):
-        return _read(source, where)
-    if isinstance(source, Image.Image):
-        return _loaded_rgb(source, where, "the given PIL image")
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _array_to_rgb(source, where, input_data_format)
-    raise ValueError(
-        f"`{where}` must be a path, URL, base64 string, PIL image, numpy array or torch tensor, got "
-        f"{type(source).__name__}. Decode other formats to one of these first."
-    )
-
-
-def _read(source: str | os.PathLike, where: str) -> Image.Image:
-    source = os.fspath(source)
-    if os.path.isfile(source):
-        shown, stream = source, source
-    else:
-        shown = source if len(source) <= 100 else f"{source[:97]}..."
-        stream = io.BytesIO(_download(source, where, shown) if "://" in source[:10] else _decode(source, where, shown))
-    try:
-        image = Image.open(stream)
-    except OSError as error:
-        raise OSError(
-            f"`{where}`: no image could be read from {shown!r} ({error}). Check the file's content."
-        ) from error
-    with image:
-        return _loaded_rgb(image, where, repr(shown))
-
-
-def _download(url: str, where: str, shown: str) -> bytes:
-    # some hosts refuse the default agent of urllib
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (hf_vtc)"})
-    try:
-        with urllib.request.urlopen(request, timeout=_DOWNLOAD_SECONDS) as response:
-            return response.read()
-    except (OSError, ValueError) as error:
-        raise OSError(f"`{where}`: {shown!r} could not be downloaded ({error}). Check the address.") from error
-
-
-def _decode(text: str, where: str, shown: str) -> bytes:
-    payload = text.partition(",")[2] if text.startswith("data:") else text
-    try:
-        return base64.b64decode("".join(payload.split()), validate=True)
-    except binascii.Error:
-        raise FileNotFoundError(
-            f"`{where}`: {shown!r} is no existing file, URL, data URI or base64 string. Check the path."
-        ) from None
-
-
-def _loaded_rgb(image: Image.Image, where: str, name: str) -> Image.Image:
-    if image.width < 1 or image.height < 1:
-        raise ValueError(
-            f"`{where}` needs at least one pixel per side, got {image.height} x {image.width} (height x width) from "
-            f"{name}. Remove it."
-        )
-    try:
-        image.load()
-        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-    # decoders report damage in all of these ways
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise OSError(f"`{where}`: {name} is damaged or truncated ({error}). Replace the file.") from error
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return _wide_to_rgb(image, where)
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(
-            f"`{where}` must have a PIL mode that converts to RGB, got {image.mode!r} from {name}. Convert it first."
-        ) from error
-
-
-def _wide_to_rgb(image: Image.Image, where: str) -> Image.Image:
-    values = np.asarray(image)
-    if image.mode.startswith("I;16"):
-        values = values.astype(np.uint16)
-    elif image.mode == "I":
-        # 32-bit integers: some versions of PIL open 16-bit PNG files so, others use the mode for plain grey levels
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"`{where}` of PIL mode 'I' must hold values in 0..255 or 0..65535, got {values.min()}.."
-                f"{values.max()}. Rescale it first."
-            )
-        values = values.astype(np.uint8 if values.max() <= 255 else np.uint16)
-    elif np.isfinite(values).all() and values.max() > 1:
-        values = values / 255
-    return Image.fromarray(_to_bytes(values, where)).convert("RGB")
-
-
-def _array_to_rgb(array: np.ndarray | torch.Tensor, where: str, input_data_format: str | None) -> Image.Image:
-    channels_first_wins = isinstance(array, torch.Tensor)
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
-    if array.ndim not in (2, 3):
-        raise ValueError(
-            f"`{where}` must have 2 dimensions (grey), 3 (one image) or 4 (a list of images), got shape {array.shape}."
-        )
-    if array.ndim == 3:
-        array = _channels_last(array, where, channels_first_wins, input_data_format)
-    if 0 in array.shape:
-        raise ValueError(f"`{where}` needs at least one pixel per side, got shape {array.shape}. Remove it.")
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    return Image.fromarray(np.ascontiguousarray(_to_bytes(array, where))).convert("RGB")
-
-
-def _channels_last(
-    array: np.ndarray, where: str, channels_first_wins: bool, input_data_format: str | None
-) -> np.ndarray:
-    # the enum of transformers and its plain strings both come this far
-    wanted = getattr(input_data_format, "value", input_data_format)
-    first, last = array.shape[0] in (1, 2, 3, 4), array.shape[2] in (1, 2, 3, 4)
-    if wanted is not None:
-        first, last = first and wanted == "channels_first", last and wanted == "channels_last"
-    if not (first or last):
-        raise ValueError(
-            f"`{where}` must have 1 to 4 channels first or last"
-            f"{'' if wanted is None else f' (`input_data_format={wanted!r}`)'}, got shape {array.shape}."
-        )
-    return np.moveaxis(array, 0, -1) if first and (channels_first_wins or not last) else array
-
-
-def _to_bytes(values: np.ndarray, where: str) -> np.ndarray:
-    """Grey levels in 0..255 from booleans, 8 or 16-bit integers, or floats in 0..1."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype == np.uint16:
-        return np.rint(values / 257).astype(np.uint8)
-    if np.issubdtype(values.dtype, np.integer):
-        if values.min() < 0 or values.max() > 255:
-            raise ValueError(
-                f"`{where}` holds integers of type {values.dtype} in {values.min()}..{values.max()}, must be 0..255. "
-                "Pass 16-bit data as uint16."
-            )
-        return values.astype(np.uint8)
-    if not np.issubdtype(values.dtype, np.floating):
-        raise ValueError(f"`{where}` must hold booleans, integers or floats, got type {values.dtype}.")
-    if not np.isfinite(values).all():
-        raise ValueError(f"`{where}` must hold finite values, got NaN or infinity. Clean the array first.")
-    levels = np.rint(values.astype(np.float64) * 255)
-    if levels.min() < 0 or levels.max() > 255:
-        raise ValueError(
-            f"`{where}` holds floats in {values.min():.4g}..{values.max():.4g}, must be 0..1. Divide by 255, or pass "
-            "uint8; pixels that are normalised already belong into `pixel_values` of the model."
-        )
-    return levels.astype(np.uint8)
