@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -251,11 +252,18 @@ def test_a_template_decides_what_is_learned():
     assert learned_of(with_template(half), CHATS[0]) == learned_of(with_template(TEMPLATES["vicuna"]), CHATS[0])[:-4]
 
 
-def test_an_end_that_the_tokenizer_writes_is_learned():
-    """Where generation stops at a token that no template writes."""
-    tokenizer = backend(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
-    template = TEMPLATES["plain"].replace("eos_token if", "'' if")
-    assert learned_of(with_template(template, lambda: wrapped(tokenizer)), CHATS[0]).strip() == "red"
+@pytest.mark.parametrize("template", ["plain", "vicuna"])
+def test_answers_without_an_end_are_warned_of_once(template, caplog):
+    def warnings_of(template):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="hf_vtc"):
+            collator = with_template(template)
+            texts = [learned_of(collator, CHATS[0]) for _ in range(2)]
+        return texts[0].strip(), sum("does not learn to stop" in each.message for each in caplog.records)
+
+    assert warnings_of(TEMPLATES[template]) == ("red</s>", 0)
+    endless = TEMPLATES[template].replace("eos_token if", "'' if").replace(" + eos_token -}}", " -}}")
+    assert warnings_of(endless) == ("red", 1)
 
 
 @pytest.mark.parametrize(

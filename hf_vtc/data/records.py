@@ -122,7 +122,7 @@ class ChatRecords(Dataset):
                         self._places.append(place)
                     except ValueError as error:
                         self.errors.append(BadRecord(looked.origin, str(error)))
-                progress.update(len(chunk))
+                    progress.update()
         if room is not None:
             refused = room.refused()
             self.errors += [BadRecord(room.origins[idx], reason) for idx, reason in sorted(refused.items())]
@@ -247,7 +247,8 @@ def load_records(
 
     Returns:
         A data set for `transformers.Trainer` and `torch.utils.data.DataLoader` with a `VtcCollator`; TRL takes its
-        `to_dataset()`. Every process of a distributed run loads and checks for itself, and comes to the same result.
+        `to_dataset()`. Every process of a distributed run loads and checks for itself, and comes to the same result;
+        large data is better decoded once before, by one process, and then loaded with `check_images="header"`.
 
     Raises:
         RecordError: there are bad records and none may be skipped, no record is left, or a file is damaged.

@@ -136,7 +136,8 @@ def open_source(source: Any) -> tuple[list[Rows], Path | None]:
         return [ListRows(source)], None
     raise ValueError(
         f"`source` must be a file, a folder, a `datasets.Dataset` or a list of records, got {type(source).__name__}. "
-        "Pass one split of a dataset, not a stream of it."
+        "Pass one split of a dataset. A stream of records is not checked before: give it to the trainer itself, with "
+        "a `VtcCollator`."
     )
 
 

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
+
+logger = logging.get_logger(__name__)
 
 # the label of everything that is not learned, as in torch and transformers
 IGNORE_INDEX = -100
@@ -46,6 +49,8 @@ class ConversationTokenizer:
         tokenizer = processor.tokenizer
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= {processor.image_token, *tokenizer.all_special_tokens}
+        self._special_ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
+        self._warned = False
         # longest first, so that an error names the whole token
         self._special = re.compile("|".join(map(re.escape, sorted(filter(None, special), key=len, reverse=True))))
 
@@ -92,8 +97,15 @@ class ConversationTokenizer:
                 if not answer.marked:
                     end = begin + _up_to_last(self.processor.tokenizer.eos_token_id, row[begin:end])
                 labels[begin:end] = row[begin:end]
-            if all(label == IGNORE_INDEX for label in labels[start : tokens_before[answer.spans[-1][1]]]):
+            written = [label for label in labels[start : tokens_before[answer.spans[-1][1]]] if label != IGNORE_INDEX]
+            if not written:
                 raise ValueError(f"Message {answer.message_idx}: nothing of the answer is left in tokens of its own.")
+            if written[-1] not in self._special_ids and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "The chat template writes no end token after an answer, so that a model does not learn to stop. "
+                    "Write `eos_token` where answers end, and mark it by `generation` if the template has marks."
+                )
         return labels
 
     def _refuse_other_prompt(self, answer: Answer, prompt: list[int], row: list[int], start: int) -> None:
