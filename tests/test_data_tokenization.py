@@ -221,6 +221,16 @@ def test_rows_begin_as_the_tokenizer_begins_texts(tmp_path_factory):
 
 
 @pytest.mark.window
+@pytest.mark.parametrize("tokenizer", ["prepend_replace", "metaspace_always", "without_bos"])
+def test_rows_with_a_start_token_that_is_read_as_text(tokenizer):
+    processor = processor_of(TOKENIZERS[tokenizer](), TEMPLATES["vicuna"])
+    # it melts with the space before it
+    processor.image_start_token = "r"
+    for messages in CHATS:
+        check_row(processor, messages)
+
+
+@pytest.mark.window
 def test_rows_of_every_method(method):
     processor = tiny_processor(method)
     processor.chat_template = chatml_template(processor.image_token)

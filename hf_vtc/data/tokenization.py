@@ -1,7 +1,7 @@
 """One conversation to token ids, those that `apply_chat_template` gives, and to labels of what is learned."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -72,10 +72,26 @@ class ConversationTokenizer:
         learned = [idx for idx, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
         answers = self._answers(chat, text, learned)
         places = {place for answer in answers for place in (answer.prompt_end, *sum(answer.spans, ()))}
-        texts = self._expanded(text, sorted(places | {len(text)}), replacements)
-        encoded = dict(zip(texts, self._encode(list(texts.values()))))
-        row = encoded[len(text)]
-        return row, self._labels(row, encoded, answers)
+        places = sorted(places | {len(text)})
+        texts = self._expanded(text, places, replacements)
+        # beginnings are compared before placeholders are expanded, of which there may be thousands
+        *short, ids = self._encode([*(text[:place] for place in places), texts[len(text)]])
+        if self._spread(short[-1], short[-1], replacements) == ids:
+            labels = self._labels(short[-1], dict(zip(places, short)), answers)
+            return ids, self._spread(short[-1], labels, replacements, IGNORE_INDEX)
+        # a tokenizer that reads an image's start token with the text around it
+        return ids, self._labels(ids, dict(zip(places, self._encode(list(texts.values())))), answers)
+
+    def _spread(
+        self, row: list[int], values: list[int], replacements: Sequence[str], fill: int | None = None
+    ) -> list[int]:
+        """Values of a row's tokens, with the ids of its replacement, or `fill` as often, for each placeholder."""
+        tokens = {text: self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in replacements}
+        following, spread = iter(replacements), []
+        for token, value in zip(row, values):
+            inside = tokens[next(following)] if token == self.processor.image_token_id else None
+            spread += [value] if inside is None else inside if fill is None else [fill] * len(inside)
+        return spread
 
     def _labels(self, row: list[int], encoded: dict[int, list[int]], answers: list[Answer]) -> list[int]:
         """Labels of a row; `encoded` holds the ids of the text up to each place."""
@@ -112,8 +128,8 @@ class ConversationTokenizer:
         in_row, in_prompt = (self.processor.tokenizer.decode(ids[start : start + 3]) for ids in (row, prompt))
         raise ValueError(
             f"Message {answer.message_idx}: generation would be given other tokens before this answer than training: "
-            f"token {start} would begin {in_prompt!r} there, but begins {in_row!r} here. Remove white space from the "
-            "beginning of the answer, or correct the chat template or the tokenizer."
+            f"{in_prompt!r} there is {in_row!r} here. Remove white space from the beginning of the answer, or correct "
+            "the chat template or the tokenizer."
         )
 
     def _answers(self, chat: list[dict[str, Any]], text: str, learned: list[int]) -> list[Answer]:
@@ -229,8 +245,10 @@ def _refuse_left_out(chat: list[dict[str, Any]], text: str) -> None:
                 )
 
 
-def _num_common(ids: Iterable[int], others: Iterable[int]) -> int:
+def _num_common(ids: list[int], others: list[int]) -> int:
     """Length of the common beginning."""
+    if ids == others[: len(ids)]:
+        return len(ids)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, others)))
 
 
