@@ -263,7 +263,12 @@ def load_records(
     sources, folder = open_source(source)
     reader = ImageReader(folder if image_folder is None else image_folder, allow_urls, max_image_pixels)
     records = ChatRecords(sources, reader, check_images, collator, ignore_fields)
+    _report(records, on_error)
+    return records
 
+
+def _report(records: ChatRecords, on_error: str) -> None:
+    """Warn of bad records, or raise as `load_records` says."""
     total = len(records) + len(records.errors)
     if records.errors:
         found = f"{len(records.errors)} of {total} records cannot be used:{_listed(records.errors)}"
@@ -272,7 +277,6 @@ def load_records(
         logger.warning(f"{found}\nThey are left out; `errors` of the data set has all of them.")
     if not len(records):
         raise RecordError(f"No usable record is left of {total}. Training needs at least one.")
-    return records
 
 
 def _listed(errors: list[BadRecord]) -> str:
