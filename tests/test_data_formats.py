@@ -220,7 +220,8 @@ def test_placeholders_of_others_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["how do I write <video> in HTML?", "is <b>this</b> bold?", "a < image > b", "[image]"]
+    "text",
+    ["how do I write <video> in HTML?", "is <b>this</b> bold?", "a < image > b", "[image]", "see [IMG]a.png[/IMG]"],
 )
 def test_prose_is_no_placeholder(text):
     assert shown({"messages": [said("user", text), said("assistant", "<video> so")]})[0][0] == ("user", text)

@@ -17,13 +17,14 @@ _FOREIGN_MARKERS = re.compile(
     r"<\|[^|<>\s]*(?:image|img|video|audio|vision|media)[^|<>\s]*\|>"
     r"|<(?:image|img|video|audio)[ _-]?(?:pad|placeholder|token|start|end|here|context|soft_token|\d+)>"
     r"|</image>|<imagehere>|<fake_token_around_image>|<(?:start|end)_of_image>|<ref-object>|<bbox>"
-    r"|\[IMG(?:_BREAK|_END)?\]"
+    r"|\[IMG(?:_BREAK|_END)\]"
     # our own marker, spelled otherwise
     r"|<(?!(?-i:image>))image>",
     re.IGNORECASE,
 )
-# these are also the names of HTML elements: they stand for a medium where a message begins or ends with them
-_FOREIGN_AT_AN_END = re.compile(r"^\s*<(?:video|audio|speech|sound|img)>|<(?:video|audio|speech|sound|img)>\s*$")
+# these are also names of HTML elements and BBCode: they stand for a medium where a message begins or ends with them
+_ELEMENT = r"(?:<(?:video|audio|speech|sound|img)>|\[IMG\])"
+_FOREIGN_AT_AN_END = re.compile(rf"^\s*{_ELEMENT}|{_ELEMENT}\s*$")
 # where a content part may carry its image: HF chats and OpenAI messages
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 # keys of a mapping that is an image: tables, and OpenAI messages
