@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -127,9 +128,10 @@ def blaming(folder: str | os.PathLike) -> Iterator[None]:
     """
     try:
         yield
+    except (OSError, ImportError):
+        raise
     except Exception as error:
-        # what is no text is a ValueError to Python, but says no more than the others
-        if isinstance(error, (ValueError, OSError, ImportError)) and not isinstance(error, UnicodeError):
+        if isinstance(error, ValueError) and _comes_from_here(error):
             raise
         raise ValueError(
             f"The files of {os.fspath(folder)} cannot be those of a model ({type(error).__name__}: {error}). Check "
@@ -169,6 +171,12 @@ def replacing_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
             for parent in created:
                 with suppress(OSError):
                     parent.rmdir()
+
+
+def _comes_from_here(error: Exception) -> bool:
+    """Whether code of this package has raised an error, so that its message names rule, value and remedy."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return str(innermost.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]
 
 
 def _kind_of(mode: int) -> str:

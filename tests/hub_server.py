@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_of_the_tests"
 USER = "tester"
+ORGANISATION = "someone"
 _LFS_SUFFIXES = (".safetensors", ".bin")
 
 
@@ -156,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if not self.may_write():
             return self.fail(401, "Unauthorized")
-        return self.send_json({"type": "user", "name": USER, "orgs": []})
+        return self.send_json({"type": "user", "name": USER, "orgs": [{"name": ORGANISATION, "roleInOrg": "write"}]})
 
     def create(self) -> None:
         if not self.may_write():

@@ -440,6 +440,46 @@ def test_push_uploads_nothing_that_fails_the_check(parts, monkeypatch):
     assert [name for name, *_ in fake.calls] == ["whoami", "model_info"]
 
 
+class Refuses(FakeHub):
+    """A Hub that says who asks, and lets tests fail that get any further."""
+
+    def __init__(self, monkeypatch, user, **options):
+        self.user = user
+        super().__init__(monkeypatch, **options)
+        monkeypatch.setattr(hub.source.AutoModelForImageTextToText, "from_pretrained", self.too_late)
+        monkeypatch.setattr(hub, "export", self.too_late)
+
+    def whoami(self):
+        return self.user
+
+    def too_late(self, *args, **kwargs):
+        pytest.fail("loaded or proven before it was known that nothing can be uploaded")
+
+    create_repo = create_branch = create_commit = too_late
+
+
+READER = {"name": "me", "orgs": [], "auth": {"accessToken": {"role": "read"}}}
+
+
+@pytest.mark.parametrize(
+    "user, options, message",
+    [
+        (READER, {}, "of me is for reading"),
+        (
+            {"name": "somebody", "orgs": []},
+            {},
+            "of somebody, who may not write to 'me'. Give a repository of somebody",
+        ),
+        ({"name": "x", "orgs": [{"name": "me", "roleInOrg": "read"}]}, {}, "who may not write to 'me'"),
+        ({"name": "me", "orgs": []}, {"private": True}, "already and public"),
+    ],
+)
+def test_push_finds_out_before_it_loads_that_it_cannot_upload(exported, monkeypatch, user, options, message):
+    Refuses(monkeypatch, user)
+    with pytest.raises(ValueError, match=message):
+        hub.push(exported, "me/tiny", **options)
+
+
 def test_push_leaves_no_temporary_folder(parts, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     FakeHub(monkeypatch)
