@@ -54,7 +54,7 @@ def run(
     from hf_vtc.plot import stack
 
     from . import tables
-    from .answers import can_meet, find_device, interview, load, with_pictures
+    from .answers import find_device, interview, load, with_pictures
 
     # what is found out in a moment, before what takes minutes
     find_device(device)
@@ -63,12 +63,7 @@ def run(
     for path in paths:
         with status(f"Loading {path} ..."):
             loaded = load(path, device, dtype)
-        if compare:
-            budgets = ["full", "auto" if chosen in (None, "full") else chosen]
-        elif chosen is None:
-            budgets = ["full", "auto", *([0.5] if can_meet(*loaded, pages[0], 0.5) else [])]
-        else:
-            budgets = list(dict.fromkeys(["full", "auto", chosen]))
+        budgets = _budgets(chosen, compare, loaded, pages[0])
         with status(f"Page 1 of {len(pages)} ...") as shown:
 
             def on_page(num_done: int, name: str, answers: list[dict[str, Any]], shown: Any = shown) -> None:
@@ -85,9 +80,19 @@ def run(
     if json_output:
         print_json({"picture": str(save), "models": contents} if compare else contents[0])
         return
-    if compare:
-        console.print(tables.comparison_table(contents))
-        console.print(tables.ranking_table(contents))
-    else:
-        console.print(tables.summary_table(contents[0]))
+    for table in tables.closing_tables(contents, compare):
+        console.print(table)
     console.print(Text(f"What was kept: {save}"))
+
+
+def _budgets(
+    chosen: str | int | float | None, compare: bool, loaded: tuple[Any, Any], page: dict[str, Any]
+) -> list[str | int | float]:
+    """What every question is asked with: uncompressed first, in a comparison one budget beside it."""
+    from .answers import can_meet
+
+    if compare:
+        return ["full", "auto" if chosen in (None, "full") else chosen]
+    if chosen is None:
+        return ["full", "auto", *([0.5] if can_meet(*loaded, page, 0.5) else [])]
+    return list(dict.fromkeys(["full", "auto", chosen]))

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["comparison_table", "page_table", "ranking_table", "summary_table"]
+__all__ = ["closing_tables", "comparison_table", "page_table", "ranking_table", "summary_table"]
 
 # parameters below which a first token costs about the same however many tokens there are
 _SMALL_MODEL = 50e6
@@ -77,6 +77,11 @@ def ranking_table(contents: Sequence[Mapping[str, Any]]) -> Group:
         f"{_note(contents)}"
     )
     return Group(Text(title, style="bold"), table, Text(note))
+
+
+def closing_tables(contents: Sequence[Mapping[str, Any]], compare: bool) -> list[Group]:
+    """What ends a run: the summary of one model, or several models side by side."""
+    return [comparison_table(contents), ranking_table(contents)] if compare else [summary_table(contents[0])]
 
 
 def _name(content: Mapping[str, Any]) -> str:

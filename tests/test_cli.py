@@ -319,7 +319,7 @@ def _write_what_is_refused(folder: Path) -> None:
         (["convert", "base", "out"], "fits several methods. Give `--method`"),
         (
             ["convert", "impossible", "out", "--method", "vico", "--image-token-id", "5"],
-            "cannot be those of a model (ZeroDivisionError",
+            "cannot be those of a model (",
         ),
         (["convert", "gguf", "out", "--method", "vico"], "model.gguf (GGUF)"),
         (["convert", "quantised", "out", "--method", "vico"], "is quantised (`quant_method` 'awq' in config.json)"),

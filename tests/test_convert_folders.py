@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 import hf_vtc
 from hf_vtc import convert as conversion
-from hf_vtc.convert import convert, load_official, shards
+from hf_vtc.convert import checkpoint, convert, load_official, shards
 
 
 @pytest.fixture
@@ -223,8 +223,8 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, flash_f
         return original(*args, **kwargs)
 
     if place == "write_json":
-        original = conversion.write_json
-        monkeypatch.setattr(conversion, "write_json", interrupt)
+        original = checkpoint.write_json
+        monkeypatch.setattr(checkpoint, "write_json", interrupt)
     else:
         original = getattr(shards.ShardWriter, place.partition(".")[2])
         monkeypatch.setattr(shards.ShardWriter, place.partition(".")[2], interrupt)

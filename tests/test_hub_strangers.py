@@ -76,6 +76,7 @@ def test_a_card_says_on_which_versions_the_code_was_proven(exported, tmp_path):
     sentence = f"proven on transformers {OLDEST_PROVEN} to {NEWEST_PROVEN}"
     card = exported / "README.md"
     assert card.read_text().count(sentence) == 1
+    assert sentence in (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     assert ModelCard.load(card).data["code_proven_on"] == f"transformers {OLDEST_PROVEN} - {NEWEST_PROVEN}"
     # the sentence of another version is replaced, a card from before it was written gets one
     text = card.read_text()
@@ -127,6 +128,13 @@ def test_missing_weights_are_not_made_up(exported, tmp_path):
     weights["model.other"] = torch.zeros(10_000)
     save_file(weights, exported / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"lack 1 tensors of the model.*{re.escape(dropped)}"):
+        hub.export(exported, tmp_path / "new", check=False)
+
+
+@pytest.mark.parametrize("content", ("", "{", "[]", '{"max_new_tokens": 5', "\xff"))
+def test_generation_settings_are_not_lost_in_silence(exported, tmp_path, content):
+    (exported / "generation_config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match="generation_config.json"):
         hub.export(exported, tmp_path / "new", check=False)
 
 

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -19,7 +20,7 @@ from transformers import (
 
 from ..convert.plan import require_plausible
 from ..convert.shards import CheckpointReader
-from ..files import blaming, require_own_files
+from ..files import blaming, read_json, require_own_files
 
 
 def load_model(path: str | os.PathLike, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
@@ -35,6 +36,9 @@ def load_model(path: str | os.PathLike, dtype: str | torch.dtype = "auto") -> Pr
         _require_model_of_ours(path)
         if Path(path).is_dir():
             _require_weights_for(path)
+            if (Path(path) / "generation_config.json").is_file():
+                # transformers goes on without one that it cannot read, and what it says is lost
+                GenerationConfig.from_dict(read_json(Path(path) / "generation_config.json"))
         model, loading = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
