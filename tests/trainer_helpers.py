@@ -1,8 +1,12 @@
 """What tests of trainers share: records, their collator, arguments, and what moved."""
 
+import copy
+
 import torch
 from factories import tiny_model
 from transformers import TrainingArguments
+
+from hf_vtc.trainers import VicoConsistencyTrainer, VicoRouterTrainer
 
 TEXT_TOKENS = (10, 40)
 
@@ -86,3 +90,44 @@ def changed(model, before):
 
 def gradients(model):
     return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+
+
+def consistency_trainer(model, records, folder, reference_model=None, compress_probability=0.5, **options):
+    return VicoConsistencyTrainer(
+        model,
+        arguments(folder, **options),
+        reference_model=reference_model,
+        compress_probability=compress_probability,
+        train_dataset=records,
+        eval_dataset=records,
+        data_collator=collate,
+    )
+
+
+def router_trainer(model, records, folder, trainer_class=VicoRouterTrainer, trainer_options=None, **options):
+    trainer_options = {"ratio_loss": "cross_entropy", **(trainer_options or {})}
+    return trainer_class(
+        model,
+        arguments(folder, **options),
+        train_dataset=records,
+        eval_dataset=records,
+        data_collator=collate,
+        **trainer_options,
+    )
+
+
+def named(model, *, router):
+    return {name for name, _ in model.named_parameters() if ("router" in name.split(".")) == router}
+
+
+def disturbed(model, scale=0.05):
+    """A copy with slightly different weights: a policy that is no longer its reference."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+# ViCO stage 1
