@@ -152,10 +152,15 @@ def with_pictures(pages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def model_inputs(processor: Any, pictures: Sequence[Image.Image], question: str, batch_size: int = 1) -> Any:
     """Model inputs of one question about some images, `batch_size` times."""
-    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return processor(images=[list(pictures)] * batch_size, text=[text] * batch_size, return_tensors="pt")
+    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
+    # in one step: a first token that the template writes would come twice if the text were tokenized afterwards
+    return processor.apply_chat_template(
+        [[{"role": "user", "content": content}]] * batch_size,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
 
 
 class Prompt:

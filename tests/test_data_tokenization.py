@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_vtc.data import IGNORE_INDEX, RecordError, VtcCollator, load_records
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
 from hf_vtc.models.processing_vtc import VtcProcessor, chatml_template, mistral_template, vicuna_template
+from hf_vtc_cli.answers import model_inputs
 
 IMAGE_TOKEN = "<image>"
 CHARACTERS = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:.,?!'[]/|<>_1234567890\n"
@@ -349,3 +350,13 @@ def test_answers_of_weight_zero_are_shown_and_not_learned(template):
     # through the data set, and through its columns for TRL
     records = load_records(json.loads(json.dumps([{"messages": chat(("q", "no"), ("r", "yes"))}])))
     assert "weight" not in records[0]["messages"][1]
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("template", ["vicuna", "writes_bos"])
+def test_questions_of_the_command_line_are_the_prompts_of_training(template):
+    processor = processor_of(prepend_replace(), TEMPLATES[template])
+    inputs = model_inputs(processor, [picture()], "what", batch_size=2)
+    (ids,) = VtcCollator(processor)([{"messages": chat(("what", "red"), images=1)}])["input_ids"]
+    assert inputs["input_ids"].tolist() == [ids[: inputs["input_ids"].shape[1]].tolist()] * 2
+    assert len(inputs["pixel_values"]) == 2
