@@ -6,7 +6,8 @@ with "question" and, where they are known, "answer" and "kind"; "picture" is the
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "model_inputs",
     "with_pictures",
+    "working_with",
 ]
 
 # pixels of the longer side of an image in the picture of what was kept
@@ -58,15 +60,35 @@ def config_of(path: str) -> PretrainedConfig | dict[str, Any]:
         FileNotFoundError: there is none.
     """
     reason = "the folder has none"
-    try:
-        content, _ = PretrainedConfig.get_config_dict(path)
-    except OSError as error:
-        content, reason = {}, str(error)
-    if "model_type" not in content:
-        raise FileNotFoundError(f"No config.json of a model can be read from {path} ({reason}). Check the path or id.")
     with blaming(path):
+        try:
+            content, _ = PretrainedConfig.get_config_dict(path)
+        except OSError as error:
+            content, reason = {}, str(error)
+        if "model_type" not in content:
+            raise FileNotFoundError(
+                f"No config.json of a model can be read from {path} ({reason}). Check the path or id."
+            )
         known = content["model_type"] in CONFIG_MAPPING
         return AutoConfig.from_pretrained(path, trust_remote_code=False) if known else content
+
+
+@contextmanager
+def working_with(path: str) -> Iterator[None]:
+    """Name the checkpoint whose settings have passed every check and then fail at work.
+
+    Raises:
+        ValueError: in place of an error that does not speak to users.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} does not work as a model ({type(error).__name__}: {error}). Check config.json and the files "
+            "beside it; --debug shows where it fails."
+        ) from error
 
 
 def is_compressing(config: PretrainedConfig | Mapping[str, Any]) -> bool:

@@ -48,14 +48,14 @@ def bench(
     from hf_vtc.report import bench as measure
     from hf_vtc.report import default_budget
 
-    from .answers import find_device, load, model_inputs, with_pictures
+    from .answers import find_device, load, model_inputs, with_pictures, working_with
 
     find_device(device)
     pictures = [page["picture"] for page in with_pictures(pages)]
     with status("Loading the model ..."):
         loaded, processor = load(path, device, dtype)
-    inputs = model_inputs(processor, pictures, pages[0]["questions"][0]["question"], batch_size)
-    with status(f"Measuring {warmup + repeats} rounds ..."):
+    with working_with(path), status(f"Measuring {warmup + repeats} rounds ..."):
+        inputs = model_inputs(processor, pictures, pages[0]["questions"][0]["question"], batch_size)
         result = measure(loaded, inputs, chosen or default_budget(loaded.config), repeats, warmup)
     if json_output:
         print_json(result.to_dict())

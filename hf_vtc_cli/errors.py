@@ -74,10 +74,12 @@ def _spellings(command: Callable[..., None]) -> dict[str, tuple[str, str | None]
         if info is None:
             continue
         typed = name.replace("_", "-")
+        # in an annotation the first name of an option stands where its default would be
+        declared = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str)]
         if isinstance(info, typer.models.ArgumentInfo):
             spellings[name] = (info.metavar or typed.upper(), None)
-        elif info.param_decls:
-            yes, _, no = info.param_decls[0].partition("/")
+        elif declared:
+            yes, _, no = declared[0].partition("/")
             spellings[name] = (yes, no or None)
         else:
             is_switch = inspect.signature(command).parameters[name].default in (True, False)
@@ -89,6 +91,9 @@ def _note_on_newer_host(error: Exception) -> str | None:
     """The remedy, if transformers is newer than what was proven and `error` may come of that, else None."""
     host = sys.modules.get("transformers")
     note = module_alone("models/window_vtc.py").note_on_newer(host.__version__) if host else None
+    if error.__cause__ is not None and not isinstance(error.__cause__, _INPUT_ERRORS):
+        # named after the folder that was worked with
+        error = error.__cause__
     if isinstance(error, ImportError):
         from_host = (error.name or "").split(".")[0] == "transformers"
     elif isinstance(error, _INPUT_ERRORS):

@@ -38,20 +38,21 @@ def estimate(
     from hf_vtc.report import default_budget
     from hf_vtc.report import estimate as estimate_costs
 
-    from .answers import config_of, is_compressing
+    from .answers import config_of, is_compressing, working_with
 
     config = config_of(path)
     image_processor = load_processor(path).image_processor if is_compressing(config) else None
-    result = estimate_costs(
-        config,
-        (int(size[1]), int(size[2])),
-        text_tokens,
-        chosen or default_budget(config),
-        batch_size,
-        max_new_tokens,
-        num_tiles=num_tiles,
-        image_processor=image_processor,
-    )
+    with working_with(path):
+        result = estimate_costs(
+            config,
+            (int(size[1]), int(size[2])),
+            text_tokens,
+            chosen or default_budget(config),
+            batch_size,
+            max_new_tokens,
+            num_tiles=num_tiles,
+            image_processor=image_processor,
+        )
     if json_output:
         print_json(result.to_dict())
     else:

@@ -54,7 +54,7 @@ def run(
     from hf_vtc.plot import stack
 
     from . import tables
-    from .answers import find_device, interview, load, with_pictures
+    from .answers import find_device, interview, load, with_pictures, working_with
 
     # what is found out in a moment, before what takes minutes
     find_device(device)
@@ -63,8 +63,8 @@ def run(
     for path in paths:
         with status(f"Loading {path} ..."):
             loaded = load(path, device, dtype)
-        budgets = _budgets(chosen, compare, loaded, pages[0])
-        with status(f"Page 1 of {len(pages)} ...") as shown:
+        with working_with(path), status(f"Page 1 of {len(pages)} ...") as shown:
+            budgets = _budgets(chosen, compare, loaded, pages[0])
 
             def on_page(num_done: int, name: str, answers: list[dict[str, Any]], shown: Any = shown) -> None:
                 shown.update(f"Page {num_done + 1} of {len(pages)} ...")

@@ -3,6 +3,7 @@
 import configparser
 import json
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -19,6 +20,9 @@ import hf_vtc.convert
 import hf_vtc.hub
 from hf_vtc_cli import answers, package
 from hf_vtc_cli.app import app
+from hf_vtc_cli.convert import convert
+from hf_vtc_cli.errors import in_words_of
+from hf_vtc_cli.export import export, push
 
 QUESTIONS = [
     {"question": "What colour is the page?", "answer": "Red", "kind": "coarse"},
@@ -345,6 +349,35 @@ def test_refusals_are_one_line(shipped, folder, arguments, message):
     assert message in result.stderr
     assert not (shipped / "out").exists() and not (shipped / "vtc_run.png").exists()
     assert [path.name for path in (shipped / "full").iterdir()] == ["config.json"]
+
+
+def test_settings_that_fail_at_work_are_one_line(shipped, folder, monkeypatch):
+    shutil.copytree(folder, "odd")
+    (shipped / "odd" / "generation_config.json").write_text('{"no_repeat_ngram_size": "a"}')
+    arguments = ("run", "--model", "odd", "--image", "a.png")
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "Error: odd does not work as a model (TypeError" in result.stderr
+    assert isinstance(invoke(*arguments, "--debug").exception.__cause__, TypeError)
+    # the same failure of a host that nobody has proven yet is told as such
+    monkeypatch.setattr("transformers.__version__", "99.0.0")
+    assert "transformers 99.0.0 is newer than" in invoke(*arguments).stderr
+
+
+def test_messages_of_python_are_told_in_the_words_of_a_command():
+    said = {
+        "pass `overwrite=True`": "pass `--overwrite`",
+        "or `check=False`": "or `--no-check`",
+        "`private=True`, but": "`--private`, but",
+        "`private=False`": "`--public`",
+        "`max_shard_size` must": "`--max-shard-size` must",
+        "`repo_id` must": "`REPO` must",
+        "by `hf_vtc.convert.load_official`": "by `hf-vtc convert`",
+        "`image_token`, `config.json` and `model`": "`image_token`, `config.json` and `model`",
+    }
+    for message, expected in said.items():
+        spoken = [in_words_of(command, message) for command in (export, push, convert)]
+        assert expected in spoken, (message, spoken)
 
 
 def test_debug_shows_where_an_error_comes_from(shipped):

@@ -16,6 +16,8 @@ from llava_checkpoints import stock_model, write_official
 from hf_vtc import hub
 from hf_vtc.convert import convert, load_official
 
+pytestmark = pytest.mark.window
+
 # far more than the slowest of them needs
 SECONDS = 60
 # what speaks to users; all else is a mistake of ours
