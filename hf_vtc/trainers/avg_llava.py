@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..models.packing_vtc import rows_of_images
+from ..models.layout_vtc import rows_of_images
 from .base import VtcTrainer, freeze, train_router_alone
 from .losses import (
     IGNORE_INDEX,
