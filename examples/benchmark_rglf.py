@@ -27,7 +27,8 @@ from hf_vtc.models.processing_vtc import COUNT_RULES
 from hf_vtc.models.prompt_vtc import VisionInputs
 from hf_vtc.models.tiling_vtc import anyres_layout
 from hf_vtc.trainers import AvgLlavaRouterTrainer, Responses
-from hf_vtc.trainers.losses import IGNORE_INDEX, mean_per_row, token_cross_entropy
+from hf_vtc.trainers.avg_llava import without_answers
+from hf_vtc.trainers.losses import mean_per_row, token_cross_entropy
 
 GOAL, GOAL_TOWER_SHARE = 2.0, 1 / 3
 VOCAB_SIZE = 8000
@@ -107,10 +108,10 @@ def straightforward_step(trainer: AvgLlavaRouterTrainer, batch: dict) -> tuple[t
             token_losses = token_cross_entropy(logits, responses.targets)
         losses.append(mean_per_row(token_losses, responses.row_idx, responses.num_rows))
     losses = torch.stack(losses, dim=1)
-    instructions = inputs["attention_mask"] * (labels == IGNORE_INDEX)
+    asked = without_answers(inputs, labels, model.config.image_token_id)
     vision = VisionInputs(**{name: inputs[name] for name in ("pixel_values", "num_tiles", "image_sizes")})
-    _, visual = model.model.compact(inputs["input_ids"], vision, instructions)
-    loss = trainer.router_loss(visual.router_logits, losses)
+    compressed = model.model.compress_prompt(asked["input_ids"], vision, asked["attention_mask"])
+    loss = trainer.router_loss(compressed.router_logits, losses)
     loss.backward()
     return loss.detach(), losses
 

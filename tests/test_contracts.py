@@ -547,29 +547,49 @@ def state_of(model):
 
 
 @pytest.mark.parametrize("budget", ("auto", "some", "full"))
-def test_one_transfer_before_the_language_model_and_no_state(model, monkeypatch, budget):
-    import hf_vtc.models.prompt_vtc as prompt_vtc
+def test_transfers_happen_before_the_language_model_and_leave_no_state(model, monkeypatch, budget):
+    """One for the layout, before the tower; a second one, of scores alone, where only scores can tell (C6)."""
+    from hf_vtc.models import layout_vtc, vision_vtc
 
-    calls, calls_before_decoder = [], []
-    original = prompt_vtc.to_host
-    monkeypatch.setattr(prompt_vtc, "to_host", lambda *tensors: calls.append(len(tensors)) or original(*tensors))
+    events = []
+    for module in (layout_vtc, vision_vtc):
+        name = module.__name__.rpartition(".")[2]
+        original = module.to_host
+
+        def noted(*tensors, name=name, original=original):
+            # nothing to fetch is no transfer
+            events.extend([name] * bool(tensors))
+            return original(*tensors)
+
+        monkeypatch.setattr(module, "to_host", noted)
     batch, budget = batch_of(model, 40, num_rows=3, images_per_row=[2, 0, 1]), resolved(budget, model)
     # what transformers notes at the first call, such as that a mask is needed, is not ours
     model.generate(**batch, **GREEDY, vtc_budget=budget)
-    calls.clear()
     before = state_of(model)
-    first_layer = model.get_decoder().layers[0]
-    handle = first_layer.register_forward_pre_hook(lambda module, args: calls_before_decoder.append(len(calls)))
+    by_scores = (
+        budget != "full"
+        and model.config.model_type == "vtc_vico"
+        or (budget == "auto" and model.config.model_type == "vtc_avg_llava")
+    )
+    expected = ["layout_vtc", "tower", *["vision_vtc"] * by_scores, "decoder"]
+    tower_part = next(module for module in model.model.vision_tower.modules() if isinstance(module, nn.Conv2d))
+    handles = [
+        tower_part.register_forward_pre_hook(lambda module, args: events.append("tower")),
+        model.get_decoder().layers[0].register_forward_pre_hook(lambda module, args: events.append("decoder")),
+    ]
     try:
+        events.clear()
         with torch.no_grad():
             out = model(**batch, vtc_budget=budget)
-        assert len(calls) == 1 and calls_before_decoder == [1]
-        calls.clear()
-        calls_before_decoder.clear()
+        assert list(dict.fromkeys(events)) == expected and events.count("layout_vtc") == 1
+        assert events.count("vision_vtc") == by_scores
+        events.clear()
         model.generate(**batch, **GREEDY, vtc_budget=budget)
-        assert len(calls) == 1 and set(calls_before_decoder) == {1}
+        assert list(dict.fromkeys(events)) == expected and events.count("layout_vtc") == 1
+        assert events.count("vision_vtc") == by_scores
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     assert before == state_of(model)
     assert out.num_visual_tokens.device.type == "cpu"
 

@@ -129,7 +129,9 @@ def vision_of(inputs):
 
 def packed_embeds(model, inputs):
     with torch.no_grad():
-        packed, _ = model.model.compact(inputs["input_ids"], vision_of(inputs), inputs.get("attention_mask"))
+        packed = model.model.compress_prompt(
+            inputs["input_ids"], vision_of(inputs), inputs.get("attention_mask")
+        ).packed
     return packed.inputs_embeds
 
 
@@ -222,7 +224,7 @@ def router_parts(model, image_processor, name):
     handle = model.model.router.register_forward_hook(lambda module, args, output: captured.update(args=args))
     try:
         with torch.no_grad():
-            model.model.compact(inputs["input_ids"], vision_of(inputs), inputs["attention_mask"])
+            model.model.compress_prompt(inputs["input_ids"], vision_of(inputs), inputs["attention_mask"])
     finally:
         handle.remove()
     return captured["args"]

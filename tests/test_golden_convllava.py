@@ -207,14 +207,14 @@ def test_preprocessing_matches_the_original_bit_for_bit(tiling):
         assert digest == DIGESTS[f"pixel_values_{tiling}"]
 
 
-def test_logits_of_a_grown_vocabulary(tmp_path):
-    """The official vocabulary has no placeholder; adding one leaves all other logits as they are."""
+def test_logits_beside_a_placeholder_beyond_the_vocabulary(tmp_path):
+    """The official vocabulary has no placeholder, which lies beyond it and leaves all logits as they are."""
     source, tower = FOLDER / "checkpoint_split_llm", FOLDER / "checkpoint" / "vision_tower"
     report = convert(source, tmp_path / "converted", vision_tower=tower)
     assert not report.missing_keys and not report.unused_keys and not report.fresh_keys
     grown = load_official(source, vision_tower=tower)
     vocab_size = GOLDEN["llm"]["vocab_size"]
-    assert grown.config.image_token_id == vocab_size and grown.lm_head.weight.shape[0] == vocab_size + 1
+    assert grown.config.image_token_id == vocab_size and grown.lm_head.weight.shape[0] == vocab_size
     assert isinstance(grown.lm_head, nn.Linear)
     case = CASES[0]
     inputs = inputs_of(case, grown)

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, ConvNextConfig, ConvNextModel
 
 from hf_vtc.models.configuration_convllava import ConvllavaConfig
-from hf_vtc.models.modeling_convllava import ConvNextTower, DropPath, encode_sizes, tokens_of_sizes
+from hf_vtc.models.modeling_convllava import ConvNextTower, DropPath, encode_sizes
+from hf_vtc.models.tiling_vtc import ImageSizes
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +105,11 @@ def test_tower_takes_weights_of_four_stages():
     (((64, 64), 1), ((768, 768), 144), ((1536, 2172), 792), ((200, 281), 12), ((127, 640), 10)),
     ids=str,
 )
-def test_tokens_of_sizes(size, tokens):
-    assert tokens_of_sizes([list(size)], 64) == [tokens]
+def test_reserved_tokens_of_sizes(size, tokens):
+    config = ConvllavaConfig(text_config={"model_type": "llama"})
+    sizes = ImageSizes(None, torch.tensor([size]), None)
+    assert config.token_stride == 64 and config.reserved_tokens(sizes).tolist() == [tokens]
+    assert config.levels(sizes) == [(tokens,)]
 
 
 def test_published_stride_counts_what_the_tower_gives():

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from hf_vtc.models.configuration_llavolta import COMPRESSORS
+from hf_vtc.models.host_decoder_vtc import last_token_attention
 from hf_vtc.models.modeling_compressors_llavolta import (
     consecutive_windows,
     kmeans_centroids,
@@ -17,7 +18,6 @@ from hf_vtc.models.modeling_compressors_llavolta import (
     square_windows,
     strided_picks,
 )
-from hf_vtc.models.modeling_decoder_llavolta import last_token_attention
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
 NUM_LAYERS = 3

@@ -14,9 +14,10 @@ from transformers import AutoModel
 
 from hf_vtc.convert import from_base
 from hf_vtc.models.host_tower_vtc import embed_patches
-from hf_vtc.models.modeling_tower_vistog import run_tower, tower_parts
+from hf_vtc.models.modeling_tower_vistog import run_tower
 from hf_vtc.models.modeling_vistog import VistogForConditionalGeneration, gumbel_noise
 from hf_vtc.models.ops_vtc import assign_segment_mean
+from hf_vtc.models.tower_vtc import tower_path
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 CLIP = {"model_type": "clip_vision_model", **SIZES, "image_size": 32, "patch_size": 8}
@@ -61,8 +62,9 @@ def pixels(num_tiles=3, seed=0):
 
 def run(model, pixel_values, tokens):
     """Image states and semantic states of the tower of a model, with these semantic tokens beside it."""
-    base = model.model
-    return run_tower(base.vision_tower, base.tower_parts(), pixel_values, tokens, base.config.semantic_self_attention)
+    base, config = model.model, model.config
+    mutual = config.semantic_self_attention
+    return run_tower(base.vision_tower, config.vision_feature_layer, pixel_values, tokens, mutual)
 
 
 def plain_states(model, pixel_values):
@@ -114,16 +116,16 @@ def test_image_states_do_not_depend_on_semantic_tokens(name):
 def dense_states(model, pixel_values, tokens, mutual):
     """Image and semantic tokens in one sequence, through the layers of transformers with the isolating mask."""
     base, config = model.model, model.config
-    parts = tower_parts(base.vision_tower, config.vision_config.model_type, config.vision_feature_layer)
+    path = tower_path(base.vision_tower, config.vision_feature_layer)
     image = embed_patches(base.vision_tower, pixel_values)
     num_image, num_groups = image.shape[1], tokens.shape[0]
-    states = parts.path.pre_norm(torch.cat([image, tokens.expand(image.shape[0], -1, -1)], dim=1))
+    states = path.pre_norm(torch.cat([image, tokens.expand(image.shape[0], -1, -1)], dim=1))
     mask = torch.full((num_image + num_groups, num_image + num_groups), float("-inf"))
     mask[:, :num_image] = 0
     own = torch.ones(num_groups, num_groups) if mutual else torch.eye(num_groups)
     mask[num_image:, num_image:][own.bool()] = 0
     mask = mask.expand(image.shape[0], 1, -1, -1)
-    for layer in parts.path.layers:
+    for layer in path.layers:
         if config.vision_config.model_type == "internvl_vision":
             branch, _ = layer.attention(layer.layernorm_before(states), attention_mask=mask)
             states = states + layer.lambda_1 * branch
@@ -132,7 +134,7 @@ def dense_states(model, pixel_values, tokens, mutual):
             branch, _ = layer.self_attn(layer.layer_norm1(states), attention_mask=mask)
             states = states + branch
             states = states + layer.mlp(layer.layer_norm2(states))
-    return parts.path.final_norm(states).split([num_image, num_groups], dim=1)
+    return path.final_norm(states).split([num_image, num_groups], dim=1)
 
 
 @pytest.mark.window
@@ -219,12 +221,12 @@ def test_threads_do_not_mix_their_images(model):
     def work(seed):
         with torch.no_grad():
             for _ in range(20):
-                found[seed] = model.model.encode(pixels(seed=seed))
+                found[seed] = model.model.encode(pixels(seed=seed))["semantic"]
                 if not torch.equal(found[seed], expected[seed]):
                     return
 
     with torch.no_grad():
-        expected = [model.model.encode(pixels(seed=seed)) for seed in range(8)]
+        expected = [model.model.encode(pixels(seed=seed))["semantic"] for seed in range(8)]
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
     for thread in threads:
         thread.start()
@@ -390,7 +392,7 @@ def test_class_token_is_the_origin_of_semantic_tokens():
         token = tower.embeddings.class_embedding if name == "clip" else tower.embeddings.cls_token.flatten()
         with torch.no_grad():
             expected = run(model, pixels(), token + weight)[1]
-            assert torch.equal(model.model.encode(pixels())[:, NUM_PATCHES:], expected)
+            assert torch.equal(model.model.encode(pixels())["semantic"], expected)
 
 
 def test_initial_semantic_tokens_differ():
@@ -520,13 +522,16 @@ def test_precomputed_features_give_the_same_result(model):
         plain = model(**batch, vtc_budget="full")
         pixel_values = batch.pop("pixel_values")
         features = model.model.encode(pixel_values)
-        assert features.shape[1] == NUM_PATCHES + GROUPS
+        assert {name: states.shape[1] for name, states in features.items()} == {
+            "patches": NUM_PATCHES,
+            "semantic": GROUPS,
+        }
         assert torch.equal(model(**batch, image_features=features).logits, expected.logits)
         full = model(**batch, image_features=features, vtc_budget="full").logits
         torch.testing.assert_close(full, plain.logits, rtol=0, atol=1e-5)
         with pytest.raises(ValueError, match="image_features"):
-            model(**batch, image_features=features[:, :NUM_PATCHES])
-        patches = model(**batch, image_features=features[:, :NUM_PATCHES], vtc_budget="full")
+            model(**batch, image_features={"patches": features["patches"]})
+        patches = model(**batch, image_features={"patches": features["patches"]}, vtc_budget="full")
         assert torch.equal(patches.logits, full)
 
 

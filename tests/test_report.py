@@ -295,7 +295,7 @@ def test_estimate_counts_what_the_model_computes(method):
     kept = int(model.count_visual_tokens(**batch)[0])
     result = estimate(model, **image_of(config, batch), vtc_budget=kept)
     tower = flops_of(plain_features(model.model, batch))
-    everything = flops_of(lambda: model.model.compact(batch["input_ids"], vision, batch["attention_mask"]))
+    everything = flops_of(lambda: model.model.compress_prompt(batch["input_ids"], vision, batch["attention_mask"]))
     assert result.compressor_flops == pytest.approx(everything - tower, rel=2e-3)
     # the tower's share is at least what is counted: it leaves the patch embedding out, and layers behind the one read
     assert result.tower_flops <= tower

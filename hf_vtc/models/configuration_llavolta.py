@@ -41,6 +41,7 @@ class LlavoltaConfig(VtcConfig):
     """
 
     model_type = "vtc_llavolta"
+    one_tile_per_image = True
     joins_tiles = True
 
     def __init__(

@@ -45,6 +45,7 @@ class VistogConfig(VtcConfig):
     """
 
     model_type = "vtc_vistog"
+    one_tile_per_image = True
     takes_decisions = True
 
     def __init__(

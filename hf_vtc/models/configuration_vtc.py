@@ -54,6 +54,8 @@ class VtcConfig(PretrainedConfig):
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     # whether the tower sees square tiles of one size, or each image whole, at its own
     sees_tiles = True
+    # whether an image is one tile unless `num_tiles` says otherwise
+    one_tile_per_image = False
     # whether the tiles of an image can be joined to one map
     joins_tiles = False
     # whether a single tile of LLaVA-NeXT is followed by a newline

@@ -1,6 +1,9 @@
 """`generate` on prompts that are routed and packed once, before the decoding loop (contract C3)."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -30,12 +33,15 @@ class VtcGenerationMixin(GenerationMixin):
 
         Takes everything that the stock method takes, the vision arguments of `forward`, and returns the original
         prompts followed by the new tokens, so that `out[:, input_ids.shape[1]:]` holds the answer. Logits processors
-        and stopping criteria see the packed prompt.
+        and stopping criteria see the packed prompt. A `vtc_budget` of the generation config is the default; the call's
+        own argument wins, None included. The placeholder of images is never generated.
 
         Raises:
             ValueError: bad images, placeholders or budgets as in `forward`; `prefill_chunk_size` or `assistant_model`
                 together with images.
         """
+        if kwargs.get("router_decisions") is None and "vtc_budget" not in kwargs:
+            kwargs["vtc_budget"] = self._default_budget(generation_config)
         vision = VisionInputs(**{name: kwargs.pop(name, None) for name in VisionInputs.__dataclass_fields__})
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
@@ -85,15 +91,16 @@ class VtcGenerationMixin(GenerationMixin):
         generation_config = self._lengths_without_prompt(generation_config, kwargs, input_ids.shape[1])
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _FullPromptStreamer(kwargs["streamer"], input_ids)
-        out = super().generate(
-            # the loop looks tokens up in the vocabulary: embeddings of candidates, scores of repeated tokens
-            self.model.ids_with_embeddings(packed_ids),
-            generation_config,
-            *args,
-            inputs_embeds=packed.inputs_embeds,
-            attention_mask=mask,
-            **kwargs,
-        )
+        with self._prompt_learning():
+            out = super().generate(
+                # the loop looks tokens up in the vocabulary: embeddings of candidates, scores of repeated tokens
+                self.model.ids_with_embeddings(packed_ids),
+                generation_config,
+                *args,
+                inputs_embeds=packed.inputs_embeds,
+                attention_mask=mask,
+                **kwargs,
+            )
         sequences = out.sequences if isinstance(out, ModelOutput) else out
         prompts = input_ids.repeat_interleave(sequences.shape[0] // batch_size, dim=0)
         sequences = torch.cat([prompts.to(sequences.device), sequences[:, packed_length:]], dim=1)
@@ -101,6 +108,49 @@ class VtcGenerationMixin(GenerationMixin):
             return sequences
         out.sequences = sequences
         return out
+
+    def _default_budget(self, generation_config: GenerationConfig | None) -> Any:
+        """`vtc_budget` of the generation config of this call, else of the model, else None."""
+        for config in (generation_config, self.generation_config):
+            budget = None if config is None else vars(config).get("vtc_budget")
+            if budget is not None:
+                return budget
+        return None
+
+    @contextmanager
+    def _prompt_learning(self) -> Iterator[None]:
+        """Let virtual tokens of PEFT stand before packed embeddings while the body runs.
+
+        For prompt learning PEFT replaces `prepare_inputs_for_generation` by a method that embeds the ids of the prompt
+        once more; what it puts before them is kept, and they are replaced by the embeddings that were packed.
+        """
+        replaced = vars(self).get("prepare_inputs_for_generation")
+        if replaced is None:
+            yield
+            return
+
+        @wraps(type(self).prepare_inputs_for_generation)
+        def prepare(
+            input_ids: torch.LongTensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+        ) -> dict[str, Any]:
+            positions = kwargs.get("cache_position")  # 4.57 only
+            prefill = kwargs.get("is_first_iteration") or positions is not None and int(positions[0]) == 0
+            inputs = replaced(input_ids, *args, **kwargs)
+            virtual = inputs["attention_mask"].shape[1] - kwargs["attention_mask"].shape[1]
+            if inputs.get("decode_plan") is not None:
+                inputs["decode_plan"] = inputs["decode_plan"].behind(virtual)
+            if prefill and inputs_embeds is not None:
+                given = inputs.get("inputs_embeds")
+                before = [] if given is None else [given[:, : given.shape[1] - inputs_embeds.shape[1]]]
+                inputs["inputs_embeds"] = torch.cat([*before, inputs_embeds], dim=1)
+                inputs["input_ids"] = None
+            return inputs
+
+        self.prepare_inputs_for_generation = prepare
+        try:
+            yield
+        finally:
+            self.prepare_inputs_for_generation = replaced
 
     def prepare_inputs_for_generation(
         self,
@@ -123,9 +173,9 @@ class VtcGenerationMixin(GenerationMixin):
         elif positions is not None and inputs_embeds is not None and input_ids.shape[1] == inputs_embeds.shape[1]:
             inputs_embeds = inputs_embeds[:, -len(positions) :]
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        if self.model.reads_padding_mask and kwargs.get("attention_mask") is not None:
-            # for static caches the stock method has made the mask of one length of cache
-            inputs["attention_mask"] = kwargs["attention_mask"]
+        if self.model.reads_padding_mask:
+            # for static caches the stock method has made masks of one length of cache
+            inputs["attention_mask"] = kwargs.get("attention_mask")
         if decode_plan is not None:
             inputs["decode_plan"] = decode_plan
         return inputs

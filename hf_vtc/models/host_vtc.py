@@ -12,6 +12,7 @@ import dataclasses
 import transformers
 from transformers import Cache, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import TransformersKwargs
 
 from .window_vtc import release_of
 
@@ -24,6 +25,18 @@ CACHE_NAME = "past_key_values" if "past_key_values" in _OUTPUT_FIELDS else "cach
 
 # a head as in every stock decoder, in the words of the installed version
 HEAD_TP_PLAN = dict(LlamaForCausalLM._tp_plan)
+
+
+# what every stock forward takes beyond its named arguments: for attention, losses and outputs
+FORWARD_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "cache_position",
+    "num_items_in_batch",
+    "shift_labels",
+}
 
 
 def named_cache(cache: Cache | None) -> dict[str, Cache | None]:

@@ -87,9 +87,28 @@ def layout_of_prompt(
     placeholder_mask, *arrived = to_host(placeholder_mask, *[tensor for tensor in optional if tensor is not None])
     fetched = iter(arrived)
     mask, num_tiles, image_sizes, decisions = (None if tensor is None else next(fetched) for tensor in optional)
-    mask = torch.ones_like(placeholder_mask, dtype=torch.long) if mask is None else mask
+    if mask is None:
+        mask = torch.ones_like(placeholder_mask, dtype=torch.long)
+    else:
+        _check_mask(mask, placeholder_mask)
     sizes = sizes_of_images(config, placeholder_mask, num_tiles, image_sizes, vision)
     return _layout(config, placeholder_mask, mask, sizes, vision, decisions)
+
+
+def _check_mask(attention_mask: torch.Tensor, placeholder_mask: torch.Tensor) -> None:
+    """Raise for what a packed prompt could not say: padding inside of a row, and images under padding."""
+    real = attention_mask.bool()
+    begins = torch.nn.functional.pad(real[:, 1:] & ~real[:, :-1], (1, 0))
+    begins[:, 0] = real[:, 0]
+    for row in (begins.sum(1) > 1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"`attention_mask` of sample {row} has zeros between real tokens. With images a row may be "
+            "padded at its ends only: leave the masked tokens out of `input_ids`."
+        )
+    for row in (placeholder_mask & ~real).any(1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"`attention_mask` of sample {row} is 0 at image placeholders. Leave the image out, or attend to it whole."
+        )
 
 
 def layout_of_images(config: VtcConfig, vision: VisionInputs) -> Layout:
@@ -164,9 +183,7 @@ def sizes_of_images(
         refuse_no_pixels(image_sizes)
     joined = config.mm_patch_merge_type == "spatial_unpad" and num_tiles is not None and image_sizes is not None
     if num_tiles is None:
-        # without the processor's word a run of placeholders is an image
-        runs = placeholder_runs(placeholder_mask)
-        num_tiles = torch.tensor([-(-length // config.image_seq_length) for _, length in runs], dtype=torch.long)
+        num_tiles = _tiles_unsaid(config, placeholder_mask, image_sizes, total)
     if int(num_tiles.sum()) != total:
         raise ValueError(
             f"Image features and image tokens do not match: the prompts need {int(num_tiles.sum())} tiles of "
@@ -175,6 +192,16 @@ def sizes_of_images(
             f"{STREAM_ADVICE}"
         )
     return config.joined_sizes(num_tiles, image_sizes) if joined else ImageSizes(num_tiles, image_sizes, None)
+
+
+def _tiles_unsaid(
+    config: VtcConfig, placeholder_mask: torch.Tensor, image_sizes: torch.Tensor | None, total: int
+) -> torch.LongTensor:
+    """Tiles of each image where nobody gives `num_tiles`: one each if that fits, else a run of placeholders is one."""
+    if config.one_tile_per_image or image_sizes is not None and len(image_sizes) == total:
+        return torch.ones(total, dtype=torch.long)
+    runs = placeholder_runs(placeholder_mask)
+    return torch.tensor([-(-length // config.image_seq_length) for _, length in runs], dtype=torch.long)
 
 
 def _own_sizes(image_sizes: torch.Tensor | None, vision: VisionInputs) -> torch.Tensor:

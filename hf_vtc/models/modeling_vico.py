@@ -268,6 +268,11 @@ def _checked_decisions(decisions: torch.Tensor, num_tiles: int) -> torch.Tensor:
         raise ValueError(
             f"`router_decisions` needs one entry per tile, shape ({num_tiles},), got {tuple(decisions.shape)}."
         )
+    if decisions.is_floating_point() or bool(((decisions != 0) & (decisions != 1)).any()):
+        raise ValueError(
+            "`router_decisions` must be True (compress) or False for each tile, got "
+            f"{decisions.dtype} with values from {decisions.min().item()} to {decisions.max().item()}."
+        )
     return decisions.bool()
 
 

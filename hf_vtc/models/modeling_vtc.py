@@ -24,7 +24,7 @@ from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
 from .head_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast, full_length_logits, predicting_states
 from .host_decoder_vtc import is_shortened, past_length, run_segments
-from .host_vtc import HEAD_TP_PLAN, cache_of, given_cache, named_cache
+from .host_vtc import FORWARD_ARGUMENTS, HEAD_TP_PLAN, cache_of, given_cache, named_cache
 from .layout_vtc import Layout, layout_of_images, layout_of_prompt
 from .packing_vtc import (
     DecodePlan,
@@ -35,7 +35,7 @@ from .packing_vtc import (
     shifted_positions,
     to_device,
 )
-from .prompt_vtc import Budget, VisionInputs, leaves_a_choice
+from .prompt_vtc import Budget, VisionInputs, leaves_a_choice, refuse_unknown
 from .vision_vtc import Choice, Features, TextStates, VtcPreTrainedModel, VtcVision, touch
 
 
@@ -288,7 +288,9 @@ class VtcModel(VtcVision):
 
         Raises:
             ValueError: placeholders and images do not match, or a budget cannot be met.
+            TypeError: an argument is none that this or a stock model takes.
         """
+        refuse_unknown(kwargs, {*FORWARD_ARGUMENTS, "decode_plan"})
         cache = given_cache(past_key_values, cache)
         vision = VisionInputs(pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions)
         if not vision.given:
@@ -340,7 +342,7 @@ class VtcModel(VtcVision):
         # with a cache it is a step of `generate`, which has looked at its prompt
         if cache is None and input_ids is not None:
             self.require_no_placeholders(input_ids)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             embeds, _ = self.find_placeholders(input_ids, inputs_embeds)
             # every process must run the same modules, or sharded training hangs on batches without an image
             input_ids, inputs_embeds = None, touch(embeds, self._vision_of_nothing(vision))
@@ -400,6 +402,7 @@ class VtcModel(VtcVision):
         Takes what the processor gives; the arguments are those of `forward`. Tower and router run only where only they
         can tell.
         """
+        refuse_unknown(kwargs, FORWARD_ARGUMENTS)
         vision = VisionInputs(pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions)
         if not vision.given:
             return torch.zeros(0, dtype=torch.long)
@@ -491,8 +494,12 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         )
         loss = logits = None
         if labels is not None:
-            if input_ids is not None:
-                labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
+            _, placeholder_mask = self.model.find_placeholders(input_ids, inputs_embeds)
+            labels = labels.masked_fill(placeholder_mask.to(labels.device), -100)
+            if attention_mask is not None and attention_mask.ndim == 2:
+                # nothing stands before the first token of a row, on whichever side the row is padded
+                unread = nn.functional.pad(attention_mask[:, :-1] == 0, (1, 0), value=True)
+                labels = labels.masked_fill(unread.to(labels.device), -100)
             loss = self._next_token_loss(outputs, labels, **kwargs)
         if labels is None or not self.training:
             logits = full_length_logits(self.lm_head, outputs, logits_to_keep)

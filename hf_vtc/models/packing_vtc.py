@@ -316,6 +316,15 @@ class DecodePlan:
         real = F.pad(self.real[:, start:end], (0, num_behind), value=True)
         return replace(self, spans=spans, real=real, positions=None, num_behind=num_behind)
 
+    def behind(self, num_columns: int) -> "DecodePlan":
+        """The plan of the same prompt behind that many columns of text."""
+        spans = [span._replace(start=span.start + num_columns) for span in self.spans]
+        positions = self.positions
+        if positions is not None:
+            before = torch.arange(num_columns, device=positions.device).expand(positions.shape[0], -1)
+            positions = torch.cat([before, positions + num_columns], dim=1)
+        return replace(self, spans=spans, real=F.pad(self.real, (num_columns, 0), value=True), positions=positions)
+
     def positions_of(self, start: int, end: int) -> torch.LongTensor:
         """Positions `(B, end - start)` of the columns from `start` to `end`, counted on behind the prompt."""
         behind = end - self.positions.shape[1]

@@ -1,7 +1,8 @@
 """What one call asks for: images, and how many visual tokens they may take (contract C5)."""
 
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,10 @@ class VisionInputs:
         return self.pixel_values is not None or self.image_features is not None
 
     def __post_init__(self) -> None:
+        for name in ("num_tiles", "image_sizes", "router_decisions"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, torch.Tensor):
+                setattr(self, name, torch.as_tensor(value))
         if self.router_decisions is not None and self.vtc_budget is not None:
             raise ValueError(
                 "Give `router_decisions` or `vtc_budget`, not both: each decides how many visual tokens are kept."
@@ -121,3 +126,17 @@ def chosen_levels(
         own_level(counts, idx) if budget == "auto" else level_within(budget, counts, idx)
         for idx, (budget, counts) in enumerate(zip(budgets, levels, strict=True))
     ]
+
+
+# outputs of processors that say nothing about an image that a model would have to know
+_OF_PROCESSORS = ("mm_token_type_ids", "num_patches")
+_OF_IMAGES = tuple(VisionInputs.__dataclass_fields__)
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a TypeError for names of arguments that nobody reads, with the nearest that somebody does."""
+    known = {*known, *_OF_PROCESSORS}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted({*known, *_OF_IMAGES}), 1)
+            raise TypeError(f"`{name}` is no argument here." + (f" Did you mean `{near[0]}`?" if near else ""))

@@ -19,9 +19,10 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vtc import VtcConfig
 from .host_tower_vtc import build_tower
+from .host_vtc import FORWARD_ARGUMENTS
 from .layout_vtc import Layout, layout_of_images
 from .packing_vtc import to_device, to_host
-from .prompt_vtc import Budget, VisionInputs
+from .prompt_vtc import Budget, VisionInputs, refuse_unknown
 from .tiling_vtc import joined_order
 from .tower_vtc import run_tower_to, unused_modules
 
@@ -292,11 +293,12 @@ class VtcVision(VtcPreTrainedModel):
             vtc_budget: as in `forward`; by default all that the processor reserves.
 
         Returns:
-            `last_hidden_state`: features, as of `encode`; `pooler_output`: one tensor `(entering, D)` per image.
+            `last_hidden_state`: features of the tower; `pooler_output`: one tensor `(entering, D)` per image.
 
         Raises:
             ValueError: `"auto"`, of a router that reads the question.
         """
+        refuse_unknown(kwargs, FORWARD_ARGUMENTS)
         vision = VisionInputs(pixel_values, None, num_tiles, image_sizes, vtc_budget)
         layout = layout_of_images(self.config, vision)
         if layout.asks_scores and self.routes_by_text:
@@ -305,8 +307,10 @@ class VtcVision(VtcPreTrainedModel):
             )
         vision.image_features = self.encode(pixel_values, layout)
         choice, visual = self.compress(vision, layout, None)
+        features = vision.image_features
         return BaseModelOutputWithPooling(
-            last_hidden_state=vision.image_features,
+            # of several kinds the first, which are the tower's
+            last_hidden_state=next(iter(features.values())) if isinstance(features, dict) else features,
             pooler_output=list(visual.embeds.split(choice.num_entering.tolist())),
         )
 

@@ -274,11 +274,9 @@ class AvgLlavaRouterTrainer(VtcTrainer):
 
     def route(self, model: nn.Module, labels: torch.Tensor, inputs: dict[str, Any], training: bool) -> torch.Tensor:
         """Router logits `(num_images, E)` with their graph, from a prompt without its answers."""
-        attention_mask = inputs.get("attention_mask")
-        instructions = labels == IGNORE_INDEX
-        if attention_mask is not None:
-            instructions = instructions & attention_mask.bool()
-        return self._run_router(model, {**inputs, "attention_mask": instructions.long()}, training)
+        return self._run_router(
+            model, without_answers(inputs, labels, self.unwrap(model).config.image_token_id), training
+        )
 
     def _run_router(self, model: nn.Module, inputs: dict[str, Any], training: bool) -> torch.Tensor:
         own = self.unwrap(model)
@@ -314,3 +312,17 @@ class AvgLlavaRouterTrainer(VtcTrainer):
         self.record("kept_tokens", (scales[chosen] / scales[-1]).mean(), num_images)
         for idx, scale in enumerate(scales.tolist()):
             self.record(f"chosen_{scale}", (chosen == idx).float().mean(), num_images)
+
+
+def without_answers(inputs: dict[str, Any], labels: torch.Tensor, image_token_id: int) -> dict[str, Any]:
+    """The prompts of a batch without the tokens that `labels` `(B, L)` supervise, padded on the right."""
+    asked = labels == IGNORE_INDEX
+    if inputs.get("attention_mask") is not None:
+        asked = asked & inputs["attention_mask"].bool()
+    rows = [ids[kept] for ids, kept in zip(inputs["input_ids"], asked, strict=True)]
+    # padding must not look like an image
+    padding = int(image_token_id == 0)
+    lengths = torch.tensor([len(row) for row in rows], device=labels.device)
+    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+    mask = torch.arange(input_ids.shape[1], device=labels.device) < lengths[:, None]
+    return {**inputs, "input_ids": input_ids, "attention_mask": mask.long()}
