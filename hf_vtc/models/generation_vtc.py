@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
-from .host_vtc import given_cache, named_cache
+from .host_vtc import CACHE_NAME, given_cache, named_cache
 from .packing_vtc import DecodePlan, is_left_padded, pack_visual_tokens
 from .prompt_vtc import VisionInputs, leaves_a_choice
 
@@ -129,21 +129,27 @@ class VtcGenerationMixin(GenerationMixin):
             yield
             return
 
+        num_virtual = 0
+
         @wraps(type(self).prepare_inputs_for_generation)
         def prepare(
             input_ids: torch.LongTensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
         ) -> dict[str, Any]:
+            nonlocal num_virtual
             positions = kwargs.get("cache_position")  # 4.57 only
             prefill = kwargs.get("is_first_iteration") or positions is not None and int(positions[0]) == 0
             inputs = replaced(input_ids, *args, **kwargs)
-            virtual = inputs["attention_mask"].shape[1] - kwargs["attention_mask"].shape[1]
-            if inputs.get("decode_plan") is not None:
-                inputs["decode_plan"] = inputs["decode_plan"].behind(virtual)
             if prefill and inputs_embeds is not None:
-                given = inputs.get("inputs_embeds")
-                before = [] if given is None else [given[:, : given.shape[1] - inputs_embeds.shape[1]]]
-                inputs["inputs_embeds"] = torch.cat([*before, inputs_embeds], dim=1)
-                inputs["input_ids"] = None
+                given, cache = inputs.get("inputs_embeds"), inputs.get(CACHE_NAME)
+                if given is not None:
+                    num_virtual = given.shape[1] - inputs_embeds.shape[1]
+                    inputs_embeds = torch.cat([given[:, :num_virtual], inputs_embeds], dim=1)
+                elif cache is not None:
+                    # of prefix tuning, whose virtual tokens are in the cache
+                    num_virtual = int(cache.get_seq_length())
+                inputs["inputs_embeds"], inputs["input_ids"] = inputs_embeds, None
+            if inputs.get("decode_plan") is not None:
+                inputs["decode_plan"] = inputs["decode_plan"].behind(num_virtual)
             return inputs
 
         self.prepare_inputs_for_generation = prepare
