@@ -15,7 +15,7 @@ import torch
 from benchmark_ops import DTYPES, PROBLEMS, keep_freed_memory, milliseconds
 
 from hf_vtc.models.ops_vtc import compiled_ops
-from hf_vtc.report.costs import DecoderShape
+from hf_vtc.report import DecoderShape
 
 LLAMA_7B = DecoderShape(
     width=4096,

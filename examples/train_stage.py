@@ -25,6 +25,7 @@ from transformers import AutoProcessor, PreTrainedModel, TrainingArguments, set_
 import hf_vtc.trainers
 from hf_vtc import AutoModelForVision2Seq
 from hf_vtc.data import VtcCollator, load_records
+from hf_vtc.methods import record_of
 from hf_vtc.trainers import VtcTrainer
 from hf_vtc.trainers.convllava import add_stage
 from hf_vtc.trainers.schedule import Stage
@@ -140,9 +141,9 @@ def build_trainer(
         ValueError: the model is of another method, or a part to train does not exist.
     """
     trainer = trainer_class(recipe)
-    model_type = f"vtc_{recipe['method']}"
-    if model.config.model_type != model_type:
-        raise ValueError(f"The recipe is for {model_type!r}, but the model is {model.config.model_type!r}.")
+    method = record_of(model.config).name
+    if method != recipe["method"]:
+        raise ValueError(f"The recipe is for {recipe['method']!r}, but the model is {method!r}.")
     if "add_stage" in recipe:
         add_stage(model, **recipe["add_stage"])
     options = dict(recipe.get("options", {}))

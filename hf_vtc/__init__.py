@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from . import models
+from . import methods, models
 from .auto import AutoModelForVision2Seq, install_vision2seq
 from .version import __version__ as __version__
 
@@ -11,7 +11,7 @@ from .version import __version__ as __version__
 _SUBMODULES = ("convert", "data", "hub", "lora", "plot", "report", "trainers")
 _REPORT_FUNCTIONS = ("bench", "estimate")
 
-__all__ = ["AutoModelForVision2Seq", "install_vision2seq", "models", *_REPORT_FUNCTIONS, *_SUBMODULES]
+__all__ = ["AutoModelForVision2Seq", "install_vision2seq", "methods", "models", *_REPORT_FUNCTIONS, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:

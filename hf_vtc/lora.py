@@ -13,15 +13,9 @@ from peft import LoraConfig
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from .methods import record_of
+
 _DECODER = "model.language_model."
-# modules of each method that belong to its compression, besides towers of which only a part does
-_COMPRESSORS = {
-    "vtc_vico": ("model.multi_modal_projector", "model.compressed_projector", "model.router"),
-    "vtc_avg_llava": ("model.multi_modal_projector", "model.router"),
-    "vtc_llavolta": ("model.multi_modal_projector",),
-    "vtc_vistog": ("model.semantic_tokens", "model.grouping", "model.multi_modal_projector"),
-    "vtc_convllava": ("model.multi_modal_projector",),
-}
 
 
 def compressor_modules(config: PretrainedConfig) -> list[str]:
@@ -33,14 +27,9 @@ def compressor_modules(config: PretrainedConfig) -> list[str]:
         config (`PretrainedConfig`): of a model of hf_vtc.
 
     Raises:
-        ValueError: `config.model_type` is none of ours.
+        ValueError: the model is none of ours, or the record of its method does not say.
     """
-    if config.model_type not in _COMPRESSORS:
-        raise ValueError(f"`model_type` must be one of {', '.join(_COMPRESSORS)}, got {config.model_type!r}.")
-    names = list(_COMPRESSORS[config.model_type])
-    if config.model_type == "vtc_convllava":
-        names.append(f"model.vision_tower.encoder.stages.{len(config.vision_config.hidden_sizes) - 1}")
-    return names
+    return list(record_of(config).need("compressor", "`hf_vtc.lora`")(config))
 
 
 def default_lora_config(

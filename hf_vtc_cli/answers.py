@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from hf_vtc.files import blaming
 from hf_vtc.hub.source import load_model, load_processor
+from hf_vtc.methods import find_record
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
 from hf_vtc.models.prompt_vtc import Budget
 from hf_vtc.plot import overlay
@@ -93,7 +94,7 @@ def working_with(path: str) -> Iterator[None]:
 
 def is_compressing(config: PretrainedConfig | Mapping[str, Any]) -> bool:
     """Whether a config is that of a model of hf_vtc."""
-    return isinstance(config, PretrainedConfig) and config.model_type.startswith("vtc_")
+    return find_record(config) is not None
 
 
 def load(path: str, device: str | None = None, dtype: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:

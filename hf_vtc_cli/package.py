@@ -46,8 +46,9 @@ def checkpoint_path(name: str | None) -> str:
 def shipped_models() -> list[str]:
     """Folders of the checkpoints that come with hf_vtc; their uncompressed base is none of them."""
     configs = sorted(SHIPPED_MODELS.glob("*-tiny/config.json"))
-    types = [json.loads(path.read_text(encoding="utf-8")).get("model_type", "") for path in configs]
-    folders = [str(path.parent) for path, model_type in zip(configs, types) if model_type.startswith("vtc_")]
+    types = [json.loads(path.read_text(encoding="utf-8")).get("model_type") for path in configs]
+    is_method = module_alone("methods/names.py").is_method
+    folders = [str(path.parent) for path, model_type in zip(configs, types) if is_method(model_type)]
     if not folders:
         raise FileNotFoundError(
             f"The checkpoints that come with hf_vtc are not here ({SHIPPED_MODELS}). Name a model with --model, or "

@@ -19,10 +19,10 @@ import factories  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from hf_vtc.models import METHODS  # noqa: E402
+from hf_vtc.methods import RECORDS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-METHOD_NAMES = tuple(entry.config.model_type.removeprefix("vtc_") for entry in METHODS)
+METHOD_NAMES = tuple(record.name for record in RECORDS.values())
 HIDE_PACKAGE = 'import sys; sys.modules["hf_vtc"] = None\n'
 
 

@@ -1,13 +1,17 @@
 """Tiny tokenizers, processors, models and batches that tests share: built in memory, no network."""
 
+import copy
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from hf_vtc.methods import record_named, record_of
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
 from hf_vtc.models.processing_vtc import COUNT_RULES, VtcProcessor
 from hf_vtc.models.tiling_vtc import TilingSettings, anyres_layout
@@ -15,27 +19,6 @@ from hf_vtc.models.tiling_vtc import TilingSettings, anyres_layout
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 # 256 bytes, some merges, then the special tokens
 VOCAB_SIZE = 272
-
-# fields of `VtcImageProcessor` and `VtcProcessor` that fit the tiny model of a method
-TINY_PROCESSORS = {
-    "vico": {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16},
-    "vistog": {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16},
-    "llavolta": {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16},
-    "avg_llava": {
-        "tiling": "anyres",
-        "size": 32,
-        "image_grid_pinpoints": ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96)),
-        "image_seq_length": 16,
-        "count_rule": "unpad_true_aspect",
-    },
-    "convllava": {
-        "tiling": "keep_aspect",
-        "size": 48,
-        "token_stride": 16,
-        "image_seq_length": 9,
-        "count_rule": "stride",
-    },
-}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -58,12 +41,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_processor(method: str = "vico", **overrides: Any) -> VtcProcessor:
     """Processor of a method's tiny model; `overrides` are fields of the image processor or of the processor."""
-    fields = {**TINY_PROCESSORS[method], **overrides}
+    fields = {**TINY[method].processor, **overrides}
     images = {name: fields.pop(name) for name in list(fields) if name in TilingSettings.__dataclass_fields__}
     return VtcProcessor(VtcImageProcessor(**images), tiny_tokenizer(), **fields)
 
-
-METHODS = ("vico", "vistog", "avg_llava", "convllava", "llavolta")
 
 _VISION = {
     "model_type": "internvl_vision",
@@ -111,60 +92,12 @@ _TEXT = {
 
 def tiny_config(method: str, **overrides):
     """A configuration of some 10^5 parameters; `overrides` are fields of the method's config."""
-    if method == "vico":
-        from hf_vtc.models.configuration_vico import VicoConfig
-
-        fields = {
-            "flash_relative_threshold": 0.3,
-            "flash_absolute_threshold": 0.2,
-            "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
-        }
-        return VicoConfig(**({"vision_config": dict(_VISION), "text_config": dict(_TEXT)} | fields | overrides))
-    if method == "vistog":
-        from hf_vtc.models.configuration_vistog import VistogConfig
-
-        fields = {
-            "num_semantic_tokens": 4,
-            "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
-        }
-        return VistogConfig(**({"vision_config": dict(_CLIP), "text_config": dict(_TEXT)} | fields | overrides))
-    if method == "avg_llava":
-        from hf_vtc.models.configuration_avg_llava import AvgLlavaConfig
-
-        fields = {
-            "vision_feature_layer": -2,
-            "image_grid_pinpoints": [list(pair) for pair in TINY_PROCESSORS[method]["image_grid_pinpoints"]],
-            "filtered_text_num": 8,
-            "router_num_heads": 4,
-            "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
-        }
-        return AvgLlavaConfig(**({"vision_config": dict(_CLIP), "text_config": dict(_TEXT)} | fields | overrides))
-    if method == "convllava":
-        from hf_vtc.models.configuration_convllava import ConvllavaConfig
-
-        fields = {"image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")}
-        return ConvllavaConfig(**({"vision_config": dict(_CONVNEXT), "text_config": dict(_TEXT)} | fields | overrides))
-    if method == "llavolta":
-        from hf_vtc.models.configuration_llavolta import LlavoltaConfig
-
-        fields = {
-            "vision_feature_layer": -2,
-            "compress_layer_idx": 1,
-            "compress_stride": 4,
-            "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
-        }
-        # a layer before the compressor and two behind it
-        text = {**_TEXT, "num_hidden_layers": 3}
-        return LlavoltaConfig(**({"vision_config": dict(_CLIP), "text_config": text} | fields | overrides))
-    raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+    placeholder = {"image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")}
+    return record_named(method).config(**copy.deepcopy(placeholder | TINY[method].config) | overrides)
 
 
 def tiny_model(method: str, seed: int = 0, **overrides):
     """A random model in eval mode whose logits are far from ties and whose router is undecided."""
-    from transformers import AutoModelForImageTextToText
-
-    import hf_vtc  # noqa: F401  registers the classes
-
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(tiny_config(method, **overrides)).eval()
     with torch.no_grad():
@@ -180,28 +113,25 @@ def tiny_model(method: str, seed: int = 0, **overrides):
 
 def uncompressed(model):
     """The stock transformers model with the same weights."""
-    if model.config.model_type == "vtc_vico":
-        from transformers import InternVLConfig, InternVLForConditionalGeneration
+    return _tiny_of(model.config).stock(model).eval()
 
-        config = InternVLConfig(
-            vision_config=model.config.vision_config.to_dict(),
-            text_config=model.config.text_config.to_dict(),
-            image_token_id=model.config.image_token_id,
-            image_seq_length=model.config.image_seq_length,
-            downsample_ratio=model.config.downsample_ratio,
-            tie_word_embeddings=model.config.tie_word_embeddings,
-        )
-        stock = InternVLForConditionalGeneration(config).eval()
-        loaded = stock.load_state_dict(model.state_dict(), strict=False)
-        assert not loaded.missing_keys
-        return stock
-    if model.config.model_type in ("vtc_vistog", "vtc_llavolta"):
-        return _stock_llava(model)
-    if model.config.model_type == "vtc_avg_llava":
-        return _stock_llava_next(model)
-    if model.config.model_type == "vtc_convllava":
-        return PlainConvllava(model).eval()
-    raise ValueError(f"No uncompressed counterpart is known for {model.config.model_type!r}.")
+
+def _stock_internvl(model):
+    """`InternVLForConditionalGeneration` with the weights that ViCO shares with it."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    config = InternVLConfig(
+        vision_config=model.config.vision_config.to_dict(),
+        text_config=model.config.text_config.to_dict(),
+        image_token_id=model.config.image_token_id,
+        image_seq_length=model.config.image_seq_length,
+        downsample_ratio=model.config.downsample_ratio,
+        tie_word_embeddings=model.config.tie_word_embeddings,
+    )
+    stock = InternVLForConditionalGeneration(config).eval()
+    loaded = stock.load_state_dict(model.state_dict(), strict=False)
+    assert not loaded.missing_keys
+    return stock
 
 
 def _stock_llava(model):
@@ -354,31 +284,95 @@ class SizedImages:
         return {"pixel_values": pixel_values, "image_sizes": sizes}
 
 
-IMAGES = {
-    "vico": TiledImages(),
-    "vistog": TiledImages(),
-    "avg_llava": AnyresImages(),
-    "convllava": SizedImages(),
-    "llavolta": TiledImages(),
+@dataclass
+class Tiny:
+    """What tests need of a method.
+
+    `config`: fields of its config. `processor`: fields of `VtcImageProcessor` and `VtcProcessor` that fit it.
+    `budgets`: two that every image can meet; the first compresses if the method can. `stock`: the stock model with the
+    same weights. `images`: how random ones are drawn.
+    """
+
+    config: dict[str, Any]
+    processor: dict[str, Any]
+    stock: Callable[[nn.Module], nn.Module]
+    budgets: tuple = (0.4, 0.6)
+    images: TiledImages | SizedImages = field(default_factory=TiledImages)
+
+
+_PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+_DYNAMIC = {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16}
+
+TINY = {
+    "vico": Tiny(
+        {
+            "vision_config": _VISION,
+            "text_config": _TEXT,
+            "flash_relative_threshold": 0.3,
+            "flash_absolute_threshold": 0.2,
+        },
+        _DYNAMIC,
+        _stock_internvl,
+    ),
+    "vistog": Tiny(
+        {"vision_config": _CLIP, "text_config": _TEXT, "num_semantic_tokens": 4},
+        _DYNAMIC,
+        _stock_llava,
+    ),
+    "avg_llava": Tiny(
+        {
+            "vision_config": _CLIP,
+            "text_config": _TEXT,
+            "vision_feature_layer": -2,
+            "image_grid_pinpoints": _PINPOINTS,
+            "filtered_text_num": 8,
+            "router_num_heads": 4,
+        },
+        {
+            "tiling": "anyres",
+            "size": 32,
+            "image_grid_pinpoints": _PINPOINTS,
+            "image_seq_length": 16,
+            "count_rule": "unpad_true_aspect",
+        },
+        _stock_llava_next,
+        (0.3, 0.6),
+        AnyresImages(),
+    ),
+    "convllava": Tiny(
+        {"vision_config": _CONVNEXT, "text_config": _TEXT},
+        {"tiling": "keep_aspect", "size": 48, "token_stride": 16, "image_seq_length": 9, "count_rule": "stride"},
+        PlainConvllava,
+        (1.0, "auto"),
+        SizedImages(),
+    ),
+    "llavolta": Tiny(
+        {
+            "vision_config": _CLIP,
+            # a layer before the compressor and two behind it
+            "text_config": {**_TEXT, "num_hidden_layers": 3},
+            "vision_feature_layer": -2,
+            "compress_layer_idx": 1,
+            "compress_stride": 4,
+        },
+        _DYNAMIC,
+        _stock_llava,
+        (0.3, 0.6),
+    ),
 }
+METHODS = tuple(TINY)
 
 
-def images_of(config):
-    return IMAGES[config.model_type.removeprefix("vtc_")]
+def _tiny_of(config) -> Tiny:
+    return TINY[record_of(config).name]
 
 
-# two budgets that every image can meet; the first compresses if the method can
-BUDGETS = {
-    "vico": (0.4, 0.6),
-    "vistog": (0.4, 0.6),
-    "avg_llava": (0.3, 0.6),
-    "convllava": (1.0, "auto"),
-    "llavolta": (0.3, 0.6),
-}
+def images_of(config) -> TiledImages | SizedImages:
+    return _tiny_of(config).images
 
 
 def budgets_of(config) -> tuple:
-    return BUDGETS[config.model_type.removeprefix("vtc_")]
+    return _tiny_of(config).budgets
 
 
 class RandomBatch(dict):

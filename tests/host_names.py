@@ -132,7 +132,7 @@ HOST_NAMES = [
     # auto classes
     *_rows("auto.py", "transformers:AutoModelForImageTextToText._model_mapping"),
     *_rows(
-        "models/__init__.py",
+        "methods/record.py",
         "transformers.models.auto.image_processing_auto:AutoImageProcessor.register(slow_image_processor_class)",
     ),
     # training

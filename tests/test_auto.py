@@ -17,7 +17,7 @@ from transformers import (
 
 import hf_vtc
 from hf_vtc import AutoModelForVision2Seq
-from hf_vtc.models import METHODS
+from hf_vtc.methods import RECORDS, record_named
 
 pytestmark = pytest.mark.window
 
@@ -69,12 +69,11 @@ def legacy_folder(tmp_path, monkeypatch):
 
 
 def entry_of(method):
-    (entry,) = [entry for entry in METHODS if entry.config.model_type == f"vtc_{method}"]
-    return entry
+    return record_named(method)
 
 
 def test_every_listed_method_has_a_factory():
-    assert sorted(entry.config.model_type for entry in METHODS) == sorted(f"vtc_{name}" for name in factories.METHODS)
+    assert sorted(record.name for record in RECORDS.values()) == sorted(factories.METHODS)
 
 
 def test_auto_classes_build_each_method(method):

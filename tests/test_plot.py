@@ -8,9 +8,11 @@ import torch
 from factories import METHODS, tiny_config, tiny_model, tiny_processor
 from PIL import Image
 
+from hf_vtc.methods import record_of
+from hf_vtc.methods.drawing import Kept
 from hf_vtc.models.configuration_llavolta import COMPRESSORS
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
-from hf_vtc.plot import COMPRESSED_COLOUR, FULL_COLOUR, canvas, methods, overlay, stack
+from hf_vtc.plot import COMPRESSED_COLOUR, FULL_COLOUR, canvas, overlay, stack
 
 BLACK = (0, 0, 0)
 
@@ -82,8 +84,8 @@ def drawing_of(method, processor, size, decisions=None, num_tokens=None, **field
     config = tiny_config(method, **fields)
     counts = None if num_tokens is None else torch.tensor([num_tokens])
     output = SimpleNamespace(router_decisions=decisions, num_visual_tokens=counts)
-    kept = methods.Kept(processor.get_tile_layout(*size), output, config, 0, None, None)
-    return methods.DRAWINGS[config.model_type](kept), config
+    kept = Kept(processor.get_tile_layout(*size), output, config, 0, None, None)
+    return record_of(config).draw(kept), config
 
 
 def tokens_of(drawing):
@@ -260,7 +262,7 @@ def test_overlay_title_gets_a_line():
         ([True] * 3, {"num_tiles": [3], "image_idx": 1}, "Image 1"),
         (torch.tensor([0, 1, 2]), {}, "one truth value per tile"),
         (torch.zeros(3, 2, dtype=torch.bool), {}, "one truth value per tile"),
-        ([True] * 3, {"config": SimpleNamespace(model_type="llava")}, "must be that of a method of"),
+        ([True] * 3, {"config": SimpleNamespace(model_type="llava")}, "`model_type` must be one of .*, got 'llava'"),
         (torch.zeros(1), {"config": SimpleNamespace(model_type="vtc_avg_llava")}, "one granularity per image"),
         (torch.zeros(3, 4), {"config": SimpleNamespace(model_type="vtc_vistog")}, "the group of each patch"),
     ],

@@ -14,7 +14,7 @@ from hf_vtc.models.configuration_llavolta import LlavoltaConfig
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
 from hf_vtc.models.prompt_vtc import VisionInputs
 from hf_vtc.report import ConvTowerShape, DecoderShape, TowerShape, measured, printed_flops
-from hf_vtc.report.methods import plain_features
+from hf_vtc.report.measured import plain_features
 
 INTERNVIT = {
     "hidden_size": 1024,

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hf_vtc.ops
+from hf_vtc.methods.names import is_method
 
 from .op_cases import OPS
 from .work import Proof
@@ -33,7 +34,7 @@ def run(proof: Proof) -> None:
     questions = pages()[:: len(pages()) if proof.dry else 4]
     for folder in sorted(CARDS.iterdir()):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config["model_type"].startswith("vtc_"):
+        if is_method(config["model_type"]):
             proof.attempt(
                 "shipped checkpoints", folder.name, lambda folder=folder: check_checkpoint(proof, folder, questions)
             )

@@ -6,9 +6,9 @@ What weights say does not change the time. A dry run has the same models in mini
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-import hf_vtc  # noqa: F401  registers the models
+from hf_vtc.methods import record_named
 
 METHODS = ("vico", "avg_llava", "llavolta", "vistog", "convllava")
 # a text token before the images that is none of the decoder's special ones, and the placeholder
@@ -80,6 +80,7 @@ class Shape(NamedTuple):
         side (`int`): of a tile in pixels.
         num_tiles (`int`): per image.
         reserved (`int`): placeholders per image.
+        tiles_per_side (`int`): of an image whose size goes along with its pixels, else 0.
     """
 
     vision: dict[str, Any]
@@ -88,6 +89,7 @@ class Shape(NamedTuple):
     side: int
     num_tiles: int
     reserved: int
+    tiles_per_side: int = 0
 
 
 def _joined(side: int) -> int:
@@ -98,7 +100,13 @@ def _joined(side: int) -> int:
 FULL = {
     "vico": Shape(INTERN_VIT_300M, QWEN3_8B, {}, 448, 7, 7 * 256),
     "avg_llava": Shape(
-        CLIP_L_336, VICUNA_7B, {"vision_feature_layer": -2, "image_grid_pinpoints": [[672, 672]]}, 336, 5, _joined(24)
+        CLIP_L_336,
+        VICUNA_7B,
+        {"vision_feature_layer": -2, "image_grid_pinpoints": [[672, 672]]},
+        336,
+        5,
+        _joined(24),
+        2,
     ),
     "llavolta": Shape(
         CLIP_L_336,
@@ -109,7 +117,7 @@ FULL = {
         576,
     ),
     "vistog": Shape(CLIP_L_336, VICUNA_7B, {"num_semantic_tokens": 64}, 336, 1, 576),
-    "convllava": Shape(CONVNEXT_L_1536, VICUNA_7B, {}, 1536, 1, 576),
+    "convllava": Shape(CONVNEXT_L_1536, VICUNA_7B, {}, 1536, 1, 576, 1),
 }
 _TINY_CLIP = {**CLIP_L_336, **_TINY_TOWER, "num_hidden_layers": 3, "image_size": 32, "patch_size": 4}
 TINY = {
@@ -157,8 +165,7 @@ def config_of(method: str, dry: bool, num_layers: int | None = None) -> Pretrain
     text = dict(shape.text)
     if num_layers is not None:
         text["num_hidden_layers"] = min(num_layers, text["num_hidden_layers"])
-    return AutoConfig.for_model(
-        f"vtc_{method}",
+    return record_named(method).config(
         vision_config=dict(shape.vision),
         text_config=text,
         image_token_id=IMAGE_TOKEN_ID,
@@ -201,12 +208,10 @@ def inputs_of(
         "attention_mask": torch.ones_like(input_ids),
         "pixel_values": torch.randn(num_tiles, 3, shape.side, shape.side, generator=generator).to(dtype),
     }
-    if method in ("vico", "avg_llava"):
+    if shape.num_tiles > 1:
         inputs["num_tiles"] = torch.full((batch_size,), shape.num_tiles)
-    if method == "avg_llava":
-        inputs["image_sizes"] = torch.full((batch_size, 2), 2 * shape.side)
-    if method == "convllava":
-        inputs["image_sizes"] = torch.full((batch_size, 2), shape.side)
+    if shape.tiles_per_side:
+        inputs["image_sizes"] = torch.full((batch_size, 2), shape.tiles_per_side * shape.side)
     return {name: value.to(device) for name, value in inputs.items()}
 
 

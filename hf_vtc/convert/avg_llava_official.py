@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..methods import Record, avg_llava
 from . import llava_official
 from .plan import Plan, ProcessorSettings, Renamed, Source, in_thirds
-from .targets import TARGETS, Target
 
 # the published config.json does not have it
 _FILTERED_TEXT_NUM = 32
@@ -32,9 +32,9 @@ def matches(config: Mapping[str, Any]) -> bool:
     return llava_official.matches(config) and "vis_token_granularity" in config
 
 
-def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Record]:
     """What a checkpoint of this layout can become."""
-    return {"avg_llava": TARGETS["avg_llava"]}
+    return {avg_llava.RECORD.name: avg_llava.RECORD}
 
 
 def rename(name: str) -> Renamed | None:
@@ -51,12 +51,12 @@ def rename(name: str) -> Renamed | None:
     return None
 
 
-def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     """Plan the conversion of an official checkpoint.
 
     Args:
         source (`Source`): the checkpoint.
-        target (`Target`): AVG-LLaVA.
+        target (`Record`): AVG-LLaVA.
         overrides (`Mapping`): fields of the new config that replace those of the file.
 
     Raises:
@@ -92,13 +92,13 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
     return Plan(
         layout="official AVG-LLaVA",
         config=new_config,
-        model_class=target.model,
+        model_class=target.head,
         rename=rename,
         processor=ProcessorSettings(
             processor.images, {**processor.fields, "count_rule": f"unpad_{new_config.unpad_rule}"}
         ),
         ignored=ignored,
-        fresh_modules=() if has_router else target.new_modules,
+        fresh_modules=() if has_router else target.need("base", "conversion").fresh_modules,
         notes=notes,
     )
 

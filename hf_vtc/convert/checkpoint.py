@@ -12,6 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..files import blaming, read_json, require_own_files
+from ..methods import RECORDS, Record, record_named
+from ..methods.names import is_method
 from ..models.configuration_vtc import VtcConfig
 from ..models.image_processing_vtc import write_json
 from . import avg_llava_official, convllava_official, internvl_hf, internvl_official, llava_hf, llava_official
@@ -27,7 +29,6 @@ from .folders import local_folder, tower_folder
 from .layout import Layout
 from .plan import Plan, Renamed, Source, fresh_tensors, match, require_plausible
 from .shards import CheckpointReader
-from .targets import Target
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +54,7 @@ class Checkpoint:
     folder: Path
     layout: Layout
     method: str
-    target: Target
+    target: Record
     config: dict[str, Any]
     reader: CheckpointReader
     tokenizer: Any
@@ -169,7 +170,7 @@ def refuse_tower(vision_tower: str | os.PathLike | None, source: Path | str) -> 
 def _layout_of(config: Mapping[str, Any], folder: Path) -> Layout:
     found = next((layout for layout in LAYOUTS if layout.matches(config)), None)
     if found is None:
-        if str(config.get("model_type")).startswith("vtc_"):
+        if is_method(config.get("model_type")):
             raise ValueError(f"{folder} is a model of hf_vtc already. Load it by `from_pretrained`.")
         raise ValueError(
             f"{folder} has an unknown layout: `model_type` {config.get('model_type')!r}, architectures "
@@ -178,12 +179,14 @@ def _layout_of(config: Mapping[str, Any], folder: Path) -> Layout:
     return found
 
 
-def target_of(targets: Mapping[str, Target], source: Path | str, method: str | None) -> tuple[str, Target]:
+def target_of(targets: Mapping[str, Record], source: Path | str, method: str | None) -> tuple[str, Record]:
     """What a checkpoint becomes, where only one thing is possible or the caller has said it."""
     names = ", ".join(sorted(targets))
     if method is None and len(targets) > 1:
         raise ValueError(f"{source} fits several methods. Give `method`, one of {names}.")
     if method is not None and method not in targets:
+        if method in (record.name for record in RECORDS.values()):
+            record_named(method).need("base", "conversion")
         raise ValueError(f"`method` must be one of {names} for {source}, got {method!r}.")
     method = method or next(iter(targets))
     return method, targets[method]

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..methods import Record, convllava
 from . import llava_official
 from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields
-from .targets import TARGETS, Target
 
 _TOWER = "model.vision_tower.vision_tower."
 # of the pooled vector, which ConvLLaVA does not read; upstream does not save it
@@ -28,9 +28,9 @@ def matches(config: Mapping[str, Any]) -> bool:
     return "convnext" in str(config["mm_vision_tower"]).lower() or "tune_entire_model" in config
 
 
-def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Record]:
     """What a checkpoint of this layout can become."""
-    return {"convllava": TARGETS["convllava"]}
+    return {convllava.RECORD.name: convllava.RECORD}
 
 
 def tower_name(config: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
@@ -45,12 +45,12 @@ def rename(name: str) -> Renamed | None:
     return llava_official.rename(name)
 
 
-def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     """Plan the conversion of an official checkpoint.
 
     Args:
         source (`Source`): the checkpoint.
-        target (`Target`): what it becomes, ConvLLaVA.
+        target (`Record`): what it becomes, ConvLLaVA.
         overrides (`Mapping`): fields of the new config that replace those of the file.
 
     Raises:
@@ -77,7 +77,7 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
     return Plan(
         layout="official ConvLLaVA",
         config=new_config,
-        model_class=target.model,
+        model_class=target.head,
         rename=rename,
         processor=ProcessorSettings(
             images={**images, "token_stride": new_config.token_stride},

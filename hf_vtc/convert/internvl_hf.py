@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from ..methods import Record
 from .layout import Layout
 from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, is_tied
-from .targets import Target, plan_base, targets_of
+from .targets import plan_base, targets_of
 
 # files of 4.52 and later keep the names that the model had before its parts moved under `model`
 _OLD_PREFIXES = (
@@ -25,7 +26,7 @@ def matches(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "internvl"
 
 
-def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Record]:
     """What a checkpoint of this layout can become."""
     return targets_of("internvl")
 
@@ -43,12 +44,12 @@ def head_name(stored: Mapping[str, Any]) -> str | None:
     return next((name for name in ("lm_head.weight", "language_model.lm_head.weight") if name in stored), None)
 
 
-def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     """Plan the conversion of a base InternVL model of transformers.
 
     Args:
         source (`Source`): the checkpoint, or the config and the tensors of a model in memory.
-        target (`Target`): what it becomes.
+        target (`Record`): what it becomes.
         overrides (`Mapping`): fields of the new config that replace those of the file.
 
     Raises:

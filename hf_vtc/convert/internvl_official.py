@@ -10,9 +10,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from ..methods import Record, vico
 from .layout import Layout
 from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, in_thirds, is_tied
-from .targets import TARGETS, Target, plan_base, targets_of
+from .targets import plan_base, targets_of
 
 # parts of a Flash checkpoint that a base checkpoint lacks
 FLASH_PREFIXES = ("mlp2.", "pooling_before_gating.", "gating.")
@@ -78,9 +79,9 @@ def has_flash(config: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
     return config.get("flash_mode") is not None or any(name.startswith(FLASH_PREFIXES) for name in stored)
 
 
-def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Record]:
     """What a checkpoint of this layout can become: a Flash model is a ViCO model already."""
-    return {"vico": TARGETS["vico"]} if has_flash(config, stored) else targets_of("internvl")
+    return {vico.RECORD.name: vico.RECORD} if has_flash(config, stored) else targets_of("internvl")
 
 
 def rename(name: str) -> Renamed | None:
@@ -113,12 +114,12 @@ def is_dead(name: str) -> bool:
     return re.match(r"model\.router\.(attn|norm)[34]\.", name) is not None
 
 
-def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     """Plan the conversion of an official checkpoint.
 
     Args:
         source (`Source`): the checkpoint.
-        target (`Target`): what it becomes.
+        target (`Record`): what it becomes.
         overrides (`Mapping`): fields of the new config that replace those of the file.
 
     Raises:
@@ -156,7 +157,7 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
 
 def _plan_flash(
     config: Mapping[str, Any],
-    target: Target,
+    target: Record,
     overrides: Mapping[str, Any],
     fields: dict[str, Any],
     processor: ProcessorSettings,
@@ -174,7 +175,7 @@ def _plan_flash(
     return Plan(
         layout="InternVL3.5-Flash",
         config=target.config(**{**fields, **overrides}),
-        model_class=target.model,
+        model_class=target.head,
         rename=rename,
         processor=processor,
         ignored=ignored,

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..methods import Record
 from .plan import Plan, Renamed, Source
-from .targets import Target
 
 Config = Mapping[str, Any]
 Stored = Mapping[str, Any]
@@ -19,7 +19,7 @@ class Layout:
         title (`str`): its name for messages.
         image_token (`str`): how the placeholder is spelt.
         matches (`(config) -> bool`): whether a `config.json` is of this layout.
-        methods (`(config, stored) -> dict[str, Target]`): what such a checkpoint can become, by name.
+        methods (`(config, stored) -> dict[str, Record]`): what such a checkpoint can become, by name.
         rename (`(name) -> Renamed | None`): pure map of names, None for one that the layout does not have.
         plan (`(source, target, overrides) -> Plan`): the conversion, where `overrides` are fields of the new config
             that replace those of the file. Raises a `ValueError` for a setting that has no counterpart here.
@@ -33,9 +33,9 @@ class Layout:
     title: str
     image_token: str
     matches: Callable[[Config], bool]
-    methods: Callable[[Config, Stored], dict[str, Target]]
+    methods: Callable[[Config, Stored], dict[str, Record]]
     rename: Callable[[str], Renamed | None]
-    plan: Callable[[Source, Target, Mapping[str, Any]], Plan]
+    plan: Callable[[Source, Record, Mapping[str, Any]], Plan]
     stored_image_token_id: Callable[[Config], int | None] = lambda config: config.get("image_token_id")
     vocab_size: Callable[[Config], int | None] = lambda config: None
     tower_name: Callable[[Config, Stored], str | None] = lambda config, stored: None

@@ -4,12 +4,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..methods import Record
 from ..models.image_processing_vtc import LLAVA_NEXT_PINPOINTS
 from .internvl_hf import decoder_config, head_name, one_layer, require_object
 from .layout import Layout
 from .llava_official import IMAGE_TOKEN, llava_processor, merge_fields, tower_config
 from .plan import Plan, Renamed, Source, is_tied
-from .targets import Target, plan_base, targets_of
+from .targets import plan_base, targets_of
 
 _PREFIXES = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
@@ -27,7 +28,7 @@ def matches(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in ("llava", "llava_next") and "text_config" in config
 
 
-def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Record]:
     """What a checkpoint of this layout can become."""
     return targets_of(config["model_type"])
 
@@ -45,12 +46,12 @@ def rename(name: str) -> Renamed | None:
     return None
 
 
-def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     """Plan the conversion of a LLaVA or LLaVA-NeXT model of transformers.
 
     Args:
         source (`Source`): the checkpoint, or the config and the tensors of a model in memory.
-        target (`Target`): what it becomes.
+        target (`Record`): what it becomes.
         overrides (`Mapping`): fields of the new config that replace those of the file.
 
     Raises:

@@ -12,10 +12,11 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from ..methods import Record
 from ..models.processing_vtc import chat_template_for
 from .layout import Layout
 from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, is_tied
-from .targets import Target, plan_base, targets_of
+from .targets import plan_base, targets_of
 
 IMAGE_TOKEN = "<image>"
 
@@ -66,7 +67,7 @@ def matches(config: Mapping[str, Any]) -> bool:
     return "mm_vision_tower" in config and "mm_projector_type" in config
 
 
-def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Target]:
+def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Record]:
     """What a checkpoint of this layout can become."""
     return targets_of("llava_next" if config.get("mm_patch_merge_type") == "spatial_unpad" else "llava")
 
@@ -100,12 +101,12 @@ def rename(name: str) -> Renamed | None:
     return None
 
 
-def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
+def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     """Plan the conversion of an official checkpoint.
 
     Args:
         source (`Source`): the checkpoint.
-        target (`Target`): what it becomes.
+        target (`Record`): what it becomes.
         overrides (`Mapping`): fields of the new config that replace those of the file.
 
     Raises:
@@ -124,7 +125,7 @@ def plan(source: Source, target: Target, overrides: Mapping[str, Any]) -> Plan:
             "image_token_id": source.image_token_id,
             "tie_word_embeddings": text.tie_word_embeddings,
             **feature_fields(config, tower),
-            **compression_fields(config, target, text.num_hidden_layers),
+            **target.need("base", "conversion").official_fields(config, text.num_hidden_layers),
             **merge_fields(anyres_fields(config), "token_grid"),
         },
         rename=rename,
@@ -179,20 +180,6 @@ def feature_fields(config: Mapping[str, Any], tower: PretrainedConfig) -> dict[s
         "projector_hidden_act": "gelu",
         "downsample_ratio": 1.0,
     }
-
-
-def compression_fields(config: Mapping[str, Any], target: Target, num_layers: int) -> dict[str, Any]:
-    """LLaVolta's settings where a file has them; its code takes them from the command line."""
-    if target.config.model_type != "vtc_llavolta" or "grouping" not in config:
-        return {}
-    if config["grouping"] == "none":
-        return {"compress_stride": 1}
-    found = {"compress_layer_idx": config.get("layer"), "compress_stride": config.get("stride")}
-    fields = {name: value for name, value in found.items() if value is not None}
-    if "compress_layer_idx" in fields:
-        # the original's default, 33, means never
-        fields["compress_layer_idx"] = min(fields["compress_layer_idx"], num_layers)
-    return fields
 
 
 def anyres_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..convert.shards import num_bytes
 from ..files import blaming, replacing_folder
+from ..methods import find_record
 from . import proof
 from .card import card_beside, complete_card
 from .proof import check
@@ -156,7 +157,7 @@ def _arguments_of(source, processor, target):
             f"`model` must be a transformers model or a path, got {type(source).__name__}. Merge an adapter first: "
             "`model = model.merge_and_unload()`."
         )
-    if not source.config.model_type.startswith("vtc_"):
+    if find_record(source.config) is None:
         raise ValueError(
             f"`model` must be one of hf_vtc, got model type {source.config.model_type!r}. Make one with "
             "`hf_vtc.convert.from_base` or `hf_vtc.convert.load_official`."

@@ -9,6 +9,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..files import read_text
+from ..methods import record_of
 from ..models.window_vtc import NEWEST_PROVEN, OLDEST_PROVEN
 from ..report import default_budget, estimate
 from ..report.render import binary_bytes, count, flops
@@ -55,7 +56,7 @@ def complete_card(
     card.data.pipeline_tag = card.data.pipeline_tag or "image-text-to-text"
     card.data.base_model = base_model or card.data.base_model
     card.data.license = license or card.data.license
-    method = model.config.model_type.removeprefix("vtc_")
+    method = record_of(model.config).name
     card.data.tags = list(dict.fromkeys((*(card.data.tags or ()), *_TAGS, method)))
     return card
 

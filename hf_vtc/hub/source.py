@@ -21,6 +21,7 @@ from transformers import (
 from ..convert.plan import require_plausible
 from ..convert.shards import CheckpointReader
 from ..files import blaming, read_json, require_own_files
+from ..methods import find_record
 
 
 def load_model(path: str | os.PathLike, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
@@ -66,7 +67,7 @@ def load_processor(path: str | os.PathLike) -> ProcessorMixin:
 
 def _require_model_of_ours(path: str | os.PathLike) -> None:
     config, _ = PretrainedConfig.get_config_dict(path)
-    if not str(config.get("model_type")).startswith("vtc_"):
+    if find_record(config) is None:
         raise ValueError(
             f"`model` must be one of hf_vtc, got model type {config.get('model_type')!r}. Convert an official "
             "checkpoint first: `hf_vtc.convert.load_official`."

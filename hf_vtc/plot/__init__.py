@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig, ProcessorMixin
 
+from ..methods import record_of, vico
+from ..methods.drawing import COMPRESSED_COLOUR, FULL_COLOUR, Kept
 from ..models.image_processing_vtc import VtcImageProcessor
 from .canvas import PAPER, compose
-from .methods import COMPRESSED_COLOUR, DRAWINGS, FULL_COLOUR, Kept
 
 __all__ = ["COMPRESSED_COLOUR", "FULL_COLOUR", "overlay", "stack"]
 
@@ -55,12 +56,11 @@ def overlay(
     cutter = processor.image_processor if isinstance(processor, ProcessorMixin) else processor or VtcImageProcessor()
     picture = cutter.fetch_images(image)
     layout = cutter.get_tile_layout(picture.height, picture.width)
-    model_type = "vtc_vico" if config is None else config.model_type
-    if model_type not in DRAWINGS:
-        raise ValueError(f"`config` must be that of a method of {sorted(DRAWINGS)}, got {model_type!r}.")
+    record = vico.RECORD if config is None else record_of(config)
+    draw = record.need("draw", "`overlay`")
     counts = None if num_tiles is None else [int(count) for count in num_tiles]
     kept = Kept(layout, output, config, image_idx, counts, tokens_per_tile)
-    return compose(picture, layout, DRAWINGS[model_type](kept), title, max_side)
+    return compose(picture, layout, draw(kept), title, max_side)
 
 
 def stack(pictures: Sequence[Sequence[Image.Image]]) -> Image.Image:

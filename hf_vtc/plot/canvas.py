@@ -3,15 +3,13 @@
 import colorsys
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..methods.drawing import Colour, Drawing, Tile
 from ..models.tiling_vtc import TileLayout
-
-Colour = tuple[int, int, int]
 
 PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
@@ -22,35 +20,6 @@ _VEIL = 0.6
 _TINT = 0.45
 # and of the line between two cells that are not
 _LINE = 0.45
-
-
-@dataclass
-class Tile:
-    """How one tile is drawn.
-
-    Args:
-        colour (`Colour`): of the frame.
-        cells (`np.ndarray` of shape `(rows, columns)`, *optional*): which visual token each cell belongs to, -1 for
-            none. Lines separate the cells of different tokens.
-        label (`str`, *optional*): in the corner.
-        veiled (`bool`): under white.
-        filled (`bool`): every token of `cells` in a colour of its own.
-        covered (`tuple[float, float]`): share of the tile's height and width that `cells` cover, from the top left.
-    """
-
-    colour: Colour
-    cells: np.ndarray | None = None
-    label: str | None = None
-    veiled: bool = False
-    filled: bool = False
-    covered: tuple[float, float] = (1.0, 1.0)
-
-
-class Drawing(NamedTuple):
-    """The tiles of an image in the order of its layout, and lines of (colour of the swatch or None, text)."""
-
-    tiles: list[Tile]
-    legend: list[tuple[Colour | None, str]]
 
 
 class _Box(NamedTuple):

@@ -1,21 +1,33 @@
 """The analytic part of a report: what compression can save at best."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from rich.console import Group
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..methods.costs import (
+    ConvTowerShape,
+    DecoderShape,
+    Workload,
+    config_dict,
+    decoder_of,
+    printed_flops,
+    side_of,
+    sub_config,
+    tower_of,
+)
+from ..methods.record import Costs, find_record
 from ..models.image_processing_vtc import VtcImageProcessor
-from ..models.prompt_vtc import Budget, budgets_per_image, level_within
-from .costs import config_dict, decoder_of, printed_flops, side_of, sub_config, tower_of
-from .methods import Workload, decoder_parts, report_of
+from ..models.prompt_vtc import BY_SCORES, Budget, budgets_per_image, level_within
 from .render import WORTHWHILE, as_table, as_text, binary_bytes, count, flops
 
 # NVIDIA H100 SXM, dense bfloat16
 PEAK_FLOPS = 989e12
 BANDWIDTH = 3.35e12
+# height and width in pixels, where a caller gives none
+_IMAGE_SIZE = (896, 1344)
 
 
 @dataclass
@@ -29,7 +41,7 @@ class Estimate:
         prefill_flops, full_prefill_flops (`float`): of the language model.
         printed_prefill_flops, full_printed_prefill_flops (`float`): the same as papers on pruning print it.
         tower_flops (`float`): of the vision tower, which sees every tile in any case.
-        compressor_flops (`float`): of connectors and router; not part of any ideal. 0 where unknown.
+        compressor_flops (`float`): of connectors and router; not part of any ideal. 0 for models of other packages.
         prefill_speedup (`float`): ideal, language model alone, bound by arithmetic.
         ttft_speedup (`float`): ideal, tower and prefill, bound by arithmetic.
         end_to_end_speedup (`float`): ideal of the whole call on hardware of `peak_flops` and `bandwidth`.
@@ -106,7 +118,7 @@ class Estimate:
 
 def estimate(
     model_or_config: PreTrainedModel | PretrainedConfig | Mapping[str, Any],
-    image_size: tuple[int, int] = (896, 1344),
+    image_size: tuple[int, int] = _IMAGE_SIZE,
     num_text_tokens: int = 64,
     vtc_budget: Budget = 0.5,
     batch_size: int = 1,
@@ -141,11 +153,12 @@ def estimate(
     """
     config = config_dict(model_or_config)
     workload = _workload(config, image_size, num_tiles, image_processor)
-    reserved, kept = _visual_tokens(workload, vtc_budget)
+    costs = costs_of(config, "`estimate`")
+    reserved, kept = _visual_tokens(config, workload, vtc_budget)
     hardware = _Hardware(peak_flops, bandwidth, bytes_per_value)
     tower_flops = batch_size * workload.num_tiles * workload.tower.flops()
     full, compressed = (
-        _call(workload, num_text_tokens, reserved, count, batch_size, max_new_tokens, hardware)
+        _call(workload, costs, num_text_tokens, reserved, count, batch_size, max_new_tokens, hardware)
         for count in (reserved, kept)
     )
     seconds = [tower_flops / peak_flops + call.prefill_seconds + call.decode_seconds for call in (full, compressed)]
@@ -168,7 +181,7 @@ def estimate(
         full_printed_prefill_flops=full.printed_flops,
         printed_prefill_flops=compressed.printed_flops,
         tower_flops=tower_flops,
-        compressor_flops=batch_size * report_of(config).compressor_flops(workload, kept),
+        compressor_flops=batch_size * costs.compressor_flops(workload, kept),
         prefill_speedup=full.prefill_flops / compressed.prefill_flops,
         ttft_speedup=(tower_flops + full.prefill_flops) / (tower_flops + compressed.prefill_flops),
         end_to_end_speedup=seconds[0] / seconds[1],
@@ -176,6 +189,31 @@ def estimate(
     )
     result.notes = _notes(result, compressed.bound_by_weights)
     return result
+
+
+# a model of another package, as if tokens were dropped behind its tower
+_OTHER = Costs(lambda workload, num_kept: 0.0)
+
+
+def costs_of(config: PretrainedConfig | Mapping[str, Any], tool: str) -> Costs:
+    """What a model's method adds to the costs of its parts.
+
+    Args:
+        tool (`str`): who asks, for messages.
+
+    Raises:
+        ValueError: the method's record does not say.
+    """
+    record = find_record(config)
+    return _OTHER if record is None else record.need("costs", tool)
+
+
+def decoder_parts(
+    costs: Costs, config: Any, text: DecoderShape, num_text_tokens: int, num_reserved: int, num_kept: int
+) -> list[tuple[DecoderShape, int]]:
+    """The decoder cut where its length changes: each part, and the tokens that it sees."""
+    layers = costs.layers(config, text.num_layers, num_reserved, num_kept)
+    return [(replace(text, num_layers=count), num_text_tokens + visual) for count, visual in layers]
 
 
 class _Hardware(NamedTuple):
@@ -197,6 +235,7 @@ class _Call(NamedTuple):
 
 def _call(
     workload: Workload,
+    costs: Costs,
     num_text_tokens: int,
     num_reserved: int,
     num_kept: int,
@@ -205,7 +244,7 @@ def _call(
     hardware: _Hardware,
 ) -> _Call:
     text, width = workload.text, hardware.bytes_per_value
-    parts = decoder_parts(workload.config, text, num_text_tokens, num_reserved, num_kept)
+    parts = decoder_parts(costs, workload.config, text, num_text_tokens, num_reserved, num_kept)
     flops = batch_size * sum(part.prefill_flops(length) for part, length in parts)
     weights = text.weight_bytes(batch_size * parts[0][1], width) / hardware.bandwidth
     # every step reads all weights, and the cache as it has grown by then
@@ -246,19 +285,25 @@ def _notes(result: Estimate, bound_by_weights: bool) -> list[str]:
 
 def _workload(
     config: Mapping[str, Any],
-    image_size: tuple[int, int],
-    num_tiles: int | None,
-    image_processor: VtcImageProcessor | None,
+    image_size: tuple[int, int] = _IMAGE_SIZE,
+    num_tiles: int | None = None,
+    image_processor: VtcImageProcessor | None = None,
 ) -> Workload:
-    text, tower, layout = decoder_of(config), tower_of(config), None
+    record = find_record(config)
+    # the config of ours knows what follows from its fields
+    own = config if record is None else record.config.from_dict(dict(config))
+    text, tower, layout, seen = decoder_of(config), tower_of(config), None, image_size
     if num_tiles is None:
         processor = image_processor or _default_processor(config)
         layout = processor.get_tile_layout(*image_size)
         num_tiles = layout.num_tiles
         # a tower without a fixed size goes by what it sees
-        square = tuple(processor.size.values())
-        tower = tower_of(config, square if processor.tiling == "crop" else layout.resized_size)
-    return Workload(config, text, tower, (int(image_size[0]), int(image_size[1])), num_tiles, layout)
+        seen = tuple(processor.size.values()) if processor.tiling == "crop" else layout.resized_size
+        tower = tower_of(config, seen)
+    elif isinstance(tower, ConvTowerShape):
+        seen = tower.image_size
+    height, width = image_size
+    return Workload(own, text, tower, (int(height), int(width)), seen, num_tiles, layout)
 
 
 def _default_processor(config: Mapping[str, Any]) -> VtcImageProcessor:
@@ -273,22 +318,39 @@ def _default_processor(config: Mapping[str, Any]) -> VtcImageProcessor:
     return VtcImageProcessor("dynamic" if internvl else "pad", size)
 
 
-def _visual_tokens(workload: Workload, vtc_budget: Budget) -> tuple[int, int]:
+def _levels(config: Mapping[str, Any], workload: Workload) -> Sequence[int]:
+    """Counts of visual tokens that an image can have, all of them first."""
+    if find_record(config) is not None:
+        (levels,) = workload.config.levels(workload.sizes())
+        return levels
+    # of another package, whose tokens are dropped at will
+    per_tile = config.get("image_seq_length")
+    if per_tile is None:
+        per_tile = workload.tower.num_patches // round(1 / config.get("downsample_ratio", 1)) ** 2
+    return range(workload.num_tiles * per_tile, 0, -1)
+
+
+def _own_level(config: Mapping[str, Any], workload: Workload, levels: Sequence[int]) -> int:
+    """The level of `"auto"`, `BY_SCORES` where only pixels can tell."""
+    return BY_SCORES if find_record(config) is None else workload.config.own_level(levels)
+
+
+def _visual_tokens(config: Mapping[str, Any], workload: Workload, vtc_budget: Budget) -> tuple[int, int]:
     """Reserved and kept visual tokens of one image."""
     (budget,) = budgets_per_image(vtc_budget, 1)
-    report = report_of(workload.config)
-    counts = report.counts(workload)
-    if budget != "auto":
-        levels = sorted(counts, reverse=True)
-        return levels[0], levels[level_within(budget, levels)]
-    if report.auto is None:
+    levels = _levels(config, workload)
+    level = _own_level(config, workload, levels) if budget == "auto" else level_within(budget, levels)
+    if level == BY_SCORES:
         raise ValueError(
             "`vtc_budget='auto'` cannot be estimated, because the router decides from the pixels. Give a share or a "
             "count, or call `count_visual_tokens` on real inputs."
         )
-    return max(counts), report.auto(workload)
+    return levels[0], levels[level]
 
 
 def default_budget(config: PretrainedConfig | Mapping[str, Any]) -> Budget:
-    """`"auto"`, or half of the tokens where `estimate` cannot tell what `"auto"` keeps."""
-    return 0.5 if report_of(config_dict(config)).auto is None else "auto"
+    """`"auto"`, or half of the tokens where `"auto"` keeps all although it need not, or `estimate` cannot tell."""
+    config = config_dict(config)
+    workload = _workload(config)
+    levels = _levels(config, workload)
+    return "auto" if _own_level(config, workload, levels) > 0 or len(levels) == 1 else 0.5

@@ -16,10 +16,12 @@ import transformers
 from rich.console import Group
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
+from ..methods.costs import TowerShape, config_dict, decoder_of, tower_of
+from ..methods.record import record_of
 from ..models.host_vtc import named_cache
-from ..models.prompt_vtc import Budget
-from .costs import TowerShape, config_dict, decoder_of, tower_of
-from .methods import METHODS, decoder_parts, plain_features, report_of
+from ..models.layout_vtc import layout_of_images
+from ..models.prompt_vtc import Budget, VisionInputs
+from .analytic import costs_of, decoder_parts
 from .render import WORTHWHILE, as_table, as_text
 
 
@@ -166,11 +168,8 @@ def bench(
         ValueError: there is no image, no oracle is known for this model or `entry`, the model is in training mode, or
             a number is too small.
     """
-    if report_of(config_dict(model)).connect is None:
-        raise ValueError(
-            f"No oracle is known for models of type {model.config.model_type!r}, only for {sorted(METHODS)}. Load a "
-            "model of hf_vtc."
-        )
+    for part in ("oracle", "costs"):
+        record_of(model.config).need(part, "`bench`")
     if model.training:
         raise ValueError(
             "The model is in training mode, which runs the router and every connector. Call `model.eval()`."
@@ -237,7 +236,7 @@ class _Oracle:
         self.placeholders = inputs["input_ids"].cpu() == model.config.image_token_id
         self.tower_flops = _tower_flops(self.config, inputs)
         self.encode = plain_features(model.model, inputs)
-        self.connect = report_of(self.config).connect(model.model, out)
+        self.connect = record_of(model.config).need("oracle", "`bench`")(model.model, out)
         self._pack(inputs["input_ids"], out.image_hidden_states)
 
     def _pack(self, input_ids: torch.Tensor, visual: torch.Tensor) -> None:
@@ -276,7 +275,7 @@ class _Oracle:
         )
 
     def ideal_speedup(self) -> float:
-        text = decoder_of(self.config)
+        text, costs = decoder_of(self.config), costs_of(self.config, "`bench`")
         own, reserved, kept = (
             mask.sum(1).tolist()
             for mask in (
@@ -289,7 +288,7 @@ class _Oracle:
             sum(
                 part.prefill_flops(length)
                 for row in zip(own, reserved, counts, strict=True)
-                for part, length in decoder_parts(self.config, text, *row)
+                for part, length in decoder_parts(costs, self.model.config, text, *row)
             )
             for counts in (reserved, kept)
         )
@@ -344,6 +343,14 @@ class _Replay:
                 kwargs = {**kwargs, **named_cache(cache)}
             states = layer(states, **kwargs)
         return self.decoder.norm(states)
+
+
+def plain_features(base: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A function that runs the tower without anything that a method adds to it; sizes are on the host before."""
+    names = ("num_tiles", "image_sizes")
+    vision = VisionInputs(inputs["pixel_values"], vtc_budget="full", **{name: inputs.get(name) for name in names})
+    layout = layout_of_images(base.config, vision)
+    return lambda: base.encode(inputs["pixel_values"], layout)
 
 
 def _tower_flops(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) -> float:

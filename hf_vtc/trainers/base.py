@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..methods import RECORDS, record_of
 from .losses import mean_over_items, token_cross_entropy
 from .responses import Responses
 from .sharding import ShardedTrainer
@@ -43,6 +44,22 @@ def train_router_alone(model: PreTrainedModel) -> None:
     model.model.router.requires_grad_(True)
 
 
+def require_method(trainer: type, model: PreTrainedModel | PeftModel) -> None:
+    """Refuse to train a model by the objective of another method; subclasses of such a trainer included.
+
+    Raises:
+        ValueError: records name the trainer, but not that of the model's method.
+    """
+    names = {each.__name__ for each in trainer.__mro__}
+    owners = [record.name for record in RECORDS.values() if names & set(record.trainers or ())]
+    if owners and record_of(model.config).name not in owners:
+        raise ValueError(
+            f"`model` of a {trainer.__name__} must be of the method {' or '.join(owners)}, got `model_type` "
+            f"{model.config.model_type!r}. Make one by `hf_vtc.convert.from_base(base, {owners[0]!r})`, or add the "
+            "trainer to the record of its method."
+        )
+
+
 class VtcTrainer(ShardedTrainer):
     """Base of our trainers. Abstract: `compute_loss` is the objective.
 
@@ -63,7 +80,7 @@ class VtcTrainer(ShardedTrainer):
         kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: an argument would have no effect on this objective.
+        ValueError: an argument would have no effect on this objective, or the model is of another method.
     """
 
     # fields of `TrainingArguments` that do nothing here; an objective on other tokens than the next has more
@@ -73,6 +90,7 @@ class VtcTrainer(ShardedTrainer):
         for name in _TAKEN.keys() & kwargs.keys():
             if kwargs[name] is not None:
                 raise ValueError(f"`{name}` has no effect in {type(self).__name__}: {_TAKEN[name]}. Leave it out.")
+        require_method(type(self), model)
         if args is not None:
             self._prepare_arguments(args)
         super().__init__(model=model, args=args, **kwargs)

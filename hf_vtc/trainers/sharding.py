@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..methods import record_of
 from .checkpoints import CheckpointTrainer
 from .losses import IGNORE_INDEX
 
@@ -61,13 +62,8 @@ def sharded_units(model: PreTrainedModel) -> list[str]:
         model ([`PreTrainedModel`]): our own model, not a wrapper.
     """
     names = set(model._no_split_modules)
-    if model.config.model_type == "vtc_vistog":
-        # semantic tokens run through parts of the tower's layers, which are gathered as a whole only when called so
-        names -= {type(module).__name__ for module in model.model.vision_tower.modules()}
-    if model.config.model_type == "vtc_vico":
-        # in evaluation a connector runs only if a tile needs it
-        names.discard("Connector")
-    return sorted(names)
+    sharding = record_of(model.config).need("sharding", "FSDP")
+    return sorted(names - sharding.left_out(model))
 
 
 class ShardedTrainer(CheckpointTrainer):
@@ -83,12 +79,8 @@ class ShardedTrainer(CheckpointTrainer):
             units = sharded_units(self.unwrap(self.model))
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = units
         sharded_by_zero = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        if sharded_by_zero and self.model.config.model_type == "vtc_convllava":
-            # it gathers the parts of a stage each time they run, which is once per image size
-            raise ValueError(
-                "ConvLLaVA cannot train under ZeRO-3, where processes whose images differ in size would wait for each "
-                "other for ever. Use FSDP2 (examples/accelerate/fsdp2.yaml), DDP, or `zero_stage: 2`."
-            )
+        if sharded_by_zero and (problem := record_of(self.model.config).need("sharding", "ZeRO-3").zero3_problem):
+            raise ValueError(problem)
 
     @property
     def is_sharded(self) -> bool:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from .base import VtcTrainer
+from .base import VtcTrainer, require_method
 from .responses import Responses
 
 GROUPING_PARTS = ("model.semantic_tokens", "model.grouping")
@@ -82,11 +82,7 @@ class VistogTrainer(VtcTrainer):
     ):
         if stage not in (1, 2):
             raise ValueError(f"`stage` must be 1 (alignment) or 2 (instruction tuning), got {stage!r}.")
-        if model.config.model_type != "vtc_vistog":
-            raise ValueError(
-                f"`model` must be a VisToG model, got `model_type` {model.config.model_type!r}. Make one by "
-                "`hf_vtc.convert.from_base(base, 'vistog')`."
-            )
+        require_method(type(self), model)
         if grouping is None:
             grouping = stage == 2 or model.config.stage1_grouping
         self.stage = stage

@@ -7,7 +7,7 @@ import factories
 import pytest
 from upstream_source import load_or_skip
 
-from hf_vtc.models import METHODS
+from hf_vtc.methods import record_named
 
 common = load_or_skip("test_configuration_common")
 
@@ -20,7 +20,7 @@ def test_config(method, check):
     """One step of `ConfigTester.run_common_tests`, as separate tests."""
     case = unittest.TestCase()
     case.model_tester = SimpleNamespace(get_config=lambda: factories.tiny_config(method))
-    config_class = next(each.config for each in METHODS if each.config.model_type == f"vtc_{method}")
+    config_class = record_named(method).config
     # all others are fields of the parts
     fields = ["vision_config", "text_config", "image_token_id", "image_seq_length", "vision_feature_layer"]
     config = factories.tiny_config(method)

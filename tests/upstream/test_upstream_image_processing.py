@@ -22,7 +22,7 @@ class ImageProcessorTester(common.ImageProcessingTester):
         return {"pil": VtcImageProcessor}
 
     def prepare_image_processor_dict(self):
-        fields = {**factories.TINY_PROCESSORS[self.parent.method], **self.parent.overrides}
+        fields = {**factories.TINY[self.parent.method].processor, **self.parent.overrides}
         fields = {name: value for name, value in fields.items() if name in TilingSettings.__dataclass_fields__}
         if "image_grid_pinpoints" in fields:
             fields["image_grid_pinpoints"] = [list(pair) for pair in fields["image_grid_pinpoints"]]

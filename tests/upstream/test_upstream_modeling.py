@@ -7,18 +7,18 @@ import factories
 import torch
 from upstream_source import load_or_skip
 
-from hf_vtc.models import METHODS
+from hf_vtc.methods import RECORDS, record_named
 
 common = load_or_skip("test_modeling_common")
 
 # its class lists are lists of names, and tell base models, labels and shifted losses apart
 common.MODEL_MAPPING_NAMES = {
     **common.MODEL_MAPPING_NAMES,
-    **{entry.config.model_type: entry.model.__name__ for entry in METHODS},
+    **{entry.config.model_type: entry.model.__name__ for entry in RECORDS.values()},
 }
 common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES = {
     **common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    **{entry.config.model_type: entry.head.__name__ for entry in METHODS},
+    **{entry.config.model_type: entry.head.__name__ for entry in RECORDS.values()},
 }
 
 
@@ -107,7 +107,8 @@ class ModelSuite(common.ModelTesterMixin):
 
     @property
     def all_model_classes(self):
-        return next((each.model, each.head) for each in METHODS if each.config.model_type == f"vtc_{self.method}")
+        record = record_named(self.method)
+        return record.model, record.head
 
     @property
     def skip_test_image_features_output_shape(self):

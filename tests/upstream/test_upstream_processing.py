@@ -40,7 +40,7 @@ class ProcessorSuite(common.ProcessorTesterMixin):
 
     @classmethod
     def prepare_processor_dict(cls):
-        fields = factories.TINY_PROCESSORS[cls.method]
+        fields = factories.TINY[cls.method].processor
         return {name: value for name, value in fields.items() if name not in TilingSettings.__dataclass_fields__}
 
     def setUp(self):

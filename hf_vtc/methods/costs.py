@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
+
+from ..models.tiling_vtc import ImageSizes, TileLayout
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,55 @@ class ConvTowerShape:
                 total += self._grid(stage) * 4 * self.widths[stage - 1] * width
             total += self._grid(stage) * depth * (49 * width + 8 * width**2)
         return 2.0 * total
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One image and the model that sees it: what counts and costs depend on.
+
+    Args:
+        config (`VtcConfig` or another config): of the model; of a model of another package as it is.
+        image_size (`tuple[int, int]`): (height, width) in pixels.
+        seen_size (`tuple[int, int]`): the same as a tower without a fixed size sees it.
+        num_tiles (`int`): tiles of the image, the thumbnail included.
+        layout (`TileLayout`, *optional*): how it is cut; None where only `num_tiles` is known.
+    """
+
+    config: Any
+    text: DecoderShape
+    tower: TowerShape | ConvTowerShape
+    image_size: tuple[int, int]
+    seen_size: tuple[int, int]
+    num_tiles: int
+    layout: TileLayout | None = None
+
+    @property
+    def num_features(self) -> int:
+        """Features of all tiles behind the connector's pixel shuffle: visual tokens but for newlines of a map."""
+        return self.num_tiles * self.config.image_seq_length
+
+    def sizes(self) -> ImageSizes:
+        """The image as a config of ours counts its tokens.
+
+        Raises:
+            ValueError: it is not known how the image is cut.
+        """
+        if not self.config.sees_tiles:
+            return ImageSizes(None, torch.tensor([self.seen_size]), None)
+        num_tiles = torch.tensor([self.num_tiles])
+        if self.config.mm_patch_merge_type == "flat":
+            return ImageSizes(num_tiles, None, None)
+        if self.layout is None:
+            raise ValueError(
+                "`num_tiles` alone does not tell the token count of a model that joins tiles to a map. Give "
+                "`image_size`, and `image_processor` if it cuts images otherwise than the config says."
+            )
+        return self.config.joined_sizes(num_tiles, torch.tensor([self.layout.image_size]))
+
+    def projector_flops(self, num_tokens: int) -> float:
+        """FLOPs of LLaVA's or InternVL's two linear layers for this many visual tokens."""
+        fold = self.config.shuffle_factor**2
+        return linear_flops(num_tokens, fold * self.tower.width, self.text.width, self.text.width)
 
 
 def tower_of(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> TowerShape | ConvTowerShape:

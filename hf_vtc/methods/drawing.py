@@ -1,0 +1,133 @@
+"""What records need to say what is drawn of a method: an image with its tiles, and how each tile looks."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..models.tiling_vtc import TileLayout, joined_order, unpadded_grids
+
+Colour = tuple[int, int, int]
+# Okabe-Ito: told apart by readers with any colour vision
+FULL_COLOUR = (0, 114, 178)
+COMPRESSED_COLOUR = (213, 94, 0)
+
+
+@dataclass
+class Tile:
+    """How one tile is drawn.
+
+    Args:
+        colour (`Colour`): of the frame.
+        cells (`np.ndarray` of shape `(rows, columns)`, *optional*): which visual token each cell belongs to, -1 for
+            none. Lines separate the cells of different tokens.
+        label (`str`, *optional*): in the corner.
+        veiled (`bool`): under white.
+        filled (`bool`): every token of `cells` in a colour of its own.
+        covered (`tuple[float, float]`): share of the tile's height and width that `cells` cover, from the top left.
+    """
+
+    colour: Colour
+    cells: np.ndarray | None = None
+    label: str | None = None
+    veiled: bool = False
+    filled: bool = False
+    covered: tuple[float, float] = (1.0, 1.0)
+
+
+class Drawing(NamedTuple):
+    """The tiles of an image in the order of its layout, and lines of (colour of the swatch or None, text)."""
+
+    tiles: list[Tile]
+    legend: list[tuple[Colour | None, str]]
+
+
+@dataclass
+class Kept:
+    """One image of a call; fields are the arguments of `overlay`."""
+
+    layout: TileLayout
+    output: Any
+    config: Any
+    image_idx: int
+    num_tiles: list[int] | None
+    tokens_per_tile: tuple[int, int] | None
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Visual tokens that the image keeps; None if only decisions are known."""
+        if isinstance(self.output, (torch.Tensor, list, tuple)):
+            return None
+        counts = self.output.num_visual_tokens
+        if counts is None:
+            raise ValueError("`output` holds no `num_visual_tokens`. Pass the output of a forward with images.")
+        self.check_image(len(counts))
+        return int(counts[self.image_idx])
+
+    def decisions(self, what: str, dtype: torch.dtype, ndim: int) -> torch.Tensor:
+        """The method's decisions on the CPU, of all images.
+
+        Args:
+            what (`str`): what each of them is, for the error message.
+        """
+        decisions = self.output
+        if not isinstance(self.output, (torch.Tensor, list, tuple)):
+            decisions = self.output.router_decisions
+        if decisions is None:
+            raise ValueError("`output` holds no `router_decisions`. Pass the output of a forward with images.")
+        decisions = torch.as_tensor(decisions).cpu()
+        if decisions.dtype != dtype or decisions.ndim != ndim:
+            raise ValueError(
+                f"`output` must hold {what}, got {decisions.dtype} of shape {tuple(decisions.shape)}. Pass "
+                "`config=model.config` of the model that gave it."
+            )
+        return decisions
+
+    def own_tiles(self, decisions: torch.Tensor) -> torch.Tensor:
+        """Decisions about the tiles of this image."""
+        counts = [len(decisions)] if self.num_tiles is None else self.num_tiles
+        own, idx = self.layout.num_tiles, self.image_idx
+        if sum(counts) != len(decisions) or not 0 <= idx < len(counts) or counts[idx] != own:
+            height, width = self.layout.image_size
+            raise ValueError(
+                f"Image {idx} of {height} x {width} pixels has {own} tiles, but the decisions are for {counts} tiles "
+                f"per image ({len(decisions)} together). Pass the `processor` that cut the images, and its "
+                "`num_tiles` if there are several."
+            )
+        first = sum(counts[:idx])
+        return decisions[first : first + own]
+
+    def check_image(self, num_images: int) -> None:
+        """Raise unless the image is one of `num_images`."""
+        if not 0 <= self.image_idx < num_images:
+            raise ValueError(f"`image_idx` must be from 0 to {num_images - 1}, got {self.image_idx}.")
+
+
+def colour_of(compressed: bool) -> Colour:
+    return COMPRESSED_COLOUR if compressed else FULL_COLOUR
+
+
+def kept_line(kept: int, reserved: int) -> tuple[None, str]:
+    return None, f"kept {kept} of {reserved} visual tokens ({reserved / kept:.2f} x fewer)"
+
+
+def cells_of(sources: torch.Tensor, tokens: torch.Tensor, num_tiles: int, grid: tuple[int, int]) -> list[np.ndarray]:
+    """Cells of every tile: `sources` are indices into all cells (-1 for none), `tokens` what stands there."""
+    cells = torch.full((num_tiles * grid[0] * grid[1],), -1)
+    cells[sources[sources >= 0]] = tokens[sources >= 0]
+    return list(cells.reshape(num_tiles, *grid).numpy())
+
+
+def token_sequence(layout: TileLayout, grid: tuple[int, int], rule: str | None) -> torch.Tensor:
+    """Which cell of an image, tile by tile, each of its visual tokens is; -1 for a newline.
+
+    Args:
+        grid (`tuple[int, int]`): (rows, columns) of tokens in a tile.
+        rule (`str`, *optional*): how padding is cut off where tiles are joined to a map; None: they are not.
+    """
+    if rule is None or layout.num_tiles == 1:
+        return torch.arange(layout.num_tiles * grid[0] * grid[1])
+    size, tiles = torch.tensor([layout.image_size]), torch.tensor([layout.grid])
+    (kept,) = unpadded_grids(size, tiles, grid, rule).tolist()
+    return joined_order(layout.grid, grid, tuple(kept))

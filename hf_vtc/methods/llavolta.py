@@ -1,0 +1,84 @@
+"""LLaVolta: images get shorter before a decoder layer."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..models.configuration_llavolta import LlavoltaConfig
+from ..models.modeling_compressors_llavolta import consecutive_windows, square_windows, strided_picks
+from ..models.modeling_llavolta import LlavoltaForConditionalGeneration, LlavoltaModel
+from .costs import Workload
+from .drawing import Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
+from .record import Base, Costs, Record, Sharding, connect_all, register
+
+
+def compressor_flops(workload: Workload, num_kept: int) -> float:
+    """The projector, which sees every token."""
+    return workload.projector_flops(workload.num_features)
+
+
+def layers(config: LlavoltaConfig, num_layers: int, num_reserved: int, num_kept: int) -> list[tuple[int, int]]:
+    """Layers before the one that shortens images see all of their tokens."""
+    num_long = max(config.compress_layer_idx, 0)
+    parts = [(num_long, num_reserved), (num_layers - num_long, num_kept)]
+    return [part for part in parts if part[0] > 0]
+
+
+def draw(kept: Kept) -> Drawing:
+    """The patches that become one token, in a colour of their own."""
+    config, layout, count = kept.config, kept.layout, kept.num_tokens
+    side = math.isqrt(config.image_seq_length)
+    rule = config.unpad_rule if config.mm_patch_merge_type == "spatial_unpad" else None
+    order = token_sequence(layout, (side, side), rule)
+    strides = (stride for stride in range(1, len(order) + 1) if config.kept_tokens(len(order), stride) == count)
+    stride = next(strides)
+    windows = {
+        "avgpool1d": lambda: consecutive_windows(len(order), stride),
+        "uniform": lambda: strided_picks(len(order), stride),
+        "avgpool2d": lambda: square_windows(len(order), stride, side),
+    }
+    # the other compressors choose by content, of which the output says nothing
+    known = config.compressor in windows
+    members = windows[config.compressor]() if known else torch.arange(len(order))[:, None]
+    tokens = torch.arange(len(members)).repeat_interleave(members.shape[1])
+    cells = cells_of(order[members.flatten()], tokens, layout.num_tiles, (side, side))
+    compressed = stride > 1
+    layer_idx = config.compress_layer_idx
+    where = f"before layer {layer_idx}" if layer_idx >= 0 else "before the decoder"
+    legend = [
+        (colour_of(compressed), f"{config.compressor} by {stride} {where}" if compressed else "no compression"),
+        kept_line(count, len(order)),
+    ]
+    return Drawing([Tile(colour_of(compressed), each, filled=known and compressed) for each in cells], legend)
+
+
+def official_fields(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Settings where a file has them; the original code takes them from the command line."""
+    if "grouping" not in config:
+        return {}
+    if config["grouping"] == "none":
+        return {"compress_stride": 1}
+    found = {"compress_layer_idx": config.get("layer"), "compress_stride": config.get("stride")}
+    fields = {name: value for name, value in found.items() if value is not None}
+    if "compress_layer_idx" in fields:
+        # the original's default, 33, means never
+        fields["compress_layer_idx"] = min(fields["compress_layer_idx"], num_layers)
+    return fields
+
+
+RECORD = register(
+    Record(
+        LlavoltaConfig,
+        LlavoltaModel,
+        LlavoltaForConditionalGeneration,
+        costs=Costs(compressor_flops, layers),
+        oracle=connect_all,
+        draw=draw,
+        compressor=lambda config: ("model.multi_modal_projector",),
+        base=Base(kinds=("internvl", "llava", "llava_next"), official_fields=official_fields),
+        sharding=Sharding(),
+        trainers=("LlavoltaTrainer",),
+    )
+)

@@ -1,0 +1,88 @@
+"""ViCO: each tile through one of two connectors."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..models.configuration_vico import VicoConfig
+from ..models.modeling_vico import VicoForConditionalGeneration, VicoModel
+from .costs import Workload, linear_flops
+from .drawing import Drawing, Kept, Tile, colour_of, kept_line
+from .record import Base, Costs, Record, Sharding, register
+
+
+def compressor_flops(workload: Workload, num_kept: int) -> float:
+    """Both connectors and the router."""
+    config, width, out = workload.config, workload.tower.width, workload.text.width
+    full, small, fold = config.image_seq_length, config.compressed_seq_length, config.shuffle_factor**2
+    num_compressed = (workload.num_features - num_kept) // (full - small)
+    connectors = workload.projector_flops(full * (workload.num_tiles - num_compressed))
+    connectors += linear_flops(small * num_compressed, fold**2 * width, 2 * out, 2 * out, out)
+    # four attentions of one query, each of four projections and of all patches in every head; four feed-forwards
+    router = linear_flops(16, width, width) + linear_flops(4, width, 4 * width, width)
+    router += 4 * 4.0 * config.router_num_heads * workload.tower.num_patches * width
+    return connectors + workload.num_tiles * router
+
+
+def oracle(base: torch.nn.Module, output: Any) -> Callable[[torch.Tensor], None]:
+    """Each tile through the connector that it needs."""
+    decisions, parts = output.router_decisions, []
+    for connector, chosen in ((base.multi_modal_projector, ~decisions), (base.compressed_projector, decisions)):
+        tiles = chosen.nonzero().flatten()
+        if len(tiles) > 0:
+            parts.append((connector, None if len(tiles) == len(decisions) else tiles))
+
+    def run(features: torch.Tensor) -> None:
+        for connector, tiles in parts:
+            connector(features if tiles is None else features[tiles])
+
+    return run
+
+
+def draw(kept: Kept) -> Drawing:
+    """Full tiles as they are, compressed ones veiled under the grid of what they keep."""
+    own = kept.own_tiles(kept.decisions("one truth value per tile", torch.bool, 1)).tolist()
+    full, small = kept.tokens_per_tile or (None, None)
+    if kept.config is not None:
+        full, small = kept.config.image_seq_length, kept.config.compressed_seq_length
+    grid = math.isqrt(small) if small else 4
+    tiles = []
+    for compressed in own:
+        count = small if compressed else full
+        label = None if count is None else str(count)
+        cells = np.arange(grid**2).reshape(grid, grid) if compressed else None
+        tiles.append(Tile(colour_of(compressed), cells, label, veiled=compressed))
+    legend = []
+    for compressed, name, each in ((False, "full", full), (True, "compressed", small)):
+        count = own.count(compressed)
+        tokens = f", {each} visual tokens each" if each is not None and count else ""
+        legend.append((colour_of(compressed), f"{name}: {count} of {len(own)} tiles{tokens}"))
+    if full is not None and small is not None:
+        legend.append(kept_line(full * own.count(False) + small * own.count(True), full * len(own)))
+    return Drawing(tiles, legend)
+
+
+RECORD = register(
+    Record(
+        VicoConfig,
+        VicoModel,
+        VicoForConditionalGeneration,
+        costs=Costs(compressor_flops),
+        oracle=oracle,
+        draw=draw,
+        compressor=lambda config: ("model.multi_modal_projector", "model.compressed_projector", "model.router"),
+        base=Base(
+            kinds=("internvl",),
+            fresh_modules=("model.compressed_projector", "model.router"),
+            fresh_fields={"flash_mode": False},
+            fresh_note="A base checkpoint: the compressed connector and the router are freshly initialised and "
+            "routing is off (`flash_mode=False`). Train them before switching it on.",
+        ),
+        # in evaluation a connector runs only if a tile needs it
+        sharding=Sharding(left_out=lambda model: {"Connector"}),
+        trainers=("VicoConsistencyTrainer", "VicoRouterTrainer"),
+    )
+)
