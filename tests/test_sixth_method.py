@@ -76,6 +76,7 @@ def test_a_method_without_a_record_fails_at_import(without_record):
 )
 def test_tests_of_all_methods_pass_on_it(repository, files):
     paths = [f"tests/{name}.py" for name in files.split()]
-    # where nothing is selected pytest fails
-    result = run_in(repository, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "pruning or factory", *paths)
+    result = run_in(repository, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "pruning or factory", *paths)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    passed = {line.split("::")[0] for line in result.stdout.splitlines() if " PASSED" in line}
+    assert passed == set(paths)
