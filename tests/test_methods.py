@@ -15,7 +15,7 @@ import hf_vtc.trainers
 from hf_vtc import bench, estimate
 from hf_vtc.convert import convert, from_base
 from hf_vtc.hub import export
-from hf_vtc.lora import default_lora_config, quantization_config
+from hf_vtc.lora import default_lora_config, full_precision_modules
 from hf_vtc.methods import RECORDS, find_record, record_named, record_of, register, vico
 from hf_vtc.plot import overlay
 from hf_vtc.trainers import VistogTrainer, VtcTrainer
@@ -108,7 +108,7 @@ class Tools:
         default_lora_config(self.model)
 
     def quantization(self):
-        quantization_config(self.model)
+        full_precision_modules(self.model.config)
 
     def export(self):
         export(self.model, tiny_processor("vico"), self.folder / "exported", check=False)
