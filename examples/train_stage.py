@@ -25,7 +25,7 @@ from transformers import AutoProcessor, PreTrainedModel, TrainingArguments, set_
 import hf_vtc.trainers
 from hf_vtc import AutoModelForVision2Seq
 from hf_vtc.data import VtcCollator, load_records
-from hf_vtc.methods import record_of
+from hf_vtc.methods import record_named, record_of
 from hf_vtc.trainers import VtcTrainer
 from hf_vtc.trainers.convllava import add_stage
 from hf_vtc.trainers.schedule import Stage
@@ -141,9 +141,9 @@ def build_trainer(
         ValueError: the model is of another method, or a part to train does not exist.
     """
     trainer = trainer_class(recipe)
-    method = record_of(model.config).name
-    if method != recipe["method"]:
-        raise ValueError(f"The recipe is for {recipe['method']!r}, but the model is {method!r}.")
+    record = record_named(recipe["method"])
+    if record_of(model.config) is not record:
+        raise ValueError(f"The recipe is for {record.model_type!r}, but the model is {model.config.model_type!r}.")
     if "add_stage" in recipe:
         add_stage(model, **recipe["add_stage"])
     options = dict(recipe.get("options", {}))
