@@ -351,6 +351,8 @@ def _visual_tokens(config: Mapping[str, Any], workload: Workload, vtc_budget: Bu
 def default_budget(config: PretrainedConfig | Mapping[str, Any]) -> Budget:
     """`"auto"`, or half of the tokens where `"auto"` keeps all although it need not, or `estimate` cannot tell."""
     config = config_dict(config)
+    if find_record(config) is None:
+        return 0.5
     workload = _workload(config)
     levels = _levels(config, workload)
     return "auto" if _own_level(config, workload, levels) > 0 or len(levels) == 1 else 0.5
