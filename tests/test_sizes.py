@@ -373,7 +373,6 @@ def test_size_of_the_model(published, model):
     fresh = sum(
         p.numel() for name, p in model.named_parameters() if published.fresh and name.startswith(published.fresh)
     )
-    # the placeholder gets no row of embeddings and head where the original has none
     assert total == stored + fresh
 
 
