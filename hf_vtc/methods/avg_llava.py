@@ -25,9 +25,9 @@ def draw(kept: Kept) -> Drawing:
     config, layout = kept.config, kept.layout
     decisions = kept.decisions("one granularity per image", torch.long, 1)
     kept.check_image(len(decisions))
-    granularity_idx, scales = int(decisions[kept.image_idx]), config.vis_token_granularity
+    granularity_idx, grids = int(decisions[kept.image_idx]), config.granularity_grids
+    scales = [rows * columns for rows, columns in grids]
     rule = config.unpad_rule if config.mm_patch_merge_type == "spatial_unpad" else None
-    grids = config.granularity_grids
     order, finest = (token_sequence(layout, grid, rule) for grid in (grids[granularity_idx], grids[-1]))
     cells = cells_of(order, order, layout.num_tiles, grids[granularity_idx])
     compressed = granularity_idx < len(scales) - 1
