@@ -37,7 +37,7 @@ def bench(
 ) -> None:
     """Measure the time to the first token, beside what was possible. Several images form one prompt.
 
-    Default budget: auto, or 0.5 where auto depends on the pixels.
+    Default budget: auto, or 0.5 where auto depends on the pixels or keeps all although it need not.
     """
     chosen = parse_budget(budget)
     check_dtype(dtype)

@@ -25,7 +25,7 @@ def estimate(
 ) -> None:
     """Say what compression can save at best: tokens, memory, arithmetic, time.
 
-    Default budget: auto, or 0.5 where auto depends on the pixels.
+    Default budget: auto, or 0.5 where auto depends on the pixels or keeps all although it need not.
     """
     chosen = parse_budget(budget)
     size = re.fullmatch(r"(\d+)\s*[xX,]\s*(\d+)", image_size.strip())
