@@ -102,6 +102,13 @@ class RouterLayer(nn.Module):
         return attended.transpose(0, 1) if self.across_tiles else attended
 
 
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm in float32, whatever the dtype of its weights."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class GranularityRouter(nn.Module):
     """Logits over granularities, one row per image, from all granularities and the filtered text.
 
@@ -122,7 +129,7 @@ class GranularityRouter(nn.Module):
         self.linear_2 = nn.Linear(width, num_granularities)
         self.act = nn.GELU()
         self.voter = nn.Parameter(torch.empty(length, 1))
-        self.norm = nn.LayerNorm(num_granularities, eps=1e-5)
+        self.norm = WideLayerNorm(num_granularities, eps=1e-5)
 
     def forward(
         self, pyramid: list[torch.Tensor], text: torch.Tensor, image_of_tile: torch.Tensor, num_tiles: torch.Tensor
@@ -143,8 +150,7 @@ class GranularityRouter(nn.Module):
         images = torch.arange(len(num_tiles), device=num_tiles.device)
         members = (images[:, None] == image_of_tile).to(votes.dtype)
         mean_votes = members @ votes / num_tiles.clamp(min=1)[:, None]
-        norm = self.norm
-        return F.layer_norm(mean_votes, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        return self.norm(mean_votes)
 
     def token_logits(
         self, pyramid: list[torch.Tensor], text: torch.Tensor, image_of_tile: torch.Tensor

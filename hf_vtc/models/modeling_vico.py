@@ -12,6 +12,9 @@ three of the four pooling steps; `attn3`, `attn4`, `norm3`, `norm4` exist in che
 are buffers, which nothing trains.
 """
 
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -77,8 +80,9 @@ def most_compressible(p_compress: torch.Tensor, num_compressed: int) -> torch.Te
 class SingleQueryAttention(nn.Module):
     """Multi-head attention of one query per tile over the tile's features, biases everywhere, no mask.
 
-    Equal to `torch.nn.MultiheadAttention` up to rounding. Since there is one query only, the key projection is folded
-    into it and the value projection runs after pooling: `C / heads` times fewer operations than projecting N features.
+    Equal to `torch.nn.MultiheadAttention` up to rounding. Since there is one query only, the value projection runs
+    after pooling: N / heads times fewer operations than projecting N features. Keys depend on the features alone, so
+    that several queries share them.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -89,16 +93,23 @@ class SingleQueryAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, query: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Attend with `query` `(T, C)` over `features` `(T, N, C)`; returns `(T, C)`."""
-        heads = (self.num_heads, -1)
-        queries = self.q_proj(query).unflatten(-1, heads)  # (T, heads, C / heads)
-        folded = torch.einsum("thd,hdc->thc", queries, self.k_proj.weight.unflatten(0, heads))
-        constant = (queries * self.k_proj.bias.unflatten(0, heads)).sum(-1, keepdim=True)
-        scores = (folded @ features.transpose(1, 2) + constant) * queries.shape[-1] ** -0.5  # (T, heads, N)
-        pooled = scores.softmax(-1) @ features  # (T, heads, C)
-        values = torch.einsum("thc,hdc->thd", pooled, self.v_proj.weight.unflatten(0, heads))
-        return self.out_proj(values.flatten(1) + self.v_proj.bias)
+    def keys(self, features: torch.Tensor) -> torch.Tensor:
+        """Keys `(T, heads, C / heads, N)` of features `(T, N, C)`."""
+        return self.k_proj(features).unflatten(-1, (self.num_heads, -1)).permute(0, 2, 3, 1)
+
+    def forward(self, query: torch.Tensor, features: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend with `query` `(T, C)` over `features` `(T, N, C)`; returns `(T, C)`.
+
+        Args:
+            keys (`torch.Tensor`, *optional*): as `keys` gives them for these features.
+        """
+        keys = self.keys(features) if keys is None else keys
+        queries = self.q_proj(query).unflatten(-1, (self.num_heads, 1, -1))  # (T, heads, 1, C / heads)
+        scores = queries @ keys * queries.shape[-1] ** -0.5  # (T, heads, 1, N)
+        pooled = scores[:, :, 0].softmax(-1) @ features  # (T, heads, C)
+        # the weights of a head add up to one, and so do its shares of the bias
+        values = self.v_proj(pooled).unflatten(-1, (self.num_heads, -1))  # (T, heads, heads, C / heads)
+        return self.out_proj(values.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1))
 
 
 class RouterBlock(nn.Module):
@@ -118,16 +129,66 @@ class RouterBlock(nn.Module):
 
 
 class UnusedWeights(nn.Module):
-    """Weight and bias that checkpoints hold and no output depends on.
+    """Tensors that checkpoints hold and no output depends on.
 
     Buffers, so that they load and save under their names, follow the model's dtype and device, and are no parameters
-    for which an optimizer, an adapter or distributed training would wait.
+    for which an optimizer, an adapter or distributed training would wait. A name may have a dot: there is no module
+    `q_proj` then, which adapters and quantisers would take for a layer, but who loads weights finds one to put them in.
+
+    Args:
+        shapes (`dict[str, tuple[int, ...]]`): of each tensor.
     """
 
-    def __init__(self, *shape: int):
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
-        self.register_buffer("weight", torch.zeros(shape))
-        self.register_buffer("bias", torch.zeros(shape[:1]))
+        for name, shape in shapes.items():
+            self._buffers[name] = torch.zeros(shape)
+
+    def __getattr__(self, name: str) -> Any:
+        buffers = self.__dict__.get("_buffers", {})
+        if any(each.startswith(f"{name}.") for each in buffers):
+            return _PartOfUnusedWeights(buffers, f"{name}.")
+        return super().__getattr__(name)
+
+
+class _PartOfUnusedWeights(nn.Module):
+    """Those of `UnusedWeights` whose names begin with a prefix, without it; for those who load them one by one."""
+
+    def __init__(self, whole: dict[str, torch.Tensor], prefix: str):
+        super().__init__()
+        self._buffers = _Prefixed(whole, prefix)
+
+
+class _Prefixed(MutableMapping):
+    """The entries of a dictionary whose names begin with a prefix, without it."""
+
+    def __init__(self, whole: dict[str, torch.Tensor], prefix: str):
+        self.whole = whole
+        self.prefix = prefix
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.whole[self.prefix + name]
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        self.whole[self.prefix + name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.whole[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in list(self.whole) if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _affine_shapes(*shape: int) -> dict[str, tuple[int, ...]]:
+    return {"weight": shape, "bias": shape[:1]}
+
+
+def _attention_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    projections, affine = ("q_proj", "k_proj", "v_proj", "out_proj"), _affine_shapes(width, width)
+    return {f"{projection}.{name}": shape for projection in projections for name, shape in affine.items()}
 
 
 class VisionResolutionRouter(nn.Module):
@@ -144,9 +205,7 @@ class VisionResolutionRouter(nn.Module):
             if idx <= 2:
                 attention, norm = SingleQueryAttention(width, config.router_num_heads), nn.LayerNorm(width, eps=1e-5)
             else:
-                projections = ("q_proj", "k_proj", "v_proj", "out_proj")
-                attention = nn.ModuleDict({name: UnusedWeights(width, width) for name in projections})
-                norm = UnusedWeights(width)
+                attention, norm = UnusedWeights(_attention_shapes(width)), UnusedWeights(_affine_shapes(width))
             self.add_module(f"attn{idx}", attention)
             self.add_module(f"norm{idx}", norm)
             self.add_module(f"block{idx}", RouterBlock(width, config.connector_dropout))
@@ -157,8 +216,9 @@ class VisionResolutionRouter(nn.Module):
         """Pool `(T, N, C)` to `(T, C)` by four cross attentions, the second of which runs three times."""
         query = self.query_token.expand(features.shape[0], -1)
         query = self.norm1(self.attn1(query, features))
+        keys = self.attn2.keys(features)
         for _ in range(3):
-            query = self.norm2(self.attn2(query, features))
+            query = self.norm2(self.attn2(query, features, keys))
         return query
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -177,12 +237,12 @@ class VicoInit:
         if isinstance(module, VisionResolutionRouter):
             nn.init.normal_(module.query_token, std=0.02)
         elif isinstance(module, UnusedWeights):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-            if module.weight.ndim == 2:
-                # drawn for the layer that it stands for, or a seed would give the layers behind it other values than
-                # in the published trainings
-                torch.empty_like(module.weight).normal_()
+            for tensor in module.buffers(recurse=False):
+                nn.init.zeros_(tensor)
+                if tensor.ndim == 2:
+                    # drawn for the layer that it stands for, or a seed would give the layers behind it other values
+                    # than in the published trainings
+                    torch.empty_like(tensor).normal_()
 
 
 class VicoSteps(VicoInit):

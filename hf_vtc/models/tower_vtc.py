@@ -77,6 +77,25 @@ def _reads_output(tower: nn.Module, feature_layer: int) -> bool:
     return feature_layer == -1 and tower.config.model_type not in ("clip_vision_model", "siglip_vision_model")
 
 
+class UnshuffleLayerNorm(nn.LayerNorm):
+    """Fold `factor` x `factor` neighbours of square grids `(T, N, C)` into channels, and LayerNorm over these.
+
+    Args:
+        width (`int`): channels after folding.
+        factor (`int`): side of what is folded.
+        version (`str`): channel order, see `ops_vtc.unshuffle_layernorm`.
+    """
+
+    def __init__(self, width: int, factor: int, version: str):
+        super().__init__(width, eps=1e-5)
+        self.factor = factor
+        self.version = version
+
+    def forward(self, features: torch.Tensor, tiles: torch.LongTensor | None = None) -> torch.Tensor:
+        """Of all grids, or of those that `tiles` `(T',)` names, each once."""
+        return unshuffle_layernorm(features, self.factor, self.weight, self.bias, self.eps, self.version, tiles)
+
+
 class Connector(nn.Module):
     """A stack of linear layers: `(T, N, C)` to `(T, N / factor^2, D)`.
 
@@ -94,10 +113,8 @@ class Connector(nn.Module):
 
     def __init__(self, config: VtcConfig, widths: list[int], factor: int = 1, dropout: float = 0.0):
         super().__init__()
-        self.factor = factor
-        self.version = config.ps_version
         folded = config.vision_config.hidden_size * factor**2
-        self.layer_norm = nn.LayerNorm(folded, eps=1e-5) if factor > 1 else None
+        self.layer_norm = UnshuffleLayerNorm(folded, factor, config.ps_version) if factor > 1 else None
         self.act = ACT2FN[config.projector_hidden_act]
         self.dropout = nn.Dropout(dropout)
         self.num_layers = len(widths)
@@ -106,11 +123,10 @@ class Connector(nn.Module):
 
     def forward(self, features: torch.Tensor, tiles: torch.LongTensor | None = None) -> torch.Tensor:
         """Project `features` `(T, N, C)`, or the tiles of them that `tiles` `(T',)` names, each once."""
-        norm = self.layer_norm
-        if norm is None:
+        if self.layer_norm is None:
             states = features if tiles is None else features[tiles]
         else:
-            states = unshuffle_layernorm(features, self.factor, norm.weight, norm.bias, norm.eps, self.version, tiles)
+            states = self.layer_norm(features, tiles)
         states = self.linear_1(states)
         for idx in range(2, self.num_layers + 1):
             states = self.get_submodule(f"linear_{idx}")(self.dropout(self.act(states)))
