@@ -157,6 +157,12 @@ HOST_NAMES = [
     *_rows("convert/__init__.py convert/plan.py report/measured.py", "config:_attn_implementation"),
     # torch
     *_rows(
+        "models/modeling_vico.py",
+        "torch.nn:Module._load_from_state_dict(strict)",
+        "torch.nn:Module()._buffers",
+        seen="torch 2.10 to 2.13",
+    ),
+    *_rows(
         "models/kernels_vtc.py",
         "torch:_C._dispatch_has_kernel_for_dispatch_key",
         "torch:ops.aten._softmax_backward_data",

@@ -462,7 +462,13 @@ def test_attention_scores_are_those_of_the_layer(decoder):
         layers, rotary = model.get_decoder().layers, model.get_decoder().rotary_emb
         states = seen.states[1]
         real = batch["attention_mask"].bool()
-        scores = last_token_attention(layers[1], states, rotary(states, seen.positions[1]), real)
+        attention, normed = layers[1].self_attn, layers[1].input_layernorm(states)
+        parts = dict(attention.named_children())
+        queries, keys = (
+            parts.get(f"{name}_norm", torch.nn.Identity())(parts[f"{name}_proj"](normed).unflatten(-1, (-1, attention.head_dim)))
+            for name in ("q", "k")
+        )
+        scores = last_token_attention(attention, queries, keys, rotary(states, seen.positions[1]), real)
     # left-padded: the last column is the last token of every row
     torch.testing.assert_close(scores, out.attentions[1][:, :, -1].mean(1), rtol=1e-4, atol=1e-6)
 

@@ -175,10 +175,11 @@ def _run_scored(
     if not plan.reads_attention:
         return run.layers(embeds, 0, split, attention_mask, position_ids, past), None
     states = run.layers(embeds, 0, split - 1, attention_mask, position_ids, past)
-    real = plan.real.to(states.device, non_blocking=True)
     rotary = run.decoder.rotary_emb(states, position_ids)
-    scores = last_token_attention(run.decoder.layers[split - 1], states, rotary, real)
-    return run.layers(states, split - 1, split, attention_mask, position_ids, past), scores
+    attention = run.decoder.layers[split - 1].self_attn
+    with _recorded_queries_and_keys(attention) as recorded:
+        states = run.layers(states, split - 1, split, attention_mask, position_ids, past)
+    return states, last_token_attention(attention, *recorded, rotary, plan.real)
 
 
 def _cache_layout(
@@ -190,35 +191,54 @@ def _cache_layout(
     return CacheLayout(plan.layer_idx, num_dropped, prompt_mask, full_length - plan.num_behind)
 
 
+@contextmanager
+def _recorded_queries_and_keys(attention: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect queries and keys of an attention module while it runs, before they are rotated.
+
+    Its layers are not called for them alone: where parameters are sharded or offloaded, the layer around them must run.
+    """
+    parts = dict(attention.named_children())
+    sources = [parts.get(f"{name}_norm", parts[f"{name}_proj"]) for name in ("q", "k")]
+    recorded: list[torch.Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda module, args, output: recorded.append(output.detach()))
+        for module in sources
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
 def last_token_attention(
-    layer: nn.Module,
-    states: torch.Tensor,
+    attention: nn.Module,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     real: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention `(B, L)` that a decoder layer's heads, on average, pay from the last real token of each row.
+    """Attention `(B, L)` that the heads of a decoder layer, on average, pay from the last real token of each row.
 
     Args:
-        layer (`nn.Module`): of a Llama, Qwen2, Qwen3 or Mistral decoder.
-        states (`torch.Tensor` of shape `(B, L, D)`): its input.
+        attention (`nn.Module`): of a Llama, Qwen2, Qwen3 or Mistral decoder.
+        queries, keys (`torch.Tensor` of shape `(B, L, ...)`): of that module, before they are rotated.
         rotary (`tuple`): cosines and sines of the rotary embedding.
         real (`torch.BoolTensor` of shape `(B, L)`): False = padding.
     """
-    attention, normed = layer.self_attn, layer.input_layernorm(states)
-    parts = dict(attention.named_children())
+    real, rotary = real.to(keys.device, non_blocking=True), [part.to(keys.device) for part in rotary]
+    queries, keys = (part.flatten(2).unflatten(-1, (-1, attention.head_dim)) for part in (queries, keys))
     places = torch.arange(real.shape[1], device=real.device)
     last = (real * places).argmax(1)
-    heads = (-1, attention.head_dim)
 
     def rotated(values: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
         first, second = values.chunk(2, dim=-1)
         return values * cosines + torch.cat([-second, first], dim=-1) * sines
 
-    cosines, sines = (part.expand(states.shape[0], -1, -1)[:, :, None] for part in rotary)  # (B, L, 1, head_dim)
-    rows = torch.arange(states.shape[0], device=states.device)
-    query = parts.get("q_norm", nn.Identity())(attention.q_proj(normed[rows, last]).unflatten(-1, heads))
-    query = rotated(query, cosines[rows, last], sines[rows, last])  # (B, heads, head_dim)
-    keys = parts.get("k_norm", nn.Identity())(attention.k_proj(normed).unflatten(-1, heads))
+    cosines, sines = (part.expand(keys.shape[0], -1, -1)[:, :, None] for part in rotary)  # (B, L, 1, head_dim)
+    rows = torch.arange(keys.shape[0], device=keys.device)
+    query = rotated(queries[rows, last], cosines[rows, last], sines[rows, last])  # (B, heads, head_dim)
     keys = rotated(keys, cosines, sines).repeat_interleave(attention.num_key_value_groups, dim=2)
     scores = torch.einsum("bhd,blhd->bhl", query, keys).float() * attention.scaling
     return scores.masked_fill(~real[:, None], float("-inf")).softmax(-1).mean(1)

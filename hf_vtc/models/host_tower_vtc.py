@@ -4,6 +4,8 @@ Seen on transformers 4.57.6 to 5.24.0. Other towers run as a whole, by their `fo
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,6 +15,23 @@ from transformers import AutoModel, PretrainedConfig
 
 # towers whose parts are called one by one; others run as a whole
 TOWERS_IN_PARTS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
+
+
+@contextmanager
+def bare_parameters_of(module: nn.Module) -> Iterator[None]:
+    """While it lasts, parameters of a module that does not run can be read, even if accelerate has offloaded them.
+
+    What is read stays. Seen on accelerate 1.1 to 1.15.
+    """
+    hook = vars(module).get("_hf_hook")
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def build_tower(config: PretrainedConfig) -> nn.Module:
@@ -95,16 +114,19 @@ def parts_of_layer(layer: nn.Module, tower_type: str) -> LayerParts:
     """Take an encoder layer of one of `TOWERS_IN_PARTS` apart; `tower_type` is the `model_type` of its config."""
     if tower_type == "internvl_vision":
         attention = layer.attention
+        # bare parameters, which are read while the layer itself does not run
+        with bare_parameters_of(layer):
+            scale_1, scale_2 = layer.lambda_1, layer.lambda_2
         return LayerParts(
             norm_1=layer.layernorm_before,
             to_query=(attention.q_proj, attention.q_norm),
             to_key=(attention.k_proj, attention.k_norm),
             to_value=(attention.v_proj,),
             to_output=(attention.projection_layer, attention.projection_dropout),
-            scale_1=layer.lambda_1,
+            scale_1=scale_1,
             norm_2=layer.layernorm_after,
             feed_forward=(layer.mlp, layer.dropout),
-            scale_2=layer.lambda_2,
+            scale_2=scale_2,
             num_heads=attention.num_heads,
             dropout=attention.attention_dropout,
         )
@@ -126,6 +148,7 @@ def parts_of_layer(layer: nn.Module, tower_type: str) -> LayerParts:
 
 def class_token_of(tower: nn.Module, tower_type: str) -> torch.Tensor | None:
     """The class token `(C,)` of one of `TOWERS_IN_PARTS`, None for a tower without one."""
-    if tower_type == "clip_vision_model":
-        return tower.embeddings.class_embedding
-    return None if tower_type == "siglip_vision_model" else tower.embeddings.cls_token.flatten()
+    with bare_parameters_of(tower.embeddings):
+        if tower_type == "clip_vision_model":
+            return tower.embeddings.class_embedding
+        return None if tower_type == "siglip_vision_model" else tower.embeddings.cls_token.flatten()

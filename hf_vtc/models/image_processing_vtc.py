@@ -46,6 +46,7 @@ class VtcImageProcessorKwargs(TypedDict, total=False):
     use_thumbnail: bool | None
     image_grid_pinpoints: list | tuple | None
     token_stride: int | None
+    crop_to_patches: bool | None
     input_data_format: str | None
     return_tensors: str | None
 
@@ -175,6 +176,7 @@ class VtcImageProcessor(ImageProcessorBase):
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Tiles of an image of this size in pixels, under the name that serving engines call."""
         overrides = {key: value for key, value in (images_kwargs or {}).items() if key not in _CALL_ONLY}
+        _check_crop_to_patches((images_kwargs or {}).get("crop_to_patches"), self._settings(**overrides))
         return self.get_tile_layout(height, width, **overrides).num_tiles
 
     def fetch_images(self, image_url_or_urls: Any, input_data_format: str | None = None) -> Any:
@@ -196,6 +198,7 @@ class VtcImageProcessor(ImageProcessorBase):
         images: Any,
         input_data_format: str | None = None,
         return_tensors: str | None = None,
+        crop_to_patches: bool | None = None,
         **overrides: Any,
     ) -> BatchFeature:
         """Tiles of all images, in order.
@@ -205,19 +208,23 @@ class VtcImageProcessor(ImageProcessorBase):
             input_data_format (`str`): `"channels_first"` or `"channels_last"` of arrays. Default: the only reading
                 that gives 1 to 4 channels; if both do, last for numpy and first for torch.
             return_tensors (`str`): `"pt"` or `"np"`. Default: numpy arrays.
+            crop_to_patches (`bool`): InternVL's word for cutting an image into tiles, by which trainers ask how many
+                there are. It is refused where it is not what `tiling` does.
             **overrides: fields of this processor for this call.
 
         Returns:
             `pixel_values` of shape `(total_tiles, 3, S, S)`, float32, for `"keep_aspect"` `(num_images, 3, H, W)` with
             zeros on the right and at the bottom of smaller images; `image_sizes` of shape `(num_images, 2)`, (height,
             width) of the originals, or of the processed images if `token_stride` is set; and for `"anyres"` and
-            `"dynamic"` `num_tiles` of shape `(num_images,)`.
+            `"dynamic"` `num_tiles` of shape `(num_images,)`. Who gives `crop_to_patches` gets that as `num_patches`
+            too, under InternVL's name.
 
         Raises:
             OSError: a file or URL cannot be read.
             ValueError: no image, an image without pixels or with an impossible shape, or a field outside its range.
         """
         settings = self._settings(**overrides)
+        _check_crop_to_patches(crop_to_patches, settings)
         images = _flatten(load_images(images, "images", input_data_format))
         if not images:
             raise ValueError("`images` must hold at least one image, got none. Leave it out for text alone.")
@@ -231,6 +238,8 @@ class VtcImageProcessor(ImageProcessorBase):
         }
         if settings.tiling in _SEVERAL_TILES:
             data["num_tiles"] = np.array([layout.num_tiles for layout in layouts], dtype=np.int64)
+        if crop_to_patches is not None:
+            data["num_patches"] = np.array([layout.num_tiles for layout in layouts], dtype=np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def to_dict(self) -> dict[str, Any]:
@@ -271,7 +280,16 @@ def write_json(file: str | os.PathLike, content: dict) -> None:
 
 
 # arguments of `preprocess` that say nothing about the layout
-_CALL_ONLY = ("input_data_format", "return_tensors")
+_CALL_ONLY = ("input_data_format", "return_tensors", "crop_to_patches")
+
+
+def _check_crop_to_patches(crop_to_patches: bool | None, settings: TilingSettings) -> None:
+    cuts = settings.tiling in _SEVERAL_TILES
+    if crop_to_patches is not None and bool(crop_to_patches) != cuts:
+        raise ValueError(
+            f"`crop_to_patches` must be {cuts} or left out, got {crop_to_patches}: with `tiling={settings.tiling!r}` "
+            f"an image {'is cut into tiles' if cuts else 'stays one tile'}. Set `tiling` to change that."
+        )
 
 
 def push_copy(saver: Any, save_directory: str | os.PathLike, save_code: bool, **kwargs: Any) -> None:

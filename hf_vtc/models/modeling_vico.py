@@ -132,8 +132,9 @@ class UnusedWeights(nn.Module):
     """Tensors that checkpoints hold and no output depends on.
 
     Buffers, so that they load and save under their names, follow the model's dtype and device, and are no parameters
-    for which an optimizer, an adapter or distributed training would wait. A name may have a dot: there is no module
-    `q_proj` then, which adapters and quantisers would take for a layer, but who loads weights finds one to put them in.
+    for which an optimizer, an adapter or distributed training would wait. A name may have a dot: then there is no
+    module `q_proj`, which adapters and quantisers would take for a layer, but who loads weights finds one to put them
+    in.
 
     Args:
         shapes (`dict[str, tuple[int, ...]]`): of each tensor.
@@ -149,6 +150,13 @@ class UnusedWeights(nn.Module):
         if any(each.startswith(f"{name}.") for each in buffers):
             return _PartOfUnusedWeights(buffers, f"{name}.")
         return super().__getattr__(name)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata: dict, strict: bool, *found: list) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *found)
+        # torch takes what stands before a dot for a module
+        _, unexpected, _ = found
+        own = {prefix + name for name in self._buffers}
+        unexpected[:] = [name for name in unexpected if name not in own]
 
 
 class _PartOfUnusedWeights(nn.Module):

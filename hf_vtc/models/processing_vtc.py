@@ -240,7 +240,7 @@ class VtcProcessor(ProcessorBase):
     @property
     def unused_input_names(self) -> list[str]:
         """Outputs of the parts that no model takes."""
-        return ["token_type_ids"]
+        return ["token_type_ids", "num_patches"]
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_vtc import VtcConfig
-from .host_tower_vtc import build_tower
+from .host_tower_vtc import bare_parameters_of, build_tower
 from .host_vtc import FORWARD_ARGUMENTS
 from .layout_vtc import Layout, layout_of_images
 from .packing_vtc import to_device, to_host
@@ -249,7 +249,8 @@ class VtcVision(VtcPreTrainedModel):
         """
         grids = [self.config.token_grid] if grids is None else grids
         bank = {idx: each.flatten(0, 1) for idx, each in tokens.items()}
-        newline, parts = self.image_newline, list(bank.values())
+        with bare_parameters_of(self):
+            newline, parts = self.image_newline, list(bank.values())
         if layout.sizes.grids is None and len(bank) == 1:
             joined = parts[0]
         else:
