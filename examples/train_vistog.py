@@ -66,7 +66,7 @@ def train_round(
     """One of `ROUNDS`, in place. New parts learn faster than the language model."""
     stage, noisy, learning_rate, pages_seed = ROUNDS[idx]
     base = model.model
-    base.grouping.assign.noisy = noisy
+    base.grouping.assign.noise.p = float(noisy)
     new = [base.semantic_tokens, base.grouping, base.multi_modal_projector]
     groups = [{"params": [each for part in new for each in part.parameters()], "lr": learning_rate}]
     if stage == 2:

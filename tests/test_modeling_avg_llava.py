@@ -338,10 +338,15 @@ def test_get_image_features_are_the_reserved_tokens(model):
 
 
 def test_images_of_several_tiles_need_their_sizes(model):
-    batch = batch_of(model, [1], seed=16)
-    for name in ("image_sizes", "num_tiles"):
+    batch = dict(batch_of(model, [1], seed=16))
+    num_tiles = batch.pop("num_tiles")
+    with torch.no_grad():
+        # sizes alone say how many tiles there are
+        assert torch.equal(model(**batch).logits, model(**batch, num_tiles=num_tiles).logits)
+    del batch["image_sizes"]
+    for tiles in ({}, {"num_tiles": num_tiles}):
         with pytest.raises(ValueError, match="Image features and image tokens do not match.*`num_tiles`"):
-            model(**{key: value for key, value in batch.items() if key != name})
+            model(**batch, **tiles)
 
 
 def test_sizes_that_do_not_fit_the_tiles_raise(model):

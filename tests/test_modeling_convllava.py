@@ -298,7 +298,7 @@ def test_drop_path():
 def test_drop_path_rates_rise_over_the_blocks():
     vision = tiny_config("convllava").vision_config.to_dict() | {"drop_path_rate": 0.5}
     tower = ConvNextTower(tiny_config("convllava", vision_config=vision).vision_config)
-    rates = [module.probability for module in tower.modules() if isinstance(module, DropPath)]
+    rates = [module.p for module in tower.modules() if isinstance(module, DropPath)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
 
 

@@ -1,4 +1,6 @@
-"""TRL's SFTTrainer trains every method as it is: its fused head takes the base model's states, full-length."""
+"""TRL trains every method as it is: its fused head takes the base model's states, full-length."""
+
+import math
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 from factories import tiny_model, tiny_processor
 from PIL import Image
 from trainer_helpers import changed, snapshot
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_vtc.data import VtcCollator, load_records
 from hf_vtc.lora import default_lora_config
@@ -105,3 +108,90 @@ def test_the_collator_of_trl_makes_the_same_labels(tmp_path):
     assert torch.equal(theirs["labels"], ours["labels"])
     assert torch.equal(theirs["pixel_values"], ours["pixel_values"])
     trainer.train()
+
+
+def pictures(*sizes):
+    rng = np.random.default_rng(1)
+    return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+def prompts(most_images=2):
+    """Rows of one image and of two, of one tile and of several."""
+    images = [pictures((40, 60)), pictures((60, 50), (33, 33)), pictures((32, 96), (64, 64)), pictures((64, 64))]
+    images = [own[:most_images] for own in images]
+    asked = [
+        [
+            {
+                "role": "user",
+                "content": [part for _ in own for part in ({"type": "image"}, {"type": "text", "text": f"what {idx}"})],
+            }
+        ]
+        for idx, own in enumerate(images)
+    ]
+    return datasets.Dataset.from_dict({"prompt": asked, "images": images})
+
+
+def rewards(completions, **kwargs):
+    return [float(len(str(each)) % 7) for each in completions]
+
+
+COMMON = {
+    "max_steps": 2,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-3,
+}
+ONLINE = {"GRPO": (trl.GRPOTrainer, trl.GRPOConfig), "RLOO": (trl.RLOOTrainer, trl.RLOOConfig)}
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_online_trainers_take_steps(name, saved, tmp_path):
+    """With a reference model, and with old probabilities, whose batches hold all that the processor returns."""
+    trainer_class, config_class = ONLINE[name]
+    processor, model = AutoProcessor.from_pretrained(saved), AutoModelForImageTextToText.from_pretrained(saved)
+    processor.return_layout = False
+    options = {**COMMON, "beta": 0.1, "num_generations": 2, "max_completion_length": 5, "num_iterations": 2}
+    trainer = trainer_class(
+        model,
+        reward_funcs=rewards,
+        args=config_class(str(tmp_path), per_device_train_batch_size=4, **options),
+        # TRL deals sizes of images out as if there were one to a row where there are several tiles to an image
+        train_dataset=prompts(1 if model.config.mm_patch_merge_type == "spatial_unpad" else 2),
+        processing_class=processor,
+    )
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert {name for name in changed(trainer.model, before) if ".language_model." in name}
+
+
+def preferences():
+    rng = prompts()
+    answers = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in ("yes", "no, two")]
+    return rng.add_column("chosen", [answers[0]] * len(rng)).add_column("rejected", [answers[1]] * len(rng))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "made here"])
+def test_dpo_starts_at_ln_2(method, kind, tmp_path):
+    model = tiny_model(method)
+    if kind == "full":
+        # the reference is loaded from where the model came from, which has no code of its own
+        model.save_pretrained(tmp_path / "model", save_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    options = {**COMMON, "max_steps": 1, "logging_steps": 1, "max_length": None}
+    trainer = trl.DPOTrainer(
+        model,
+        ref_model=tiny_model(method) if kind == "made here" else None,
+        args=trl.DPOConfig(str(tmp_path), per_device_train_batch_size=4, **options),
+        train_dataset=preferences(),
+        processing_class=tiny_processor(method),
+        peft_config=default_lora_config(model, r=4) if kind == "lora" else None,
+    )
+    before = snapshot(trainer.model)
+    trainer.train()
+    [loss] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert loss == pytest.approx(math.log(2), abs=1e-5)
+    assert changed(trainer.model, before)

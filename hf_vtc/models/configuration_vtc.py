@@ -7,6 +7,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
+from .host_vtc import PREFERS_INSTALLED_CODE
 from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles
 from .window_vtc import note_on_newer
 
@@ -191,6 +192,13 @@ class VtcConfig(PretrainedConfig):
         refuse_wrong_tiles(image_sizes, grids, sizes.kept(self.token_grid, self.unpad_rule), num_tiles.tolist())
         return sizes
 
+    def tiles_of_joined(self, image_sizes: Any, num_given: int) -> Any:
+        """Tiles of each image whose tiles are joined, `(num_images,)`, if `num_given` were given for all together."""
+        if num_given == len(image_sizes):
+            return image_sizes.new_ones(len(image_sizes))
+        grids = best_canvases(image_sizes, self.image_grid_pinpoints) // self.tile_size
+        return 1 + grids.prod(-1)
+
     def tokens_of_images(self, sizes: ImageSizes, token_grid: tuple[int, int]) -> Any:
         """Visual tokens of each image, `(num_images,)`, whose tiles have (rows, columns) `token_grid` of them."""
         per_tile = token_grid[0] * token_grid[1]
@@ -225,6 +233,13 @@ class VtcConfig(PretrainedConfig):
         """The level whose tokens enter the language model where those of `level` leave it: another one where images
         get shorter between its layers."""
         return level
+
+    def __getattr__(self, name: str) -> Any:
+        # trainers of others ask which auto class loads a model whose class transformers does not have; no attribute
+        # of the object, which would be saved and promise files that are not there
+        if name == "auto_map" and PREFERS_INSTALLED_CODE:
+            return self.remote_code_map()
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def remote_code_map(self) -> dict[str, str]:
         """`auto_map` of a checkpoint folder that carries its own code: auto class -> `file.Class`."""

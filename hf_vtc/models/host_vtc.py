@@ -23,6 +23,9 @@ _OUTPUT_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWith
 # transformers 5.24 renamed the cache in every signature and output; up to 5.23 it has the older name
 CACHE_NAME = "past_key_values" if "past_key_values" in _OUTPUT_FIELDS else "cache"
 
+# transformers 5 loads the installed code of a registered class, whatever `auto_map` and `trust_remote_code` say
+PREFERS_INSTALLED_CODE = RELEASE >= (5, 0)
+
 # a head as in every stock decoder, in the words of the installed version
 HEAD_TP_PLAN = dict(LlamaForCausalLM._tp_plan)
 

@@ -181,8 +181,10 @@ def sizes_of_images(
         )
     if image_sizes is not None:
         refuse_no_pixels(image_sizes)
-    joined = config.mm_patch_merge_type == "spatial_unpad" and num_tiles is not None and image_sizes is not None
-    if num_tiles is None:
+    joined = config.mm_patch_merge_type == "spatial_unpad" and image_sizes is not None
+    if num_tiles is None and joined:
+        num_tiles = config.tiles_of_joined(image_sizes, total)
+    elif num_tiles is None:
         num_tiles = _tiles_unsaid(config, placeholder_mask, image_sizes, total)
     if int(num_tiles.sum()) != total:
         raise ValueError(
@@ -198,9 +200,14 @@ def _tiles_unsaid(
     config: VtcConfig, placeholder_mask: torch.Tensor, image_sizes: torch.Tensor | None, total: int
 ) -> torch.LongTensor:
     """Tiles of each image where nobody gives `num_tiles`: one each if that fits, else a run of placeholders is one."""
-    if config.one_tile_per_image or image_sizes is not None and len(image_sizes) == total:
+    if len(image_sizes) == total if image_sizes is not None else config.one_tile_per_image:
         return torch.ones(total, dtype=torch.long)
     runs = placeholder_runs(placeholder_mask)
+    if image_sizes is not None and len(image_sizes) != len(runs):
+        raise ValueError(
+            f"`image_sizes` are those of {len(image_sizes)} images, but the prompts hold {len(runs)} runs of "
+            "placeholders. Where images touch each other, `num_tiles` must say which tiles are whose."
+        )
     return torch.tensor([-(-length // config.image_seq_length) for _, length in runs], dtype=torch.long)
 
 

@@ -53,17 +53,13 @@ class ConvNextStem(nn.Module):
         return tuple(self.layernorm(self.patch_embeddings(pixel_values)) for pixel_values in batches)
 
 
-class DropPath(nn.Module):
-    """Leaves the branch of a whole sample out, with some probability, in training."""
-
-    def __init__(self, probability: float):
-        super().__init__()
-        self.probability = probability
+class DropPath(nn.Dropout):
+    """Leaves the branch of a whole sample out, with probability `p`, in training."""
 
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        if self.probability == 0.0 or not self.training:
+        if self.p == 0.0 or not self.training:
             return branch
-        kept = 1.0 - self.probability
+        kept = 1.0 - self.p
         draw = torch.empty(branch.shape[0], 1, 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(kept)
         return branch * (draw / kept)
 
@@ -94,6 +90,14 @@ class ConvNextLayer(nn.Module):
     def fold_layer_scale(self) -> None:
         """Multiply the scale into the last pointwise layer, and drop it."""
         if self.layer_scale_parameter is not None:
+            if type(self.pwconv2) is not nn.Linear or not self.pwconv2.weight.is_floating_point() or (
+                self.pwconv2.weight.is_meta or self.layer_scale_parameter.is_meta
+            ):
+                raise ValueError(
+                    f"A layer scale folds into plain weights only, got {type(self.pwconv2).__name__} with "
+                    f"{self.pwconv2.weight.dtype} weights on {self.pwconv2.weight.device}. Fold before adapters, "
+                    "quantisation and offloading, or merge the adapters first."
+                )
             self.pwconv2.weight.mul_(self.layer_scale_parameter[:, None])
             self.pwconv2.bias.mul_(self.layer_scale_parameter)
             self.layer_scale_parameter = None

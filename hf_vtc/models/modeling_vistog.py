@@ -49,6 +49,16 @@ def gumbel_noise(logits: torch.Tensor) -> torch.Tensor:
     return -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
 
 
+class NoiseOnLogits(nn.Dropout):
+    """Gumbel noise on logits in training, times `p`.
+
+    A kind of dropout to whoever switches that off, since nothing random may stand between a policy and its reference.
+    """
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits + self.p * gumbel_noise(logits) if self.training and self.p > 0 else logits
+
+
 class SemanticTokens(nn.Module):
     """G learned vectors of the tower's width, without position embeddings."""
 
@@ -80,7 +90,8 @@ class GroupAssignment(nn.Module):
         width = config.vision_config.hidden_size
         self.hard, self.tau = config.hard, config.tau
         self.eps, self.empty_eps = config.assign_eps, config.empty_assign_eps
-        self.noisy, self.cosine = config.gumbel_noise, config.similarity == "cosine"
+        self.noise = NoiseOnLogits(float(config.gumbel_noise))
+        self.cosine = config.similarity == "cosine"
         self.projected = config.merge == "projected"
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
@@ -112,9 +123,7 @@ class GroupAssignment(nn.Module):
         scale = self.logit_scale.float().exp() if self.cosine else queries.shape[-1] ** -0.5
         logits = assignment_logits(self.q_proj(queries), self.k_proj(keys), scale, self.cosine)
         values = self.v_proj(values) if self.projected else values
-        if noise is None and self.training and self.noisy:
-            noise = gumbel_noise(logits)
-        noisy = logits if noise is None else logits + noise
+        noisy = self.noise(logits) if noise is None else logits + noise
         if self.hard:
             means, group_idx = assign_segment_mean(noisy, values, self.eps, self.empty_eps, self.tau, group_idx)
         else:

@@ -191,6 +191,10 @@ class VtcProcessor(ProcessorBase):
             `"unpad_token_grid"`, `"unpad_true_aspect"`: those of a map without padding, for `tiling="anyres"`, see
             `tokens_of_map` and the `unpad_rule` of the model's configuration; `"stride"`: one per `token_stride` x
             `token_stride` pixels of the processed image.
+        return_layout (`bool`): whether `num_tiles` are returned, and `image_sizes` where no count depends on them.
+            Without these the model finds out by itself what belongs to which image, so that images must not touch
+            each other. For trainers that hand on what a processor returns beside a `num_tiles` of their own, as those
+            of TRL do.
 
     Raises:
         ValueError: a token is unknown to the tokenizer, or a field is outside of its range.
@@ -208,6 +212,7 @@ class VtcProcessor(ProcessorBase):
         image_start_token: str | None = "<img>",
         image_end_token: str | None = "</img>",
         count_rule: str = "tiles",
+        return_layout: bool = True,
     ):
         if image_seq_length < 1:
             raise ValueError(f"`image_seq_length` counts placeholders per tile, must be positive: {image_seq_length}.")
@@ -218,6 +223,7 @@ class VtcProcessor(ProcessorBase):
         self.image_start_token = image_start_token
         self.image_end_token = image_end_token
         self.count_rule = count_rule
+        self.return_layout = return_layout
         super().__init__(image_processor, tokenizer, chat_template=chat_template or chatml_template(image_token))
         self.image_token_id = self._known_id("image_token", image_token)
         for name, token in (("image_start_token", image_start_token), ("image_end_token", image_end_token)):
@@ -239,8 +245,9 @@ class VtcProcessor(ProcessorBase):
 
     @property
     def unused_input_names(self) -> list[str]:
-        """Outputs of the parts that no model takes."""
-        return ["token_type_ids", "num_patches"]
+        """Outputs of the parts that no model takes, or that the caller does not want."""
+        layout = ["num_tiles", *(["image_sizes"] if self.count_rule == "tiles" else [])]
+        return ["token_type_ids", "num_patches", *([] if self.return_layout else layout)]
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -270,6 +277,12 @@ class VtcProcessor(ProcessorBase):
             return
         if not all(isinstance(sample, str) for sample in text):
             raise ValueError("`text` must be a string or a list of strings. Decode token ids first.")
+        if not self.return_layout and self.count_rule == "tiles" and self.image_start_token is None:
+            if any(self.image_token * 2 in sample for sample in text):
+                raise ValueError(
+                    f"`return_layout=False` needs something between images, got {self.image_token * 2}: the model "
+                    "would take them for one. Write text between them, or set `return_layout=True`."
+                )
         counts = [sample.count(self.image_token) for sample in text]
         images = [] if images is None else images
         rows = images if images and isinstance(images[0], list) else None
