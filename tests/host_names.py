@@ -84,7 +84,6 @@ HOST_NAMES = [
         "decoder:rotary_emb",
         "decoder:gradient_checkpointing",
         "layered_decoder:config.layer_types",
-        "decoder:layers.0.input_layernorm",
         "decoder:layers.0.self_attn.q_proj",
         "decoder:layers.0.self_attn.k_proj",
         "decoder:layers.0.self_attn.head_dim",
@@ -117,6 +116,12 @@ HOST_NAMES = [
         "clip_layer:mlp",
         "siglip_layer:layer_norm1",
         "siglip_layer:self_attn",
+    ),
+    *_rows(
+        "models/host_tower_vtc.py",
+        "hooked_module:_hf_hook.pre_forward",
+        "hooked_module:_hf_hook.post_forward",
+        seen="accelerate 1.1 to 1.15",
     ),
     # processors: what the backports for older versions call
     *_rows("models/host_processor_vtc.py", f"{_PROCESSOR}_merge_kwargs", f"{_PROCESSOR}_check_special_mm_tokens"),
@@ -162,6 +167,7 @@ HOST_NAMES = [
         "torch.nn:Module()._buffers",
         seen="torch 2.10 to 2.13",
     ),
+    *_rows("models/padding_vtc.py", "torch:_C.DisableTorchFunctionSubclass", seen="torch 2.10 to 2.13"),
     *_rows(
         "models/kernels_vtc.py",
         "torch:_C._dispatch_has_kernel_for_dispatch_key",

@@ -9,7 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from factories import tiny_model
 from host_names import HOST_NAMES, OWN_OR_IN_FILES
 from transformers import AutoModel
@@ -56,6 +58,7 @@ PLACES = {
     "siglip_layer": [lambda: tower_layer("siglip_vision_model")],
     "internvl_layer": [lambda: tower_layer("internvl_vision")],
     "config": [lambda: tiny_model("vico").config.text_config],
+    "hooked_module": [lambda: add_hook_to_module(torch.nn.Identity(), ModelHook())],
 }
 
 

@@ -465,7 +465,9 @@ def test_attention_scores_are_those_of_the_layer(decoder):
         attention, normed = layers[1].self_attn, layers[1].input_layernorm(states)
         parts = dict(attention.named_children())
         queries, keys = (
-            parts.get(f"{name}_norm", torch.nn.Identity())(parts[f"{name}_proj"](normed).unflatten(-1, (-1, attention.head_dim)))
+            parts.get(f"{name}_norm", torch.nn.Identity())(
+                parts[f"{name}_proj"](normed).unflatten(-1, (-1, attention.head_dim))
+            )
             for name in ("q", "k")
         )
         scores = last_token_attention(attention, queries, keys, rotary(states, seen.positions[1]), real)

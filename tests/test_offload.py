@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from factories import random_batch, tiny_model
-from torch import nn
 
 # every method, and what reads weights in a way of its own
 VARIANTS = {
@@ -75,7 +74,9 @@ def test_every_module_alone_on_disk_gives_the_same_bits(model, tmp_path):
         other = type(model)(model.config).eval()
         other.load_state_dict(whole)
         device_map = {"": "cpu", name: "disk"}
-        other = dispatch_model(other, device_map, main_device="cpu", offload_dir=str(tmp_path / str(number)), force_hooks=True)
+        other = dispatch_model(
+            other, device_map, main_device="cpu", offload_dir=str(tmp_path / str(number)), force_hooks=True
+        )
         held = other.get_submodule(name)
         if [*held.parameters(recurse=False)]:
             assert all(parameter.is_meta for parameter in held.parameters(recurse=False)), name

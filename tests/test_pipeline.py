@@ -1,8 +1,11 @@
 """A saved folder as users of transformers meet it: Auto classes, chat template, pipeline, save and load again."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from factories import METHODS, budgets_of, tiny_model, tiny_processor
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -113,3 +116,43 @@ def test_fresh_parts_of_a_partial_checkpoint_are_initialised(folder, tmp_path):
         scale = model.config.vision_config.layer_scale_init_value
         scales = [tensor for name, tensor in loaded.named_parameters() if name.endswith("layer_scale_parameter")]
         assert scales and all(bool((tensor == scale).all()) for tensor in scales)
+
+
+def test_pipeline_joins_rows_of_images_of_different_sizes(folder):
+    generator = pipeline("image-text-to-text", model=str(folder), device="cpu", dtype=torch.float32)
+    chats = [chat(picture(60, 90)), chat(picture(140, 40, 1), question="and this?"), chat(picture(200, 200, 2))]
+    answers = [
+        generator(
+            text=chats,
+            batch_size=size,
+            return_full_text=False,
+            generate_kwargs={"do_sample": False, "max_new_tokens": 6},
+        )
+        for size in (1, 2, 3)
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_joined_images_are_padded_and_other_results_plain():
+    processor = tiny_processor("convllava")
+    first, second = (
+        processor.image_processor(picture(*size), return_tensors="pt")["pixel_values"]
+        for size in ((64, 200), (200, 64))
+    )
+    assert first.shape != second.shape
+    joined = torch.cat([first, second.to(torch.float32)], dim=0)
+    height, width = (max(one.shape[axis] for one in (first, second)) for axis in (2, 3))
+    assert joined.shape == (2, 3, height, width) and type(joined) is type(first)
+    assert torch.equal(joined[:1, :, : first.shape[2], : first.shape[3]], first)
+    assert not joined[0, :, first.shape[2] :].any() and not joined[1, :, :, second.shape[3] :].any()
+    assert type(joined[0]) is type(joined + 1) is type(pickle.loads(pickle.dumps(joined))) is torch.Tensor
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        torch.cat([first, second], dim=1)
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "AutoModelForMultimodalLM"), reason="transformers 4.57 has no such class"
+)
+def test_auto_model_for_multimodal_lm(folder):
+    model = transformers.AutoModelForMultimodalLM.from_pretrained(folder)
+    assert type(model) is type(AutoModelForImageTextToText.from_pretrained(folder))

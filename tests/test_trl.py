@@ -123,7 +123,9 @@ def prompts(most_images=2):
         [
             {
                 "role": "user",
-                "content": [part for _ in own for part in ({"type": "image"}, {"type": "text", "text": f"what {idx}"})],
+                "content": [
+                    part for _ in own for part in ({"type": "image"}, {"type": "text", "text": f"what {idx}"})
+                ],
             }
         ]
         for idx, own in enumerate(images)

@@ -195,10 +195,10 @@ def _cache_layout(
 def _recorded_queries_and_keys(attention: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect queries and keys of an attention module while it runs, before they are rotated.
 
-    Its layers are not called for them alone: where parameters are sharded or offloaded, the layer around them must run.
+    Its parts are not called for them alone: where parameters are sharded, the layer around them must run.
     """
     parts = dict(attention.named_children())
-    sources = [parts.get(f"{name}_norm", parts[f"{name}_proj"]) for name in ("q", "k")]
+    sources = [parts.get(norm, parts[layer]) for norm, layer in (("q_norm", "q_proj"), ("k_norm", "k_proj"))]
     recorded: list[torch.Tensor] = []
     handles = [
         module.register_forward_hook(lambda module, args, output: recorded.append(output.detach()))

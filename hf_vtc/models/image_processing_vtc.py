@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import BatchFeature
 from transformers.dynamic_module_utils import custom_object_save
@@ -20,6 +21,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .host_processor_vtc import ImageProcessorBase
 from .image_loading_vtc import load_images
+from .padding_vtc import PaddedImages
 from .tiling_vtc import TileLayout, TilingSettings, square_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -240,7 +242,10 @@ class VtcImageProcessor(ImageProcessorBase):
             data["num_tiles"] = np.array([layout.num_tiles for layout in layouts], dtype=np.int64)
         if crop_to_patches is not None:
             data["num_patches"] = np.array([layout.num_tiles for layout in layouts], dtype=np.int64)
-        return BatchFeature(data, tensor_type=return_tensors)
+        features = BatchFeature(data, tensor_type=return_tensors)
+        if settings.tiling == "keep_aspect" and isinstance(features["pixel_values"], torch.Tensor):
+            features["pixel_values"] = features["pixel_values"].as_subclass(PaddedImages)
+        return features
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as every supported version of transformers writes and reads them."""

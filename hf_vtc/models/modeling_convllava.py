@@ -90,8 +90,10 @@ class ConvNextLayer(nn.Module):
     def fold_layer_scale(self) -> None:
         """Multiply the scale into the last pointwise layer, and drop it."""
         if self.layer_scale_parameter is not None:
-            if type(self.pwconv2) is not nn.Linear or not self.pwconv2.weight.is_floating_point() or (
-                self.pwconv2.weight.is_meta or self.layer_scale_parameter.is_meta
+            if (
+                type(self.pwconv2) is not nn.Linear
+                or not self.pwconv2.weight.is_floating_point()
+                or (self.pwconv2.weight.is_meta or self.layer_scale_parameter.is_meta)
             ):
                 raise ValueError(
                     f"A layer scale folds into plain weights only, got {type(self.pwconv2).__name__} with "
