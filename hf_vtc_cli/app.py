@@ -11,6 +11,7 @@ from .estimate import estimate
 from .export import export, push
 from .package import module_alone
 from .run import run
+from .serve import SERVE_SETTINGS, serve
 
 app = typer.Typer(
     name="hf-vtc",
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for command in (run, convert, export, push, estimate, bench):
     app.command()(reporting_errors(command))
+app.command(context_settings=SERVE_SETTINGS)(reporting_errors(serve))
 
 
 def _print_version(wanted: bool) -> None:
