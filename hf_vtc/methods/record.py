@@ -31,6 +31,14 @@ from .costs import Workload
 from .drawing import Drawing, Kept
 from .names import PREFIX, is_method
 
+try:
+    # transformers 5 loads so what may take more than images, which servers ask for
+    from transformers import AutoModelForMultimodalLM
+except ImportError:
+    _MORE_AUTO_CLASSES = ()
+else:
+    _MORE_AUTO_CLASSES = (AutoModelForMultimodalLM,)
+
 
 def same_in_every_layer(config: VtcConfig, num_layers: int, num_reserved: int, num_kept: int) -> list[tuple[int, int]]:
     """Every layer sees what is kept."""
@@ -171,7 +179,7 @@ def register(record: Record) -> Record:
     AutoConfig.register(record.model_type, record.config, exist_ok=True)
     AutoModel.register(record.config, record.model, exist_ok=True)
     # of one mapping on transformers 5, of two on 4.57
-    for auto_class in (AutoModelForImageTextToText, AutoModelForVision2Seq):
+    for auto_class in (AutoModelForImageTextToText, AutoModelForVision2Seq, *_MORE_AUTO_CLASSES):
         auto_class.register(record.config, record.head, exist_ok=True)
     AutoProcessor.register(record.config, record.processor, exist_ok=True)
     # the older of two spellings that transformers 5 takes: "slow" means that it works on PIL images
