@@ -130,7 +130,12 @@ HOST_NAMES = [
         "models/processing_vtc.py",
         f"{_PROCESSOR}prepare_inputs_layout",
         f"{_PROCESSOR}validate_inputs",
-        f"{_PROCESSOR}replace_image_token",
+        seen="transformers 5.10 to 5.24.0",
+        since=(5, 10),
+    ),
+    *_rows(
+        "models/host_processor_vtc.py",
+        f"{_PROCESSOR}_process_images",
         seen="transformers 5.10 to 5.24.0",
         since=(5, 10),
     ),

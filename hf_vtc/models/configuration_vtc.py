@@ -199,6 +199,19 @@ class VtcConfig(PretrainedConfig):
         grids = best_canvases(image_sizes, self.image_grid_pinpoints) // self.tile_size
         return 1 + grids.prod(-1)
 
+    def sizes_of(self, num_tiles: Any, image_sizes: Any) -> ImageSizes:
+        """Sizes of images as a processor gives them, without a model.
+
+        Args:
+            num_tiles (`torch.LongTensor` of shape `(num_images,)`): on the CPU; of no meaning for whole images.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): (height, width) in pixels.
+        """
+        if not self.sees_tiles:
+            return ImageSizes(None, image_sizes, None)
+        if self.mm_patch_merge_type == "spatial_unpad":
+            return self.joined_sizes(num_tiles, image_sizes)
+        return ImageSizes(num_tiles, image_sizes, None)
+
     def tokens_of_images(self, sizes: ImageSizes, token_grid: tuple[int, int]) -> Any:
         """Visual tokens of each image, `(num_images,)`, whose tiles have (rows, columns) `token_grid` of them."""
         per_tile = token_grid[0] * token_grid[1]

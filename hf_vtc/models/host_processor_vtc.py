@@ -6,6 +6,7 @@ what a model is trained to write do not know expanded images; two backports stan
 
 import bisect
 import inspect
+import re
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
@@ -26,7 +27,7 @@ __all__ = ["ImageProcessorBase", "ProcessorBase"]
 class _CallBackport(ProcessorMixin):
     """The steps of the newest `ProcessorMixin.__call__`, for versions in which each processor writes its own.
 
-    A subclass defines `prepare_inputs_layout`, `validate_inputs` and `replace_image_token` as it would there.
+    A subclass defines `prepare_inputs_layout` and `validate_inputs` as it would there, and `images_and_placeholders`.
     """
 
     if "attributes" in vars(ProcessorMixin):
@@ -38,13 +39,16 @@ class _CallBackport(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> BatchFeature:
+        # what only the template reads; older versions hand all arguments to both
+        for name in kwargs.pop(_FOR_TEMPLATES, ()):
+            kwargs.pop(name, None)
         images, text, videos, audio = self.prepare_inputs_layout(images, text, videos, audio, **kwargs)
         self.validate_inputs(images, text, videos, audio, **kwargs)
         return_offsets = kwargs.pop("return_text_replacement_offsets", False)
-        # the merge takes entries out of nested dictionaries
-        kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
         merged = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+            self.valid_processor_kwargs,
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **_by_modality(kwargs, self.valid_processor_kwargs),
         )
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
@@ -52,11 +56,7 @@ class _CallBackport(ProcessorMixin):
 
         image_inputs, replacements = {}, []
         if images is not None:
-            image_inputs = self.image_processor(images, **images_kwargs)
-            replacements = [
-                self.replace_image_token(image_inputs, image_idx=index, **images_kwargs)
-                for index in range(len(image_inputs["image_sizes"]))
-            ]
+            image_inputs, replacements = self.images_and_placeholders(images, **images_kwargs)
         text_inputs, offsets = {}, []
         if text is not None:
             text, offsets = _with_replacements(text, self.image_token, replacements)
@@ -74,6 +74,37 @@ class _CallBackport(ProcessorMixin):
         if return_offsets:
             features["text_replacement_offsets"] = offsets
         return features
+
+
+class _Call(ProcessorMixin):
+    """A step of `ProcessorMixin.__call__` under a name of our own.
+
+    transformers 5.10 does not tell `replace_image_token` of the arguments of the call.
+    """
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        return self.images_and_placeholders(images, **kwargs)
+
+
+def _by_modality(kwargs: dict[str, Any], valid_kwargs: type) -> dict[str, dict[str, Any]]:
+    """Arguments of a call as one dictionary for each modality: of flat ones beside such a dictionary 4.57 reads none.
+
+    Raises:
+        ValueError: an argument is given twice.
+    """
+    nested = ("text_kwargs", "images_kwargs", "common_kwargs")
+    grouped = {modality: dict(kwargs.get(modality) or {}) for modality in nested}
+    for name, value in kwargs.items():
+        if name in nested:
+            continue
+        modality = next(
+            (each for each in nested[:2] if name in valid_kwargs.__annotations__[each].__annotations__),
+            "common_kwargs",
+        )
+        if name in grouped[modality]:
+            raise ValueError(f"Keyword argument `{name}` was given twice: in `{modality}` and by itself.")
+        grouped["common_kwargs" if name == "return_tensors" else modality][name] = value
+    return grouped
 
 
 class _ChatTemplateBackport:
@@ -104,12 +135,21 @@ class _ChatTemplateBackport:
         return features.convert_to_tensors(tensor_type=return_tensors)
 
     def _apply_older(self, conversation: Any, chat_template: str | None, kwargs: dict, processor_kwargs: dict) -> Any:
+        if _TAKES_PROCESSOR_KWARGS:
+            return super().apply_chat_template(
+                conversation, chat_template, **kwargs, processor_kwargs=processor_kwargs
+            )
         # 4.57 takes the arguments of the processor among all others
-        nested = {"processor_kwargs": processor_kwargs} if _TAKES_PROCESSOR_KWARGS else processor_kwargs
-        return super().apply_chat_template(conversation, chat_template, **kwargs, **nested)
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = templates.get(chat_template or "default", chat_template)
+        read = [name for name in kwargs if re.search(rf"\b{re.escape(name)}\b", template)]
+        return super().apply_chat_template(
+            conversation, chat_template, **kwargs, **processor_kwargs, **{_FOR_TEMPLATES: read}
+        )
 
 
 _TAKES_PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+_FOR_TEMPLATES = "names_for_template"
 _NOT_FOR_TEMPLATES = ("tokenize", "return_dict", "return_tensors")
 
 
@@ -172,7 +212,7 @@ def _content_parts(content: Any) -> list[dict[str, Any]]:
 
 
 # 5.10 brought the steps of `__call__`, and 5.23 masks that know expanded images
-_MIXIN = ProcessorMixin if RELEASE >= (5, 10) else _CallBackport
+_MIXIN = _Call if RELEASE >= (5, 10) else _CallBackport
 
 if RELEASE >= (5, 23):
     ProcessorBase = _MIXIN

@@ -22,7 +22,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from .host_processor_vtc import ImageProcessorBase
 from .image_loading_vtc import load_images
 from .padding_vtc import PaddedImages
-from .tiling_vtc import TileLayout, TilingSettings, square_size
+from .tiling_vtc import TileLayout, TilingSettings, refuse_misnamed, refuse_unknown, square_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -31,6 +31,8 @@ LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1
 
 # kinds of `tiling` that cut an image into several tiles
 _SEVERAL_TILES = ("anyres", "dynamic")
+# keys of `preprocessor_config.json` that are no fields
+_WRITTEN_BY_HOSTS = ("auto_map", "image_processor_type", "processor_class", "feature_extractor_type")
 
 
 class VtcImageProcessorKwargs(TypedDict, total=False):
@@ -98,6 +100,8 @@ class VtcImageProcessor(ImageProcessorBase):
         token_stride: int | None = None,
         **kwargs: Any,
     ):
+        known = (*TilingSettings.__dataclass_fields__, *_WRITTEN_BY_HOSTS)
+        refuse_unknown(kwargs, known, "`VtcImageProcessor`")
         # written by `save_pretrained`, never kept: whether code travels is decided at each save
         kwargs.pop("auto_map", None)
         super().__init__(**kwargs)
@@ -121,11 +125,18 @@ class VtcImageProcessor(ImageProcessorBase):
         num_tiles = ["num_tiles"] if self.tiling in _SEVERAL_TILES else []
         return ["pixel_values", *num_tiles, "image_sizes"]
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; fields beside the folder are checked as those of the constructor are."""
+        known = TilingSettings.__dataclass_fields__
+        # a processor hands on the arguments of its tokenizer too, so that not every other name is a mistake
+        refuse_misnamed(kwargs, known, "`VtcImageProcessor`")
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+        return super().from_dict({**image_processor_dict, **given}, **kwargs)
+
     def _settings(self, **overrides: Any) -> TilingSettings:
         fields = {name: getattr(self, name) for name in TilingSettings.__dataclass_fields__}
-        unknown = overrides.keys() - fields.keys()
-        if unknown:
-            raise ValueError(f"{sorted(unknown)} are no fields of `VtcImageProcessor`. Fields: {sorted(fields)}.")
+        refuse_unknown(overrides, fields, "`VtcImageProcessor`")
         fields.update((name, value) for name, value in overrides.items() if value is not None)
         return TilingSettings(**{**fields, "size": square_size(fields["size"])})
 
@@ -141,6 +152,14 @@ class VtcImageProcessor(ImageProcessorBase):
             ValueError: the image has no pixels, or is so long and thin that the resized one would exhaust memory.
         """
         return _bounded_layout(height, width, self._settings(**overrides))
+
+    def get_model_size(self, height: int, width: int, **overrides: Any) -> tuple[int, int]:
+        """(height, width) in pixels that the model is told of an image of this size, as `image_sizes`.
+
+        Args and errors: as `get_tile_layout`.
+        """
+        settings = self._settings(**overrides)
+        return _model_size(_bounded_layout(height, width, settings), settings)
 
     def padded_size(self, image_sizes: Sequence[tuple[int, int]], **overrides: Any) -> tuple[int, int]:
         """(height, width) in pixels of what holds each of these images in one call: that of the largest sides.
@@ -180,6 +199,23 @@ class VtcImageProcessor(ImageProcessorBase):
         overrides = {key: value for key, value in (images_kwargs or {}).items() if key not in _CALL_ONLY}
         _check_crop_to_patches((images_kwargs or {}).get("crop_to_patches"), self._settings(**overrides))
         return self.get_tile_layout(height, width, **overrides).num_tiles
+
+    def check_rescaling(self, images: Any, do_rescale: bool | None = None) -> None:
+        """Raise where images in 0..1 are not to be rescaled: they become 8-bit, of which 0..1 is left by that alone.
+
+        Args:
+            images: whatever `fetch_images` takes.
+            do_rescale (`bool`, *optional*): of this call, in place of this processor's.
+
+        Raises:
+            ValueError: `do_rescale=False` with floats or booleans.
+        """
+        if not (self.do_rescale if do_rescale is None else do_rescale) and _has_unit_range(images):
+            raise ValueError(
+                "`do_rescale=False` keeps pixels in 0..255, but `images` holds floats or booleans, which are taken as "
+                "0..1 and become 8-bit pixels first, as in the original code. Leave `do_rescale` out: nothing is "
+                "divided twice. For pixels in 0..255 give 8-bit arrays."
+            )
 
     def fetch_images(self, image_url_or_urls: Any, input_data_format: str | None = None) -> Any:
         """Load and convert images to upright 8-bit RGB, keeping the nesting of lists.
@@ -227,6 +263,7 @@ class VtcImageProcessor(ImageProcessorBase):
         """
         settings = self._settings(**overrides)
         _check_crop_to_patches(crop_to_patches, settings)
+        self.check_rescaling(images, overrides.get("do_rescale"))
         images = _flatten(load_images(images, "images", input_data_format))
         if not images:
             raise ValueError("`images` must hold at least one image, got none. Leave it out for text alone.")
@@ -419,6 +456,16 @@ def _normalized(tiles: list[Image.Image], settings: TilingSettings) -> np.ndarra
         pixels -= np.asarray(settings.image_mean, dtype=np.float32).reshape(3, 1, 1)
         pixels /= np.asarray(settings.image_std, dtype=np.float32).reshape(3, 1, 1)
     return pixels
+
+
+def _has_unit_range(images: Any) -> bool:
+    if isinstance(images, (list, tuple)):
+        return any(_has_unit_range(item) for item in images)
+    if isinstance(images, torch.Tensor):
+        return images.is_floating_point() or images.dtype == torch.bool
+    if isinstance(images, np.ndarray):
+        return images.dtype == np.bool_ or np.issubdtype(images.dtype, np.floating)
+    return isinstance(images, Image.Image) and images.mode == "F"
 
 
 def _flatten(images: Any) -> list[Image.Image]:

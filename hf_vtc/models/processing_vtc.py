@@ -4,6 +4,7 @@ A chat template or a raw prompt holds one placeholder per image. The processor r
 many placeholders as the method may need for that image (contract: reserve, then pack), and `image_end_token`.
 """
 
+import inspect
 import json
 import math
 import os
@@ -13,13 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, PretrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
 from .host_processor_vtc import ProcessorBase
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
-from .tiling_vtc import TileLayout, refuse_empty_map, unpadded_grids
+from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
+from .tiling_vtc import (
+    TileLayout,
+    TilingSettings,
+    refuse_empty_map,
+    refuse_misnamed,
+    refuse_unknown,
+    unpadded_grids,
+)
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # what the decoders take; tokenizers of some versions add `token_type_ids`, which `generate` refuses
@@ -166,11 +176,47 @@ COUNT_RULES: dict[str, Callable[[TileLayout, int], int]] = {
 }
 
 
+class VtcImagesKwargs(VtcImageProcessorKwargs, total=False):
+    """Arguments of a call that concern images: fields of the image processor, and how many tokens are reserved."""
+
+    vtc_budget: Any
+
+
 class VtcProcessorKwargs(ProcessingKwargs, total=False):
     """Arguments of a call. Rows are padded unless `padding=False`: batches of images rarely have one length."""
 
-    images_kwargs: VtcImageProcessorKwargs
+    images_kwargs: VtcImagesKwargs
     _defaults = {"text_kwargs": {"padding": True}}
+
+
+_IMAGE_ARGUMENTS = frozenset(VtcImagesKwargs.__annotations__)
+# `return_tensors` stands elsewhere before transformers 5
+_TEXT_ARGUMENTS = frozenset((*VtcProcessorKwargs.__annotations__["text_kwargs"].__annotations__, "return_tensors"))
+_NESTED_ARGUMENTS = {
+    "text_kwargs": _TEXT_ARGUMENTS,
+    "images_kwargs": _IMAGE_ARGUMENTS,
+    "common_kwargs": frozenset(("return_tensors",)),
+    # of media that no model of ours takes
+    "videos_kwargs": frozenset(),
+    "audio_kwargs": frozenset(),
+}
+_CALL_ARGUMENTS = frozenset(
+    (*_IMAGE_ARGUMENTS, *_TEXT_ARGUMENTS, *_NESTED_ARGUMENTS)
+    + ("return_mm_token_type_ids", "return_text_replacement_offsets")
+)
+# how a folder or repository is found and read, which holds for the model's configuration in it too
+_SOURCE_ARGUMENTS = (
+    "cache_dir",
+    "code_revision",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+# keys of `processor_config.json` that are no fields
+_WRITTEN_BY_HOSTS = ("processor_class", "auto_map", "image_processor", "tokenizer", "chat_template", "audio_tokenizer")
 
 
 class VtcProcessor(ProcessorBase):
@@ -178,6 +224,11 @@ class VtcProcessor(ProcessorBase):
 
     The given tokenizer is set up for generation: padding on the left, no `token_type_ids`, and if it has no padding
     token its end token pads. For training, `processor.tokenizer.padding_side` may be changed afterwards.
+
+    A call reserves the largest count of placeholders, and the model drops what it does not need. Called with
+    `vtc_budget`, as the model takes it, it writes just the visual tokens that enter the language model at that budget;
+    the model takes such a prompt at this budget alone. Where only pixels can tell how many these are, at `"auto"` of
+    a method that routes, that is refused. Budgets need the model's configuration, see `model_config`.
 
     Args:
         image_processor (`VtcImageProcessor`): cuts images into tiles.
@@ -224,6 +275,8 @@ class VtcProcessor(ProcessorBase):
         self.image_end_token = image_end_token
         self.count_rule = count_rule
         self.return_layout = return_layout
+        self._model_config: PretrainedConfig | None = None
+        self._source: tuple[Any, dict[str, Any]] | None = None
         super().__init__(image_processor, tokenizer, chat_template=chat_template or chatml_template(image_token))
         self.image_token_id = self._known_id("image_token", image_token)
         for name, token in (("image_start_token", image_start_token), ("image_end_token", image_end_token)):
@@ -243,6 +296,63 @@ class VtcProcessor(ProcessorBase):
             )
         return token_id
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As in transformers. Where the processor comes from is remembered, for `model_config`."""
+        source = {name: kwargs[name] for name in _SOURCE_ARGUMENTS if kwargs.get(name) is not None}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # a pair under `return_unused_kwargs`
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        processor._source = (pretrained_model_name_or_path, source)
+        return loaded
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; a field that this version does not know is refused."""
+        known = {*inspect.signature(cls.__init__).parameters} - {"self"}
+        refuse_unknown(processor_dict, known | {*_WRITTEN_BY_HOSTS}, "`VtcProcessor`")
+        # those of image processor, tokenizer and host stand here too
+        refuse_misnamed(kwargs, known | {*TilingSettings.__dataclass_fields__}, "`VtcProcessor`")
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
+
+    @property
+    def model_config(self) -> PretrainedConfig:
+        """Configuration of the model, from which `vtc_budget` is planned.
+
+        Read at first use from where the processor was loaded, and kept. It may be set, and must be where a model's
+        configuration was changed in memory: `processor.model_config = model.config`.
+
+        Raises:
+            ValueError: there is none, or it is of another kind of model.
+        """
+        if self._model_config is None:
+            self.model_config = self._read_model_config()
+        return self._model_config
+
+    @model_config.setter
+    def model_config(self, config: PretrainedConfig) -> None:
+        if not config.model_type.startswith("vtc_"):
+            raise ValueError(
+                f"`model_config` must be the configuration of a model of hf_vtc, got `model_type` "
+                f"{config.model_type!r}. Set `processor.model_config = model.config`."
+            )
+        self._model_config = config
+
+    def _read_model_config(self) -> PretrainedConfig:
+        remedy = "Set `processor.model_config = model.config`, or leave `vtc_budget` out of the processor's call."
+        if self._source is None:
+            raise ValueError(
+                f"`vtc_budget` needs the model's configuration, and this processor was not loaded beside one. {remedy}"
+            )
+        place, arguments = self._source
+        try:
+            return AutoConfig.from_pretrained(place, **arguments)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`vtc_budget` needs the model's configuration, and none could be read from {str(place)!r}, where "
+                f"this processor comes from ({error}). {remedy}"
+            ) from error
+
     @property
     def unused_input_names(self) -> list[str]:
         """Outputs of the parts that no model takes, or that the caller does not want."""
@@ -252,14 +362,33 @@ class VtcProcessor(ProcessorBase):
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> tuple[Any, list[str] | None, Any, Any]:
-        """Text as a new list, images loaded; no image at all is `None`."""
+        """Text as a new list, images loaded; no image at all is `None`.
+
+        Raises:
+            ValueError: an argument is unknown, or text and images are interchanged.
+        """
+        _refuse_unknown_arguments(kwargs)
         if text is not None:
+            if not isinstance(text, (str, list, tuple)):
+                raise ValueError(
+                    f"`text` must be a string or a list of strings, got {type(text).__name__}. The order is "
+                    "`processor(images, text)`. Better name them: `processor(text=..., images=...)`."
+                )
             text = [text] if isinstance(text, str) else list(text)
         if images is not None:
-            name = "input_data_format"
-            data_format = kwargs.get(name, (kwargs.get("images_kwargs") or {}).get(name))
-            images = _rows_or_flat(self.image_processor.fetch_images(images, data_format))
+            self.image_processor.check_rescaling(images, _image_argument("do_rescale", kwargs))
+            images = self._fetched(images, text, _image_argument("input_data_format", kwargs))
         return images or None, text, videos, audio
+
+    def _fetched(self, images: Any, text: list[str] | None, data_format: str | None) -> list:
+        try:
+            return _rows_or_flat(self.image_processor.fetch_images(images, data_format))
+        except OSError as error:
+            if text is not None or not isinstance(images, str):
+                raise
+            raise type(error)(
+                f"{error} If it is a prompt, name it: `processor(text=...)`; the first argument is `images`."
+            ) from error
 
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -273,8 +402,13 @@ class VtcProcessor(ProcessorBase):
             raise ValueError("`videos` and `audio` are not supported. Pass the frames of a video as images.")
         if images is None and text is None:
             raise ValueError("`text` or `images` must be given, got neither.")
+        vtc_budget = _image_argument("vtc_budget", kwargs)
         if text is None:
+            if vtc_budget is not None:
+                raise ValueError("`vtc_budget` says how many placeholders `text` gets, which was not given.")
             return
+        if vtc_budget is not None:
+            budgets_per_image(vtc_budget, sum(len(row) if isinstance(row, list) else 1 for row in images or []))
         if not all(isinstance(sample, str) for sample in text):
             raise ValueError("`text` must be a string or a list of strings. Decode token ids first.")
         if not self.return_layout and self.count_rule == "tiles" and self.image_start_token is None:
@@ -317,20 +451,73 @@ class VtcProcessor(ProcessorBase):
         )
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """What one placeholder of the prompt becomes."""
+        """What one placeholder of the prompt becomes where the largest count is reserved."""
         height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
-        reserved = self.reserved_tokens(height, width, **_layout_fields(kwargs))
-        return (self.image_start_token or "") + self.image_token * reserved + (self.image_end_token or "")
+        return self._expanded(self.reserved_tokens(height, width, **_layout_fields(kwargs)))
+
+    def written_tokens(
+        self, image_sizes: Sequence[Sequence[int]], vtc_budget: Any = None, **overrides: Any
+    ) -> list[int]:
+        """Placeholders that each image of a call gets, start and end tokens not counted.
+
+        Args:
+            image_sizes (`Sequence[Sequence[int]]`): (height, width) in pixels of upright images.
+            vtc_budget: `None` for as many as the method may need at any budget; else as the model takes it, with one
+                entry per image if it is a list, for as many as enter the language model at it.
+            **overrides: fields of the image processor for this call.
+
+        Raises:
+            ValueError: nothing fits `vtc_budget`, only pixels can tell what does, or `model_config` is missing or of
+                another model.
+        """
+        reserved = [self.reserved_tokens(*size, **overrides) for size in image_sizes]
+        if vtc_budget is None:
+            return reserved
+        config = self.model_config
+        num_tiles = [self.image_processor.get_tile_layout(*size, **overrides).num_tiles for size in image_sizes]
+        told = [self.image_processor.get_model_size(*size, **overrides) for size in image_sizes]
+        sizes = config.sizes_of(torch.tensor(num_tiles, dtype=torch.long), torch.tensor(told).reshape(-1, 2))
+        of_model = config.reserved_tokens(sizes).tolist()
+        if of_model != reserved:
+            raise ValueError(
+                f"The model of `model_config` needs {of_model} placeholders for these images without compression, but "
+                f"this processor reserves {reserved}: they belong to different models. Set "
+                "`processor.model_config = model.config` of the model that is run."
+            )
+        counts = config.levels(sizes)
+        levels = chosen_levels(vtc_budget, counts, config.own_level)
+        if BY_SCORES in levels:
+            raise ValueError(
+                f"`vtc_budget='auto'` lets {config.model_type} decide from the pixels of image "
+                f"{levels.index(BY_SCORES)}, which the processor cannot know. Leave `vtc_budget` out of its call, so "
+                "that every decision has room, or give a number of tokens, a share of them or 'full'."
+            )
+        return [own[config.level_entering(level)] for own, level in zip(counts, levels, strict=True)]
+
+    def images_and_placeholders(
+        self, images: Any, vtc_budget: Any = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Model inputs of the images of a call, and what the placeholder of each becomes in the prompt."""
+        image_inputs = self.image_processor(images, **kwargs)
+        sizes = [[int(side) for side in size] for size in image_inputs["image_sizes"]]
+        written = self.written_tokens(sizes, vtc_budget, **_layout_fields(kwargs))
+        return image_inputs, [self._expanded(count) for count in written]
+
+    def _expanded(self, count: int) -> str:
+        return (self.image_start_token or "") + self.image_token * count + (self.image_end_token or "")
 
     def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+        self, image_sizes: Sequence[Sequence[int]] | None = None, vtc_budget: Any = None, **kwargs: Any
     ) -> MultiModalData:
-        """Reserved placeholders and tiles of images, given as (height, width) in pixels; serving engines call this."""
+        """Placeholders and tiles of images, given as (height, width) in pixels; serving engines call this.
+
+        Args and errors: as `written_tokens`.
+        """
         if image_sizes is None:
             return MultiModalData()
         fields = _layout_fields(kwargs)
         return MultiModalData(
-            num_image_tokens=[self.reserved_tokens(*size, **fields) for size in image_sizes],
+            num_image_tokens=self.written_tokens(image_sizes, vtc_budget, **fields),
             num_image_patches=[
                 self.image_processor.get_tile_layout(*size, **fields).num_tiles for size in image_sizes
             ],
@@ -399,6 +586,17 @@ def _rows_or_flat(images: Any) -> list:
         rows = [item if isinstance(item, list) else [item] for item in images]
         return rows if any(rows) else []
     return images
+
+
+def _refuse_unknown_arguments(kwargs: dict[str, Any]) -> None:
+    refuse_unknown(kwargs, _CALL_ARGUMENTS, "`VtcProcessor`")
+    for name, known in _NESTED_ARGUMENTS.items():
+        refuse_unknown(kwargs.get(name) or {}, known, f"`{name}` of `VtcProcessor`")
+
+
+def _image_argument(name: str, kwargs: dict[str, Any]) -> Any:
+    """An argument of a call that concerns images, given by itself or in their dictionary."""
+    return kwargs.get(name, (kwargs.get("images_kwargs") or {}).get(name))
 
 
 def _layout_fields(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ the same without its centre crop, arXiv 2405.15738 section 4.3); OpenGVLab/Inter
 2410d1dbf208f0e799459aff9376e5747dbf41a2 (dynamic).
 """
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -24,6 +25,24 @@ import torch
 
 TILINGS = ("single", "pad", "anyres", "dynamic", "crop", "keep_aspect")
 UNPAD_RULES = ("token_grid", "true_aspect")
+# what transformers' InternVL, its LLaVA and the original repositories call some of our arguments
+_NAMES_ELSEWHERE = {
+    "max_patches": "max_tiles",
+    "max_num": "max_tiles",
+    "max_dynamic_patch": "max_tiles",
+    "min_patches": "min_tiles",
+    "min_num": "min_tiles",
+    "min_dynamic_patch": "min_tiles",
+    "crop_to_patches": "tiling",
+    "dynamic_image_size": "tiling",
+    "image_aspect_ratio": "tiling",
+    "input_size": "size",
+    "image_size": "size",
+    "crop_size": "size",
+    "grid_pinpoints": "image_grid_pinpoints",
+    "num_additional_image_tokens": "image_seq_length",
+    "budget": "vtc_budget",
+}
 
 
 class TileLayout(NamedTuple):
@@ -406,6 +425,28 @@ def _grid_boxes(
             top, left = row * tile_size - offset[0], column * tile_size - offset[1]
             boxes.append((left * step_x, top * step_y, (left + tile_size) * step_x, (top + tile_size) * step_y))
     return tuple(boxes)
+
+
+def refuse_unknown(given: Iterable[str], known: Collection[str], owner: str) -> None:
+    """Raise for names that are no arguments of `owner`, each with the known name that is meant or nearest."""
+    unknown = sorted(set(given) - set(known))
+    if not unknown:
+        return
+    meant = [(name, meant_name(name, known)) for name in unknown]
+    said = ", ".join(f"`{name}`" + (f" (did you mean `{near}`?)" if near else "") for name, near in meant)
+    raise ValueError(f"{owner} has no argument {said}. Arguments: {', '.join(sorted(known))}.")
+
+
+def meant_name(name: str, known: Collection[str], likeness: float = 0.6) -> str | None:
+    """The name of `known` that other code calls `name`, or that is spelt most like it, if any is."""
+    if _NAMES_ELSEWHERE.get(name) in known:
+        return _NAMES_ELSEWHERE[name]
+    return next(iter(difflib.get_close_matches(name, sorted(known), 1, likeness)), None)
+
+
+def refuse_misnamed(given: Iterable[str], known: Collection[str], owner: str) -> None:
+    """Raise for names that are almost arguments of `owner`, where others, of the host or a tokenizer, may stand too."""
+    refuse_unknown([name for name in given if meant_name(name, known, likeness=0.85)], known, owner)
 
 
 def square_size(size: Any) -> dict[str, int]:
