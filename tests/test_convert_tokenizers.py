@@ -17,7 +17,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from hf_vtc.convert import convert, load_official
 from hf_vtc.convert.assets import load_tokenizer
-from hf_vtc.models.processing_vtc import chat_template_for
+from hf_vtc.models.chat_templates_vtc import chat_template_for
 
 
 def write_sentencepiece(folder, words):

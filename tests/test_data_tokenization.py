@@ -14,8 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from hf_vtc.data import IGNORE_INDEX, RecordError, VtcCollator, load_records
+from hf_vtc.models.chat_templates_vtc import chatml_template, mistral_template, vicuna_template
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
-from hf_vtc.models.processing_vtc import VtcProcessor, chatml_template, mistral_template, vicuna_template
+from hf_vtc.models.processing_vtc import VtcProcessor
 from hf_vtc_cli.answers import model_inputs
 
 IMAGE_TOKEN = "<image>"

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..methods import Record
-from ..models.processing_vtc import chat_template_for
+from ..models.chat_templates_vtc import chat_template_for
 from .layout import Layout
 from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, is_tied
 from .targets import plan_base, targets_of

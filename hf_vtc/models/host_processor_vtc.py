@@ -97,13 +97,15 @@ def _by_modality(kwargs: dict[str, Any], valid_kwargs: type) -> dict[str, dict[s
     for name, value in kwargs.items():
         if name in nested:
             continue
-        modality = next(
-            (each for each in nested[:2] if name in valid_kwargs.__annotations__[each].__annotations__),
-            "common_kwargs",
-        )
+        if name == "return_tensors":
+            modality = "common_kwargs"
+        elif name in valid_kwargs.__annotations__["images_kwargs"].__annotations__:
+            modality = "images_kwargs"
+        else:
+            modality = "text_kwargs"
         if name in grouped[modality]:
             raise ValueError(f"Keyword argument `{name}` was given twice: in `{modality}` and by itself.")
-        grouped["common_kwargs" if name == "return_tensors" else modality][name] = value
+        grouped[modality][name] = value
     return grouped
 
 

@@ -285,6 +285,7 @@ def rows_of_images(placeholder_mask: torch.Tensor, num_written: list[int]) -> li
 def _mismatch(row: int, what: str) -> ValueError:
     return ValueError(
         f"Image features and image tokens do not match in sample {row}: {what}. Build `input_ids` with the processor "
-        "of this checkpoint, from the same images, in prompt order, and do not truncate inside an image. "
+        "of this checkpoint, from the same images, in prompt order, and do not truncate inside an image. A prompt "
+        "that the processor wrote for a `vtc_budget` needs the same `vtc_budget` here. "
         f"{STREAM_ADVICE}"
     )

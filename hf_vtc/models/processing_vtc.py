@@ -19,120 +19,15 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
+from .chat_templates_vtc import chatml_template
 from .host_processor_vtc import ProcessorBase
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
-from .tiling_vtc import (
-    TileLayout,
-    TilingSettings,
-    refuse_empty_map,
-    refuse_misnamed,
-    refuse_unknown,
-    unpadded_grids,
-)
+from .tiling_vtc import TileLayout, TilingSettings, refuse_empty_map, refuse_misnamed, refuse_unknown, unpadded_grids
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # what the decoders take; tokenizers of some versions add `token_type_ids`, which `generate` refuses
 TEXT_INPUT_NAMES = ["input_ids", "attention_mask"]
-
-# what every template does with the content of a message; images stand where their content items stand
-_PARTS = """\
-{%- macro parts(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for part in content -%}
-            {%- if part['type'] in ['image', 'image_url'] -%}
-                {{- IMAGE_TOKEN + '\\n' -}}
-            {%- elif part['type'] == 'text' -%}
-                {{- part['text'] -}}
-            {%- else -%}
-                {{- raise_exception("Content parts must be of type text or image, got " + (part['type'] | string)) -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-"""
-# ChatML without a default system prompt (InternVL's `internvl2_5`); the parts that a model is trained to write are
-# marked for `return_assistant_tokens_mask`, here and below
-_CHATML = """\
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' -}}
-    {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}
-            {{- parts(message['content']) + '<|im_end|>' -}}
-        {%- endgeneration -%}
-        {{- '\\n' -}}
-    {%- else -%}
-        {{- parts(message['content']) + '<|im_end|>\\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
-
-def chatml_template(image_token: str) -> str:
-    """The default chat template, with `image_token` where an image stands."""
-    return (_PARTS + _CHATML).replace("IMAGE_TOKEN", repr(image_token))
-
-
-# the conversation `vicuna_v1` of LLaVA-1.5; the tokenizer writes the first token, and the answer's space is its own
-_VICUNA = """\
-{%- if messages[0]['role'] == 'system' -%}
-    {{- parts(messages[0]['content']) + ' ' -}}
-{%- else -%}
-    {{- SYSTEM + ' ' -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}
-        {{- 'USER: ' + parts(message['content']) + ' ' -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- 'ASSISTANT:' -}}
-        {%- generation -%}
-            {{- ' ' + parts(message['content']) + eos_token -}}
-        {%- endgeneration -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- 'ASSISTANT:' -}}
-{%- endif -%}
-"""
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-
-def vicuna_template(image_token: str) -> str:
-    """The chat template of LLaVA-1.5 on Vicuna (`vicuna_v1`), with `image_token` where an image stands."""
-    return (_PARTS + _VICUNA).replace("IMAGE_TOKEN", repr(image_token)).replace("SYSTEM", repr(_VICUNA_SYSTEM))
-
-
-# the conversation `mistral_instruct` of LLaVA-NeXT
-_MISTRAL = """\
-{%- for message in messages -%}
-    {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}
-            {{- ' ' + parts(message['content']) + eos_token -}}
-        {%- endgeneration -%}
-    {%- else -%}
-        {{- '[INST] ' + parts(message['content']) + ' [/INST]' -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
-
-
-def mistral_template(image_token: str) -> str:
-    """The chat template of LLaVA-NeXT on Mistral, with `image_token` where an image stands."""
-    return (_PARTS + _MISTRAL).replace("IMAGE_TOKEN", repr(image_token))
-
-
-def chat_template_for(decoder_type: str, image_token: str) -> str:
-    """The chat template that LLaVA's code chooses for a decoder, given by its `model_type`."""
-    templates = {"llama": vicuna_template, "mistral": mistral_template}
-    return templates.get(decoder_type, chatml_template)(image_token)
 
 
 def tokens_of_tiles(layout: TileLayout, image_seq_length: int) -> int:

@@ -33,7 +33,6 @@ _NAMES_ELSEWHERE = {
     "min_patches": "min_tiles",
     "min_num": "min_tiles",
     "min_dynamic_patch": "min_tiles",
-    "crop_to_patches": "tiling",
     "dynamic_image_size": "tiling",
     "image_aspect_ratio": "tiling",
     "input_size": "size",
@@ -445,7 +444,7 @@ def meant_name(name: str, known: Collection[str], likeness: float = 0.6) -> str 
 
 
 def refuse_misnamed(given: Iterable[str], known: Collection[str], owner: str) -> None:
-    """Raise for names that are almost arguments of `owner`, where others, of the host or a tokenizer, may stand too."""
+    """Raise for names that are almost arguments of `owner`, where a tokenizer's and the host's may stand too."""
     refuse_unknown([name for name in given if meant_name(name, known, likeness=0.85)], known, owner)
 
 
