@@ -360,18 +360,106 @@ def test_sizes_that_do_not_fit_the_tiles_raise(model):
         model(**{**batch, "image_sizes": torch.tensor(canvas)})
 
 
-def test_an_image_whose_map_would_be_empty_raises(model):
-    processor = tiny_processor("avg_llava")
-    with pytest.raises(ValueError, match="10 x 900 pixels"):
-        processor(images=Image.new("RGB", (900, 10)), text=processor.image_token, return_tensors="pt")
-    with pytest.raises(ValueError, match="too long and thin"):
-        processor.reserved_tokens(2000, 3)
-    batch = batch_of(model, [1], seed=18)
-    tiles = 4
-    batch["pixel_values"] = torch.zeros(tiles, 3, 32, 32)
-    batch["num_tiles"], batch["image_sizes"] = torch.tensor([tiles]), torch.tensor([[10, 900]])
-    with pytest.raises(ValueError, match="10 x 900 pixels"):
-        model(**batch)
+# (height, width) in pixels of images of whose finest map no row, or no column, is left without padding, and the
+# visual tokens that they have then: those of the base tile, and a newline for each row, of which a map may have none
+EMPTY_MAPS = {(10, 2000): 16, (2000, 10): 16 + 4, (10, 130): 16, (130, 10): 16 + 12}
+
+
+def joined_by_hand(pooled, newline, grid, size):
+    """Tokens of one image from those of its tiles, `(T, rows, columns, D)`, as the released code joins them."""
+    base, tiles = pooled[0], pooled[1:]
+    rows, columns = tiles.shape[1:3]
+    whole = torch.cat(
+        [torch.cat(list(tiles[row * grid[1] : (row + 1) * grid[1]]), dim=1) for row in range(grid[0])], dim=0
+    )
+    rows, columns, (height, width) = *whole.shape[:2], size
+    if width / height > columns / rows:
+        cut = (rows - int(height * (columns / width))) // 2
+        whole = whole[cut : rows - cut]
+    else:
+        cut = (columns - int(width * (rows / height))) // 2
+        whole = whole[:, cut : columns - cut]
+    lines = [token for line in whole for token in [*line, newline]]
+    return torch.stack([*base.flatten(0, 1), *lines])
+
+
+def granularities_by_hand(model, inputs, scales):
+    """Visual tokens of the one image of `inputs` at each of `scales`, by `avg_pool2d` and `joined_by_hand`."""
+    projected = model.model.multi_modal_projector(model.model.encode(inputs["pixel_values"]))
+    side = round(projected.shape[1] ** 0.5)
+    maps = projected.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    (size,) = inputs["image_sizes"].tolist()
+    grid = (best_canvases(inputs["image_sizes"], model.config.image_grid_pinpoints)[0] // 32).tolist()
+    for scale in scales:
+        rows = round(scale**0.5) if round(scale**0.5) ** 2 == scale else 2 * round((scale / 2) ** 0.5)
+        kernel = (side // rows, side // (scale // rows))
+        pooled = F.avg_pool2d(maps, kernel).permute(0, 2, 3, 1)
+        yield joined_by_hand(pooled, model.model.image_newline, grid, size)
+
+
+@pytest.mark.parametrize(("size", "full"), EMPTY_MAPS.items())
+@pytest.mark.parametrize("rule", ("token_grid", "true_aspect"))
+def test_an_image_whose_map_is_empty_is_its_base_tile_and_newlines(size, full, rule):
+    model = tiny_model("avg_llava", unpad_rule=rule)
+    processor = tiny_processor("avg_llava", count_rule=f"unpad_{rule}")
+    image = Image.effect_noise(size[::-1], 50).convert("RGB")
+    inputs = processor(images=image, text=f"{processor.image_token} What?", return_tensors="pt")
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == full
+    expected = list(granularities_by_hand(model, inputs, SCALES))
+    assert len(expected[-1]) == full
+    for idx, tokens in enumerate(expected):
+        if len(tokens) > full:
+            # at a coarse granularity a row of padding may be left
+            continue
+        out = model(**inputs, router_decisions=torch.tensor([idx]))
+        torch.testing.assert_close(out.image_hidden_states, tokens, rtol=1e-4, atol=1e-4)
+        assert out.num_visual_tokens.tolist() == [len(tokens)]
+    out = model(**inputs)
+    assert out.num_visual_tokens.tolist() == [len(expected[int(out.router_decisions)])]
+    if rule == "true_aspect":
+        stock = uncompressed(model)
+        torch.testing.assert_close(
+            model(**inputs, vtc_budget="full").logits,
+            stock(**stock_inputs(stock, inputs)).logits,
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_a_router_may_choose_without_the_full_grid():
+    """`vis_token_granularity` that does not end there: nothing but what the router reads and may choose is less."""
+    scales = [1, 2, 8]
+    model = tiny_model("avg_llava", vis_token_granularity=scales, unpad_rule="token_grid")
+    processor = tiny_processor("avg_llava", count_rule="unpad_token_grid")
+    image = Image.effect_noise((90, 50), 50).convert("RGB")
+    inputs = processor(images=image, text=f"{processor.image_token} What?", return_tensors="pt")
+    assert model.model.router.voter.shape == (sum(scales) + model.config.filtered_text_num, 1)
+    expected = list(granularities_by_hand(model, inputs, [*scales, 16]))
+    for idx, tokens in enumerate(expected):
+        out = model(**inputs, router_decisions=torch.tensor([idx]))
+        torch.testing.assert_close(out.image_hidden_states, tokens, rtol=1e-4, atol=1e-4)
+    full = model(**inputs, vtc_budget="full")
+    assert full.router_decisions.tolist() == [3] and full.num_visual_tokens.tolist() == [len(expected[-1])]
+    seen = []
+    handle = model.model.router.register_forward_pre_hook(lambda router, args: seen.append(args[0]))
+    auto = model(**inputs)
+    handle.remove()
+    assert [tokens.shape[1] for tokens in seen[0]] == scales
+    assert auto.router_logits.shape == (1, 3)
+    assert auto.router_decisions.tolist() == auto.router_logits.argmax(1).tolist()
+    # the text is still compared with all tokens of the base tile, so that the same words are found
+    widest = tiny_model("avg_llava", vis_token_granularity=[1, 2, 8, 16], unpad_rule="token_grid")
+    texts = []
+    for each in (model, widest):
+        handle = each.model.router.register_forward_pre_hook(lambda router, args: texts.append(args[1]))
+        widest.model.vision_tower.load_state_dict(model.model.vision_tower.state_dict())
+        widest.model.multi_modal_projector.load_state_dict(model.model.multi_modal_projector.state_dict())
+        widest.model.language_model.load_state_dict(model.model.language_model.state_dict())
+        each(**inputs)
+        handle.remove()
+    assert torch.equal(*texts)
+    with pytest.raises(ValueError, match="must lie in 0 .coarsest. to 3"):
+        model(**inputs, router_decisions=torch.tensor([4]))
 
 
 def test_a_coarser_granularity_that_needs_more_tokens_is_not_admissible():
@@ -505,7 +593,7 @@ def test_a_router_in_training_mode_speaks_whatever_is_asked(flat):
 @pytest.mark.parametrize(
     "fields",
     (
-        {"vis_token_granularity": [1, 2, 4, 8]},
+        {"vis_token_granularity": [1, 2, 4, 32]},
         {"vis_token_granularity": [16, 8, 4]},
         {"vis_token_granularity": [3, 16]},
         {"filtered_text_num": 0},

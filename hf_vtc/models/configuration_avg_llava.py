@@ -21,10 +21,11 @@ class AvgLlavaConfig(VtcConfig):
     the defaults below are the corrected variants, for models that are trained anew.
 
     Args:
-        vis_token_granularity (`list[int]`, *optional*): tokens per tile of each granularity, coarse to fine. The last
-            one is what connector and tower give for a tile; each other one is that divided by a power of two, and its
-            grid comes from halving columns and rows in turns. Default: up to four halvings.
-        router_select (`bool`): whether `vtc_budget="auto"` routes; `False` keeps the finest granularity.
+        vis_token_granularity (`list[int]`, *optional*): tokens per tile of each granularity that the router chooses
+            from, coarse to fine: what connector and tower give for a tile, divided by a power of two; its grid comes
+            from halving columns and rows in turns. Default: up to four halvings, all tokens among them. Where all
+            tokens are not among them, a budget can still ask for them.
+        router_select (`bool`): whether `vtc_budget="auto"` routes; `False` keeps all tokens.
         filtered_text_num (`int`): text rows that the router reads, those most similar to the image.
         router_num_heads (`int`): heads of the router's attention.
         router_dropout (`float`): in the router's Transformer layer, in training.
@@ -105,9 +106,16 @@ class AvgLlavaConfig(VtcConfig):
         return math.isqrt(self.image_seq_length)
 
     @property
+    def all_granularities(self) -> list[int]:
+        """Tokens per tile that can be left, coarse to fine: the router's choices, then all of them, if not among
+        these."""
+        chosen = self.vis_token_granularity
+        return chosen if chosen[-1] == self.image_seq_length else [*chosen, self.image_seq_length]
+
+    @property
     def granularity_grids(self) -> list[tuple[int, int]]:
-        """(rows, columns) of tokens per tile of each granularity, coarse to fine."""
-        return [pooled_grid(self.grid_side, granularity) for granularity in self.vis_token_granularity]
+        """(rows, columns) of tokens per tile of each of `all_granularities`."""
+        return [pooled_grid(self.grid_side, granularity) for granularity in self.all_granularities]
 
     def _checked_granularities(self, granularities: list[int] | None) -> list[int]:
         finest = self.image_seq_length
@@ -116,9 +124,9 @@ class AvgLlavaConfig(VtcConfig):
             evenness = (self.grid_side & -self.grid_side).bit_length() - 1
             return [finest >> exponent for exponent in reversed(range(min(2 * evenness, 4) + 1))]
         granularities = [int(scale) for scale in granularities]
-        if granularities != sorted(set(granularities)) or not granularities or granularities[-1] != finest:
+        if granularities != sorted(set(granularities)) or not granularities or granularities[-1] > finest:
             raise ValueError(
-                f"`vis_token_granularity` must rise from coarse to fine and end with the {finest} tokens that tower "
+                f"`vis_token_granularity` must rise from coarse to fine, to at most the {finest} tokens that tower "
                 f"and connector give for a tile, got {granularities}."
             )
         for scale in granularities:
@@ -126,8 +134,8 @@ class AvgLlavaConfig(VtcConfig):
         return granularities
 
     def levels(self, sizes: ImageSizes) -> list[Sequence[int]]:
-        """Level i is the granularity i steps below the finest. Newlines can make a coarse map longer than the finest
-        one; nothing chooses it then."""
+        """Level i is that of `all_granularities` i steps below the finest. Newlines can make a coarse map longer than
+        the finest one; nothing chooses it then."""
         by_level = [self.tokens_of_images(sizes, grid).tolist() for grid in reversed(self.granularity_grids)]
         return list(zip(*by_level))
 

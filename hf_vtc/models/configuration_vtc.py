@@ -185,12 +185,11 @@ class VtcConfig(PretrainedConfig):
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): (height, width) in pixels.
 
         Raises:
-            ValueError: an image has other tiles than its size asks for, or nothing is left of its map.
+            ValueError: an image has other tiles than its size asks for.
         """
         grids = best_canvases(image_sizes, self.image_grid_pinpoints) // self.tile_size
-        sizes = ImageSizes(num_tiles, image_sizes, grids)
-        refuse_wrong_tiles(image_sizes, grids, sizes.kept(self.token_grid, self.unpad_rule), num_tiles.tolist())
-        return sizes
+        refuse_wrong_tiles(image_sizes, grids, num_tiles.tolist())
+        return ImageSizes(num_tiles, image_sizes, grids)
 
     def tiles_of_joined(self, image_sizes: Any, num_given: int) -> Any:
         """Tiles of each image whose tiles are joined, `(num_images,)`, if `num_given` were given for all together."""

@@ -42,7 +42,8 @@ class AvgLlavaInit:
 class AvgLlavaSteps(AvgLlavaInit):
     """The tokens of each image at one granularity, which a router chooses.
 
-    `router_logits` are `(num_images, E)`, `router_decisions` `(num_images,)`, indices of granularities, coarse first.
+    `router_logits` are `(num_images, E)`, `router_decisions` `(num_images,)`, indices of the configuration's
+    `all_granularities`, coarse first.
 
     With `mm_patch_merge_type="spatial_unpad"`, `image_sizes` and `num_tiles` are needed to join tiles; a single tile
     then gets one newline. Without `image_sizes` or `num_tiles` tiles follow each other as they are.
@@ -61,7 +62,7 @@ class AvgLlavaSteps(AvgLlavaInit):
         """Router logits, one row per image, and the pyramid that they were made from, coarse to fine."""
         if not self.routes(self.router, layout.asks_scores):
             return None
-        pyramid = pool_pyramid(self.multi_modal_projector(features), self.config.vis_token_granularity)
+        pyramid = pool_pyramid(self.multi_modal_projector(features), self.config.all_granularities)
         finest, num_tiles = pyramid[-1], layout.sizes.num_tiles
         rows = torch.tensor(layout.rows, dtype=torch.long)
         if self.config.router_text == "first_image":
@@ -74,20 +75,23 @@ class AvgLlavaSteps(AvgLlavaInit):
         )
         embeds, mask = text.embeds.to(finest.device, finest.dtype), text.mask.to(finest.device)
         chosen = filter_text(finest[base_tile], embeds, mask, rows, self.config.filtered_text_num)
-        router_logits = self.router(pyramid, chosen, image_of_tile, num_tiles)
+        choices = pyramid[: len(self.config.vis_token_granularity)]
+        router_logits = self.router(choices, chosen, image_of_tile, num_tiles)
         return Scores((router_logits,), router_logits, pyramid)
 
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
         """The router's granularity for `"auto"` images, else that of the level: i steps below the finest."""
-        finest = len(self.config.vis_token_granularity) - 1
+        finest, num_choices = len(self.config.all_granularities) - 1, len(self.config.vis_token_granularity)
         if layout.router_decisions is not None:
             decisions = _checked_decisions(layout.router_decisions, layout.counts)
         else:
             decisions = []
             for image_idx, (level, counts) in enumerate(zip(layout.levels, layout.counts, strict=True)):
                 if level == BY_SCORES:
-                    fits = torch.tensor([count <= counts[0] for count in reversed(counts)])
-                    decisions.append(int(scores[0][image_idx].masked_fill(~fits, float("-inf")).argmax()))
+                    fits = torch.tensor([counts[finest - idx] <= counts[0] for idx in range(num_choices)])
+                    best = int(scores[0][image_idx].masked_fill(~fits, float("-inf")).argmax())
+                    # of a map that newlines make longer at every choice all tokens are the fewest
+                    decisions.append(best if bool(fits.any()) else finest)
                 else:
                     decisions.append(finest - level)
         num_kept = [counts[finest - idx] for counts, idx in zip(layout.counts, decisions, strict=True)]
@@ -96,7 +100,7 @@ class AvgLlavaSteps(AvgLlavaInit):
 
     def connect(self, features: torch.Tensor, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
         """Tokens of all images, each at its granularity."""
-        decisions, scales = choice.decisions.tolist(), self.config.vis_token_granularity
+        decisions, scales = choice.decisions.tolist(), self.config.all_granularities
         used = sorted(set(decisions))
         if scores is None:
             levels = pool_pyramid(self.multi_modal_projector(features), [scales[idx] for idx in used])

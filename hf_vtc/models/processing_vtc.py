@@ -23,7 +23,7 @@ from .chat_templates_vtc import chatml_template
 from .host_processor_vtc import ProcessorBase
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
-from .tiling_vtc import TileLayout, TilingSettings, refuse_empty_map, refuse_misnamed, refuse_unknown, unpadded_grids
+from .tiling_vtc import TileLayout, TilingSettings, refuse_misnamed, refuse_unknown, unpadded_grids
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # what the decoders take; tokenizers of some versions add `token_type_ids`, which `generate` refuses
@@ -37,17 +37,12 @@ def tokens_of_tiles(layout: TileLayout, image_seq_length: int) -> int:
 
 def tokens_of_map(layout: TileLayout, image_seq_length: int, rule: str) -> int:
     """Reserved placeholders of `"anyres"` tiles that become one map without padding: the base tile's, then the map's
-    with one newline per row. A tile that is the whole image (`"single"`, `"pad"`) has no map.
-
-    Raises:
-        ValueError: the image is so long and thin that nothing of the map is left.
-    """
+    with one newline per row. A tile that is the whole image (`"single"`, `"pad"`) has no map."""
     if layout.num_tiles == 1:
         return image_seq_length
     side = math.isqrt(image_seq_length)
     size, grid = torch.tensor([layout.image_size]), torch.tensor([layout.grid])
     ((rows, columns),) = unpadded_grids(size, grid, (side, side), rule).tolist()
-    refuse_empty_map(layout.image_size, (rows, columns))
     return image_seq_length + rows * (columns + 1)
 
 

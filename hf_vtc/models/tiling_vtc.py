@@ -276,8 +276,8 @@ def unpadded_grids(
             it with that of the canvas and is exact; on square tokens it is transformers' LLaVA-NeXT.
 
     Returns:
-        `(num_images, 2)`: (rows, columns), 0 for an image too long and thin. As much is cut at one end as at the
-        other, so that a row or column of padding may stay.
+        `(num_images, 2)`: (rows, columns), 0 for an image so long and thin that nothing is left. As much is cut at one
+        end as at the other, so that a row or column of padding may stay.
 
     Source: DeepLearnXMU/AVG-LLaVA@3685bc8 `llava_arch.py` `unpad_image`.
     """
@@ -298,30 +298,18 @@ def unpadded_grids(
     return torch.stack([kept_rows, kept_columns], dim=-1)
 
 
-def refuse_empty_map(image_size: Sequence[int], kept: Sequence[int]) -> None:
-    """Raise for an `"anyres"` image of (height, width) pixels of whose map `unpadded_grids` leaves nothing."""
-    if 0 in kept:
-        raise ValueError(
-            f"An image of {image_size[0]} x {image_size[1]} pixels (height x width) is too long and thin: without "
-            "padding, no row or column of tokens is left of its tiles. Crop or pad it to a less extreme shape."
-        )
-
-
 def refuse_no_pixels(image_sizes: torch.Tensor) -> None:
     """Raise for `image_sizes` `(num_images, 2)` on the CPU with a side of no pixel."""
     if bool((image_sizes < 1).any()):
         raise ValueError(f"`image_sizes` must be at least 1 pixel each, got {image_sizes.tolist()} (height, width).")
 
 
-def refuse_wrong_tiles(
-    image_sizes: torch.Tensor, grids: torch.Tensor, kept: torch.Tensor, num_tiles: Sequence[int]
-) -> None:
-    """Raise where an `"anyres"` image of several tiles has others than its size asks for, or nothing left of its map.
+def refuse_wrong_tiles(image_sizes: torch.Tensor, grids: torch.Tensor, num_tiles: Sequence[int]) -> None:
+    """Raise where an `"anyres"` image of several tiles has others than its size asks for.
 
     Args:
         image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): (height, width) in pixels, on the CPU.
         grids (`torch.LongTensor` of shape `(num_images, 2)`): (rows, columns) of tiles.
-        kept (`torch.LongTensor` of shape `(num_images, 2)`): from `unpadded_grids`.
         num_tiles (`Sequence[int]`): tiles of each image that were given; an image of one has no map.
     """
     for image_idx, given in enumerate(num_tiles):
@@ -334,7 +322,6 @@ def refuse_wrong_tiles(
                 f"and the base tile, but has {given}. Use an image processor with `tiling='anyres'` and the model's "
                 "`image_grid_pinpoints`."
             )
-        refuse_empty_map(size, kept[image_idx].tolist())
 
 
 def joined_order(grid: tuple[int, int], tokens: tuple[int, int], kept: tuple[int, int]) -> torch.LongTensor:
@@ -346,7 +333,8 @@ def joined_order(grid: tuple[int, int], tokens: tuple[int, int], kept: tuple[int
         kept (`tuple[int, int]`): (rows, columns) of tokens of the map that stay, those in its middle.
 
     Returns:
-        Indices into the image's tokens in tile order, base tile first; -1 = newline, at the end of each row.
+        Indices into the image's tokens in tile order, base tile first; -1 = newline, at the end of each row, also of
+        one without columns.
 
     Source: haotian-liu/LLaVA `llava_arch.py` `prepare_inputs_labels_for_multimodal`, merge type `spatial_unpad`.
     """

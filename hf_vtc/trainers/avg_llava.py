@@ -265,12 +265,12 @@ class AvgLlavaRouterTrainer(VtcTrainer):
         losses = []
         for idx in range(len(model.config.vis_token_granularity)):
             decisions = torch.full((images_in(inputs),), idx)
-            logits, outputs = self.response_logits(model, responses, {**inputs, "router_decisions": decisions})
+            logits, _ = self.response_logits(model, responses, {**inputs, "router_decisions": decisions})
             token_losses = token_cross_entropy(logits, responses.targets)
             losses.append(mean_per_row(token_losses, responses.row_idx, responses.num_rows))
-        # the last one is the finest, which takes all reserved placeholders
         placeholder_mask = (inputs["input_ids"] == model.config.image_token_id).cpu()
-        return torch.stack(losses, dim=1), rows_of_images(placeholder_mask, outputs.num_visual_tokens.tolist())
+        reserved = model.count_visual_tokens(**inputs, vtc_budget="full")
+        return torch.stack(losses, dim=1), rows_of_images(placeholder_mask, reserved.tolist())
 
     def route(self, model: nn.Module, labels: torch.Tensor, inputs: dict[str, Any], training: bool) -> torch.Tensor:
         """Router logits `(num_images, E)` with their graph, from a prompt without its answers."""
@@ -303,13 +303,14 @@ class AvgLlavaRouterTrainer(VtcTrainer):
 
     def _record_routing(self, router_logits: torch.Tensor, losses: torch.Tensor) -> None:
         num_images, chosen = len(losses), router_logits.argmax(1)
-        scales = torch.tensor(self.unwrap(self.model).config.vis_token_granularity, device=chosen.device)
+        config = self.unwrap(self.model).config
+        scales = torch.tensor(config.vis_token_granularity, device=chosen.device)
         self.record("router_entropy", router_entropy(router_logits), num_images)
         self.record("router_accuracy", (chosen == losses.argmin(1)).float().mean(), num_images)
         # how much worse the chosen granularity is than the best, in nats per token
         regret = losses.gather(1, chosen[:, None])[:, 0] - losses.min(1).values
         self.record("router_regret", regret.mean(), num_images)
-        self.record("kept_tokens", (scales[chosen] / scales[-1]).mean(), num_images)
+        self.record("kept_tokens", (scales[chosen] / config.image_seq_length).mean(), num_images)
         for idx, scale in enumerate(scales.tolist()):
             self.record(f"chosen_{scale}", (chosen == idx).float().mean(), num_images)
 
