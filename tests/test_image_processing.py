@@ -587,7 +587,7 @@ def test_fields_can_be_overridden_per_call():
     assert processor(image, tiling="single", size=16)["pixel_values"].shape == (1, 3, 16, 16)
     assert processor.get_tile_layout(64, 64, max_tiles=1).num_tiles == 1
     assert processor.max_tiles == 12
-    with pytest.raises(ValueError, match="no fields"):
+    with pytest.raises(ValueError, match=r"no argument `max_tile` \(did you mean `max_tiles`\?\)"):
         processor(image, max_tile=3)
 
 

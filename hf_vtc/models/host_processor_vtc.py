@@ -7,12 +7,14 @@ what a model is trained to write do not know expanded images; two backports stan
 import bisect
 import inspect
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .host_vtc import RELEASE
+from .tiling_vtc import refuse_unknown
 
 try:
     # transformers 5
@@ -27,7 +29,8 @@ __all__ = ["ImageProcessorBase", "ProcessorBase"]
 class _CallBackport(ProcessorMixin):
     """The steps of the newest `ProcessorMixin.__call__`, for versions in which each processor writes its own.
 
-    A subclass defines `prepare_inputs_layout` and `validate_inputs` as it would there, and `images_and_placeholders`.
+    A subclass defines `prepare_inputs_layout` and `validate_inputs` as it would there, besides
+    `images_and_placeholders` and `call_arguments`, the names of the arguments of a call.
     """
 
     if "attributes" in vars(ProcessorMixin):
@@ -121,11 +124,10 @@ class _ChatTemplateBackport:
             return self._apply_older(conversation, chat_template, kwargs, processor_kwargs)
         if kwargs.get("continue_final_message"):
             raise ValueError("`continue_final_message` is not compatible with `return_assistant_tokens_mask`.")
-        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template_kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_TEMPLATES}
         _, spans = render_jinja_template(
             conversations=conversation if _is_batch(conversation) else [conversation],
-            chat_template=templates.get(chat_template or "default", chat_template),
+            chat_template=_template_of(self, chat_template),
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **template_kwargs},
         )
@@ -142,14 +144,56 @@ class _ChatTemplateBackport:
                 conversation, chat_template, **kwargs, processor_kwargs=processor_kwargs
             )
         # 4.57 takes the arguments of the processor among all others
-        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        template = templates.get(chat_template or "default", chat_template)
-        read = [name for name in kwargs if re.search(rf"\b{re.escape(name)}\b", template)]
+        read = _read_by(_template_of(self, chat_template), kwargs)
         return super().apply_chat_template(
             conversation, chat_template, **kwargs, **processor_kwargs, **{_FOR_TEMPLATES: read}
         )
 
 
+class _CheckedChatTemplate:
+    """`apply_chat_template` that refuses what neither itself, nor the template, nor the processor reads."""
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: an argument is unknown, or the template does not write what it is given.
+        """
+        template = _template_of(self, chat_template)
+        read = _read_by(template, kwargs)
+        refuse_unknown(
+            kwargs.keys() - set(read), _CHAT_ARGUMENTS | self.call_arguments, "`VtcProcessor.apply_chat_template`"
+        )
+        for name in ("tools", "documents"):
+            if kwargs.get(name) and name not in read:
+                raise ValueError(f"`{name}` is of no use: the chat template does not write them. Leave it out.")
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+
+def _template_of(processor: Any, chat_template: str | None) -> str:
+    """The text of a template given by its name or as it is; the processor's own for None."""
+    own = processor.chat_template
+    templates = own if isinstance(own, dict) else {"default": own}
+    return templates.get(chat_template or "default", chat_template) or ""
+
+
+def _read_by(template: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if re.search(rf"\b{re.escape(name)}\b", template)]
+
+
+# of `apply_chat_template` on every supported version; 4.57 lists none in its signature
+_CHAT_ARGUMENTS = frozenset(inspect.signature(ProcessorMixin.apply_chat_template).parameters) - {"self", "kwargs"} | {
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+    "tokenize",
+    "return_tensors",
+    "return_dict",
+    "load_audio_from_video",
+    "processor_kwargs",
+}
 _TAKES_PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 _FOR_TEMPLATES = "names_for_template"
 _NOT_FOR_TEMPLATES = ("tokenize", "return_dict", "return_tensors")
@@ -217,8 +261,11 @@ def _content_parts(content: Any) -> list[dict[str, Any]]:
 _MIXIN = _Call if RELEASE >= (5, 10) else _CallBackport
 
 if RELEASE >= (5, 23):
-    ProcessorBase = _MIXIN
+
+    class ProcessorBase(_CheckedChatTemplate, _MIXIN):
+        """`ProcessorMixin`, with arguments checked."""
+
 else:
 
-    class ProcessorBase(_ChatTemplateBackport, _MIXIN):
+    class ProcessorBase(_CheckedChatTemplate, _ChatTemplateBackport, _MIXIN):
         """`ProcessorMixin` of an older version, with what the newest can do."""

@@ -142,6 +142,7 @@ class VtcProcessor(ProcessorBase):
     """
 
     valid_processor_kwargs = VtcProcessorKwargs
+    call_arguments = _CALL_ARGUMENTS
 
     def __init__(
         self,
@@ -259,12 +260,14 @@ class VtcProcessor(ProcessorBase):
         """
         _refuse_unknown_arguments(kwargs)
         if text is not None:
-            if not isinstance(text, (str, list, tuple)):
+            text = list(text) if isinstance(text, (list, tuple)) else [text]
+            # token ids are named below
+            wrong = next((sample for sample in text if not isinstance(sample, (str, int, list, tuple))), None)
+            if wrong is not None:
                 raise ValueError(
-                    f"`text` must be a string or a list of strings, got {type(text).__name__}. The order is "
+                    f"`text` must be a string or a list of strings, got {type(wrong).__name__}. The order is "
                     "`processor(images, text)`. Better name them: `processor(text=..., images=...)`."
                 )
-            text = [text] if isinstance(text, str) else list(text)
         if images is not None:
             self.image_processor.check_rescaling(images, _image_argument("do_rescale", kwargs))
             images = self._fetched(images, text, _image_argument("input_data_format", kwargs))
