@@ -45,7 +45,7 @@ def plan_base(
         fresh_modules = (*fresh_modules, _PROJECTOR)
         rename = _without_projector(rename)
         notes = [*notes, "The base's projector follows a pixel shuffle: a plain one is freshly initialised."]
-    config, processor_fields = target.config(**new_fields), {**processor.fields, **base.processor_fields}
+    config, processor_fields = target.config(**new_fields), dict(processor.fields)
     if processor_fields.get("count_rule", "").startswith("unpad_"):
         processor_fields["count_rule"] = f"unpad_{config.unpad_rule}"
     return Plan(

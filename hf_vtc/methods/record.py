@@ -75,7 +75,6 @@ class Base:
         fresh_modules (`tuple[str, ...]`): submodules that a base lacks and that are initialised.
         fresh_fields (`Mapping`): config fields of a model whose new parts know nothing yet.
         fresh_note (`str`): what the caller of such a model should know, empty for nothing.
-        processor_fields (`Mapping`): fields of `VtcProcessor` that the method needs on every base.
         official_fields (`(config, num_layers) -> dict`): fields of its config that a `config.json` of LLaVA's original
             code may say, for a decoder of so many layers.
     """
@@ -84,7 +83,6 @@ class Base:
     fresh_modules: tuple[str, ...] = ()
     fresh_fields: Mapping[str, Any] = field(default_factory=dict)
     fresh_note: str = ""
-    processor_fields: Mapping[str, Any] = field(default_factory=dict)
     official_fields: Callable[[Mapping[str, Any], int], dict[str, Any]] = lambda config, num_layers: {}
 
 
