@@ -218,33 +218,6 @@ def test_bad_token_strides_raise(fields, message):
         VtcImageProcessor(**fields)
 
 
-@pytest.mark.parametrize("tiling", ("crop", "keep_aspect"))
-def test_extreme_aspect_ratios_are_refused_before_memory_is_gone(tiling, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 400)
-    processor = VtcImageProcessor(tiling=tiling, size=32, token_stride=8)
-    assert processor(random_image(2, 50))["image_sizes"][0].tolist()[0] == 32
-    with pytest.raises(ValueError, match=f"`tiling='{tiling}'` would resize an image of 1 x 50 pixels .*32 x 1600"):
-        processor(random_image(1, 50))
-    # the layout says so before there are pixels
-    with pytest.raises(ValueError, match="Crop or shrink the image first"):
-        processor.get_tile_layout(1, 50)
-    with pytest.raises(ValueError, match="Crop or shrink the image first"):
-        processor.check_sizes([(32, 32), (1, 50)])
-
-
-def test_images_that_no_batch_can_hold_together_are_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 400)
-    processor = VtcImageProcessor(tiling="keep_aspect", size=32, token_stride=8)
-    tall, wide = random_image(50, 2), random_image(2, 50)
-    assert processor.padded_size([(50, 2), (2, 50)]) == (800, 800)
-    for image in (tall, wide):
-        processor.check_sizes([(image.height, image.width)])
-        assert processor([image, image])["pixel_values"].shape[0] == 2
-    for refused in (lambda: processor.check_sizes([(50, 2), (2, 50)]), lambda: processor([tall, wide])):
-        with pytest.raises(ValueError, match="padded to the largest sides, here 800 x 800 pixels"):
-            refused()
-
-
 @pytest.mark.window
 @pytest.mark.parametrize("size", SIZES)
 def test_single_equals_transformers_bit_for_bit(size):
@@ -548,14 +521,6 @@ def test_unreadable_files_are_named(tmp_path):
         processor(Image.open(tmp_path / "half.png"))
     with pytest.raises(OSError, match="could not be downloaded"):
         processor((tmp_path / "nothing.png").as_uri())
-
-
-def test_padding_that_exhausts_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    processor = VtcImageProcessor(tiling="pad", size=32)
-    with pytest.raises(ValueError, match="Crop or shrink"):
-        processor(Image.new("RGB", (100, 2)))
-    assert processor(Image.new("RGB", (30, 20)))["image_sizes"].tolist() == [[20, 30]]
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ UNITS = {
     "float32 tensor": torch.tensor(UNIT),
     "bfloat16 tensor": torch.tensor(UNIT).bfloat16(),
     "boolean tensor": torch.tensor(UNIT > 0.5),
-    "float PIL image": Image.fromarray(UNIT[:, :, 0], mode="F"),
+    "float PIL image": Image.fromarray(UNIT[:, :, 0]),
 }
 
 

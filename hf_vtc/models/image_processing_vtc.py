@@ -31,6 +31,8 @@ LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1
 
 # kinds of `tiling` that cut an image into several tiles
 _SEVERAL_TILES = ("anyres", "dynamic")
+# how many times as many pixels a large batch may have by its padding
+_MOST_PADDING = 4
 # keys of `preprocessor_config.json` that are no fields
 _WRITTEN_BY_HOSTS = ("auto_map", "image_processor_type", "processor_class", "feature_extractor_type")
 
@@ -191,8 +193,21 @@ class VtcImageProcessor(ImageProcessorBase):
             image_sizes (`Sequence[tuple[int, int]]`): (height, width) in pixels of upright images.
             **overrides: fields of this processor for this call.
         """
+        settings = self._settings(**overrides)
         if image_sizes:
-            self.check_padded_size(*self.padded_size(image_sizes, **overrides))
+            self._check_padding([settings.processed_size(_bounded_layout(*size, settings)) for size in image_sizes])
+
+    def _check_padding(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Raise for processed images that cannot share a call: too large together, and mostly for their padding."""
+        height, width = max(height for height, _ in sizes), max(width for _, width in sizes)
+        self.check_padded_size(height, width)
+        padded, own = len(sizes) * height * width, sum(height * width for height, width in sizes)
+        if _is_too_large(len(sizes) * height, width) and padded > _MOST_PADDING * own:
+            raise ValueError(
+                f"{len(sizes)} images that share a call are padded to the largest sides, here {height} x {width} "
+                f"pixels (height x width): {padded} pixels, of which the images themselves fill {own}. Crop the "
+                "longest ones, or keep them apart."
+            )
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Tiles of an image of this size in pixels, under the name that serving engines call."""
@@ -268,8 +283,7 @@ class VtcImageProcessor(ImageProcessorBase):
         if not images:
             raise ValueError("`images` must hold at least one image, got none. Leave it out for text alone.")
         layouts = [_bounded_layout(image.height, image.width, settings) for image in images]
-        sizes = [settings.processed_size(layout) for layout in layouts]
-        self.check_padded_size(max(height for height, _ in sizes), max(width for _, width in sizes))
+        self._check_padding([settings.processed_size(layout) for layout in layouts])
         tiles = [tile for image, layout in zip(images, layouts) for tile in _cut(image, layout, settings)]
         data = {
             "pixel_values": _stacked(tiles, settings),
