@@ -21,6 +21,7 @@ def know_methods() -> None:
 
 def take_budgets() -> None:
     """Let requests for chat completions have a field `vtc_budget`, as `generate` takes it."""
+    from fastapi import HTTPException
     from transformers.cli.serving import chat_completion
 
     stock = chat_completion.ChatCompletionHandler
@@ -30,6 +31,13 @@ def take_budgets() -> None:
 
     class ChatCompletionHandler(stock):
         _valid_params_class = Parameters
+
+        async def handle_request(self, body: dict, request_id: str) -> Any:
+            try:
+                return await super().handle_request(body, request_id)
+            except ValueError as error:
+                # a budget that no count fits, an image that cannot be read
+                raise HTTPException(status_code=422, detail=str(error)) from error
 
         def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> Any:
             config = super()._build_generation_config(body, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""`hf-vtc serve`: the server of transformers, which finds our checkpoints and takes a budget with each request."""
+"""`hf-vtc serve`: the server of transformers, with our checkpoints and a budget with each request."""
 
 import typer
 

@@ -79,7 +79,8 @@ def test_answers_whole_and_streamed(ask):
     whole = ask()
     assert whole.usage.completion_tokens <= 4 and whole.usage.prompt_tokens > 4
     streamed = [chunk.choices[0].delta.content or "" for chunk in ask(stream=True) if chunk.choices]
-    assert "".join(streamed) == whole.choices[0].message.content
+    # a random model may end within a character, which a stream does not show
+    assert "".join(streamed).rstrip("\ufffd") == whole.choices[0].message.content.rstrip("\ufffd")
 
 
 def test_a_request_has_a_budget_or_is_refused(ask, method):
@@ -88,9 +89,9 @@ def test_a_request_has_a_budget_or_is_refused(ask, method):
     full = ask(vtc_budget="full").choices[0].message.content
     assert isinstance(full, str)
     assert isinstance(ask(vtc_budget=budgets_of(tiny_config(method))[0]).choices[0].message.content, str)
-    with pytest.raises(openai.APIStatusError):
+    with pytest.raises(openai.UnprocessableEntityError, match="`vtc_budget`"):
         ask(vtc_budget=1e-9)
-    with pytest.raises(openai.APIStatusError, match="Unexpected fields.*vtc_budgets"):
+    with pytest.raises(openai.UnprocessableEntityError, match="Unexpected fields.*vtc_budgets"):
         ask(vtc_budgets=0.5)
 
 
