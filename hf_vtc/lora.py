@@ -92,8 +92,8 @@ def default_lora_config(
 def full_precision_modules(config: PretrainedConfig) -> list[str]:
     """Names of the modules that quantisation must leave alone: all but the decoder.
 
-    Routers compare numbers that lie close together, and their attention reads weights without calling the layers; the
-    connectors are trained whole; the tower is a small part of the memory.
+    Routers compare numbers that lie close together; the connectors are trained whole; the tower is a small part of the
+    memory.
     """
     return ["model.vision_tower", *compressor_modules(config), "lm_head"]
 

@@ -89,10 +89,10 @@ def test_a_request_has_a_budget_or_is_refused(ask, method):
     full = ask(vtc_budget="full").choices[0].message.content
     assert isinstance(full, str)
     assert isinstance(ask(vtc_budget=budgets_of(tiny_config(method))[0]).choices[0].message.content, str)
-    with pytest.raises(openai.UnprocessableEntityError, match="`vtc_budget`"):
-        ask(vtc_budget=1e-9)
-    with pytest.raises(openai.UnprocessableEntityError, match="Unexpected fields.*vtc_budgets"):
-        ask(vtc_budgets=0.5)
+    for asked, answer in (({"vtc_budget": 1e-9}, "`vtc_budget`"), ({"vtc_budgets": 0.5}, "Unexpected fields")):
+        with pytest.raises(openai.UnprocessableEntityError) as refused:
+            ask(**asked)
+        assert answer in refused.value.response.text
 
 
 def test_without_a_server_the_remedy_is_named(monkeypatch):
