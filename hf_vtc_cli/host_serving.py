@@ -9,12 +9,12 @@ from typing import Any
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from hf_vtc.models import METHODS
+from hf_vtc.methods import RECORDS
 
 
 def know_methods() -> None:
     """Let the server find the classes of every method, as models of text and images."""
-    for method in METHODS:
+    for method in RECORDS.values():
         setattr(transformers, method.head.__name__, method.head)
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[method.config.model_type] = method.head.__name__
 

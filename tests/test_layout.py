@@ -205,8 +205,8 @@ def test_auto_classes_are_registered_in_one_place(file):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "hf_vtc_cli").glob("*.py")), ids=relative_name)
 def test_commands_load_the_package_inside_of_their_functions(file):
-    # `answers.py` is what they load then
-    if file.name != "answers.py":
+    # these are what they load then
+    if file.name not in ("answers.py", "host_serving.py"):
         tops = [node for node in tree_of(file).body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = [node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in tops]
         assert not {name.split(".")[0] for name in names} & {"hf_vtc", "torch", "transformers", "answers"}

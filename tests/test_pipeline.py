@@ -130,7 +130,7 @@ def test_pipeline_joins_rows_of_images_of_different_sizes(folder):
         )
         for size in (1, 2, 3)
     ]
-    assert answers(1) == answers(2) == answers(3)
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_joined_images_are_padded_and_other_results_plain():

@@ -23,9 +23,19 @@ ROUTED = ("vico", "avg_llava")
 ROWS = ([(40, 70)], [], [(32, 96), (50, 33)])
 # budgets that every method but ConvLLaVA can meet, one of them with a budget for each image
 BUDGETS = ("full", 0.5, [0.9, "full", 0.3])
+PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
-# `"shortened early"` is LLaVolta before the sequence is built, the only place where less enters
-VARIANTS = {method: (method, {}) for method in METHODS} | {"shortened early": ("llavolta", {"compress_layer_idx": -1})}
+# fields of model and processor; `"shortened early"` is LLaVolta before the sequence is built, where less enters
+VARIANTS = {method: (method, {}, {}) for method in METHODS} | {
+    "shortened early": ("llavolta", {"compress_layer_idx": -1}, {}),
+    "joined and shortened early": (
+        "llavolta",
+        {"compress_layer_idx": -1, "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": PINPOINTS},
+        {"tiling": "anyres", "image_grid_pinpoints": PINPOINTS, "count_rule": "unpad_true_aspect"},
+    ),
+    "one tile": ("vistog", {}, {"tiling": "pad"}),
+    "without the full grid": ("avg_llava", {"vis_token_granularity": [1, 2, 8]}, {}),
+}
 
 
 def noise(height, width):
@@ -35,8 +45,8 @@ def noise(height, width):
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request):
     """A tiny model and its processor, which knows the model's configuration."""
-    method, fields = VARIANTS[request.param]
-    model, processor = tiny_model(method, **fields), tiny_processor(method)
+    method, fields, settings_of_images = VARIANTS[request.param]
+    model, processor = tiny_model(method, **fields), tiny_processor(method, **settings_of_images)
     processor.model_config = model.config
     return model, processor
 
@@ -157,6 +167,20 @@ def test_chats_take_a_budget_as_prompts_do():
     assert int((longest["input_ids"] == processor.image_token_id).sum()) == tiles * 16
 
 
+def test_a_model_that_finds_tiles_by_placeholders_gets_all_of_them():
+    processor = tiny_processor("vistog", return_layout=False)
+    processor.model_config = tiny_config("vistog")
+    with pytest.raises(ValueError, match="`vtc_budget` needs `return_layout=True`"):
+        inputs_of(processor, vtc_budget="auto")
+    model, joined = tiny_model("avg_llava"), tiny_processor("avg_llava", return_layout=False)
+    joined.model_config = model.config
+    exact = inputs_of(joined, between=" and ", vtc_budget=0.5)
+    assert "num_tiles" not in exact
+    assert (
+        model(**exact, vtc_budget=0.5).num_visual_tokens.sum() == (exact["input_ids"] == joined.image_token_id).sum()
+    )
+
+
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
@@ -256,12 +280,8 @@ RULES = [
     ("avg_llava", {"unpad_rule": "token_grid"}, {"count_rule": "unpad_token_grid"}),
     (
         "llavolta",
-        {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
-        {
-            "tiling": "anyres",
-            "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]],
-            "count_rule": "unpad_true_aspect",
-        },
+        {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": PINPOINTS},
+        {"tiling": "anyres", "image_grid_pinpoints": PINPOINTS, "count_rule": "unpad_true_aspect"},
     ),
     ("vistog", {}, {"tiling": "pad"}),
     ("llavolta", {}, {"tiling": "crop"}),

@@ -171,6 +171,8 @@ class VtcGenerationMixin(GenerationMixin):
         The stock method loses embeddings where looked-up candidate tokens follow the prompt (4.57 and 5.x), and where
         a filled cache holds its beginning (4.57).
         """
+        # for stop strings alone, but the stock loop hands it to every step
+        kwargs.pop("tokenizer", None)
         positions = kwargs.get("cache_position")  # 4.57 only
         prefill = kwargs.get("is_first_iteration") or positions is not None and len(positions) == input_ids.shape[1]
         if prefill and inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:

@@ -302,6 +302,15 @@ class VtcProcessor(ProcessorBase):
             return
         if vtc_budget is not None:
             budgets_per_image(vtc_budget, sum(len(row) if isinstance(row, list) else 1 for row in images or []))
+            if (
+                not self.return_layout
+                and self.count_rule == "tiles"
+                and "num_tiles" in self.image_processor.model_input_names
+            ):
+                raise ValueError(
+                    "`vtc_budget` needs `return_layout=True`: without `num_tiles` the model finds an image's tiles "
+                    "from the length of its placeholders, of which there are fewer then."
+                )
         if not all(isinstance(sample, str) for sample in text):
             raise ValueError("`text` must be a string or a list of strings. Decode token ids first.")
         if not self.return_layout and self.count_rule == "tiles" and self.image_start_token is None:
