@@ -290,7 +290,8 @@ class Tiny:
 
     `config`: fields of its config. `processor`: fields of `VtcImageProcessor` and `VtcProcessor` that fit it.
     `budgets`: two that every image can meet; the first compresses if the method can. `stock`: the stock model with the
-    same weights. `images`: how random ones are drawn.
+    same weights. `images`: how random ones are drawn. `scored`: which of `"auto"` and `"some"` budgets only scores can
+    meet.
     """
 
     config: dict[str, Any]
@@ -298,6 +299,7 @@ class Tiny:
     stock: Callable[[nn.Module], nn.Module]
     budgets: tuple = (0.4, 0.6)
     images: TiledImages | SizedImages = field(default_factory=TiledImages)
+    scored: tuple[str, ...] = ()
 
 
 _PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
@@ -313,6 +315,7 @@ TINY = {
         },
         _DYNAMIC,
         _stock_internvl,
+        scored=("auto", "some"),
     ),
     "vistog": Tiny(
         {"vision_config": _CLIP, "text_config": _TEXT, "num_semantic_tokens": 4},
@@ -338,6 +341,7 @@ TINY = {
         _stock_llava_next,
         (0.3, 0.6),
         AnyresImages(),
+        scored=("auto",),
     ),
     "convllava": Tiny(
         {"vision_config": _CONVNEXT, "text_config": _TEXT},
@@ -369,6 +373,10 @@ def _tiny_of(config) -> Tiny:
 
 def images_of(config) -> TiledImages | SizedImages:
     return _tiny_of(config).images
+
+
+def scored_budgets_of(config) -> tuple[str, ...]:
+    return _tiny_of(config).scored
 
 
 def budgets_of(config) -> tuple:

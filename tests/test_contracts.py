@@ -12,6 +12,7 @@ from factories import (
     images_of,
     random_batch,
     row_of,
+    scored_budgets_of,
     stock_inputs,
     tiny_model,
     uncompressed,
@@ -562,15 +563,11 @@ def test_transfers_happen_before_the_language_model_and_leave_no_state(model, mo
             return original(*tensors)
 
         monkeypatch.setattr(module, "to_host", noted)
+    by_scores = budget in scored_budgets_of(model.config)
     batch, budget = batch_of(model, 40, num_rows=3, images_per_row=[2, 0, 1]), resolved(budget, model)
     # what transformers notes at the first call, such as that a mask is needed, is not ours
     model.generate(**batch, **GREEDY, vtc_budget=budget)
     before = state_of(model)
-    by_scores = (
-        budget != "full"
-        and model.config.model_type == "vtc_vico"
-        or (budget == "auto" and model.config.model_type == "vtc_avg_llava")
-    )
     expected = ["layout_vtc", "tower", *["vision_vtc"] * by_scores, "decoder"]
     tower_part = next(module for module in model.model.vision_tower.modules() if isinstance(module, nn.Conv2d))
     handles = [
