@@ -21,9 +21,10 @@ def compressor_flops(workload: Workload, num_kept: int) -> float:
     num_compressed = (workload.num_features - num_kept) // (full - small)
     connectors = workload.projector_flops(full * (workload.num_tiles - num_compressed))
     connectors += linear_flops(small * num_compressed, fold**2 * width, 2 * out, 2 * out, out)
-    # four attentions of one query, each of four projections and of all patches in every head; four feed-forwards
-    router = linear_flops(16, width, width) + linear_flops(4, width, 4 * width, width)
-    router += 4 * 4.0 * config.router_num_heads * workload.tower.num_patches * width
+    heads, patches = config.router_num_heads, workload.tower.num_patches
+    # four attentions of one query: keys of all patches, which the last three share, values of what every head pooled
+    router = linear_flops(2 * 4 + 4 * heads + 2 * patches, width, width) + 4 * 2.0 * (1 + heads) * patches * width
+    router += linear_flops(4, width, 4 * width, width)
     return connectors + workload.num_tiles * router
 
 

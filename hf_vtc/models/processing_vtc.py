@@ -19,7 +19,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
-from .chat_templates_vtc import chatml_template
+from .chat_templates_vtc import (  # noqa: F401  public under this name too
+    chat_template_for,
+    chatml_template,
+    mistral_template,
+    vicuna_template,
+)
 from .host_processor_vtc import ProcessorBase
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
