@@ -17,6 +17,7 @@ says which spans, and by how much.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -51,22 +52,25 @@ class LlavoltaSteps:
 
     def connect(self, features: torch.Tensor, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
         """Project, and shorten the images here if no decoder layer comes first."""
-        visual = super().connect(features, choice, layout, scores)
-        if self.config.compress_layer_idx > 0 or set(choice.strides) <= {1}:
-            return visual
-        return self.shorten_before(visual.embeds, choice, layout)
+        return self.shorten_before(super().connect(features, choice, layout, scores), layout.num_reserved, choice)
 
-    def shorten_before(self, embeds: torch.Tensor, choice: Choice, layout: Layout) -> VisualTokens:
-        """Shorten images `(V, D)` that follow each other, before there is a sequence."""
-        config, lengths = self.config, layout.num_reserved
-        firsts = lengths.cumsum(0) - lengths
-        spans = [Span(0, *image) for image in zip(firsts.tolist(), lengths.tolist(), choice.strides, strict=True)]
+    def shorten_before(self, visual: VisualTokens, lengths: torch.LongTensor, choice: Choice) -> VisualTokens:
+        """Shorten images of `lengths` `(num_images,)` that follow each other, unless a decoder layer comes first."""
+        config = self.config
+        if config.compress_layer_idx > 0 or set(choice.strides) <= {1}:
+            return visual
+        firsts = (lengths.cumsum(0) - lengths).tolist()
+        spans = [Span(0, *image) for image in zip(firsts, lengths.tolist(), choice.strides, strict=True)]
         side = math.isqrt(config.image_seq_length)
-        shortened = shorten(embeds, spans, config.compressor, side, self.training)
-        embeds = shortened.take(embeds, shortened.host_slots)
+        shortened = shorten(visual.embeds, spans, config.compressor, side, self.training)
+        entered, slots = visual.slots, shortened.host_slots
+        embeds = shortened.take(visual.embeds, slots)
         if config.compress_layer_idx == -1:
-            return VisualTokens(embeds, first_slots(lengths, choice.num_kept))
-        return VisualTokens(embeds, shortened.host_slots, shortened.shifts)
+            slots = first_slots(lengths, choice.num_kept)
+        slots = slots if entered is None else entered[slots]
+        if config.compress_layer_idx == -1:
+            return replace(visual, embeds=embeds, slots=slots)
+        return replace(visual, embeds=embeds, slots=slots, position_shifts=shortened.shifts, entered_slots=entered)
 
 
 class LlavoltaVision(LlavoltaSteps, VtcVisionHalf):

@@ -159,7 +159,10 @@ class VtcModel(VtcVision):
         keep = keep_slots(layout.placeholder_mask, None if layout.is_exact else visual.slots)
         positions = (layout.placeholder_mask & keep).flatten().nonzero().flatten()
         if visual.position_shifts is not None:
-            position_ids = shifted_positions(layout.attention_mask, position_ids, positions, visual.position_shifts)
+            entered = keep_slots(layout.placeholder_mask, visual.entered_slots)
+            position_ids = shifted_positions(
+                layout.attention_mask, entered, position_ids, positions, visual.position_shifts
+            )
         embeds = visual.embeds.to(inputs_embeds.device, inputs_embeds.dtype)
         (on_device,) = to_device(inputs_embeds.device, positions)
         filled = inputs_embeds.flatten(0, 1).index_copy(0, on_device, embeds).unflatten(0, inputs_embeds.shape[:2])

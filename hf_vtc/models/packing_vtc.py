@@ -243,21 +243,31 @@ def pack_shortened(
 
 
 def shifted_positions(
-    attention_mask: torch.Tensor, position_ids: torch.Tensor | None, slots: torch.Tensor, shifts: torch.Tensor
+    attention_mask: torch.Tensor,
+    entered: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    slots: torch.Tensor,
+    shifts: torch.Tensor,
 ) -> torch.LongTensor:
     """Positions `(B, L)` of a full-length prompt whose kept placeholders stand `shifts` further on than their slots.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(B, L)`): on the CPU.
+        entered (`torch.BoolTensor` of shape `(B, L)`): False where a token was dropped before, and others moved up.
         position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): the caller's. Default: those of the text
             without padding.
         slots (`torch.LongTensor` of shape `(num_kept,)`): of kept placeholders, indices of the flattened prompt.
         shifts (`torch.LongTensor` of shape `(num_kept,)`): on the device.
     """
+    real = attention_mask.bool()
+    moved = None
     if position_ids is None:
-        position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    position_ids, slots = to_device(shifts.device, position_ids, slots)
-    positions = position_ids.expand(attention_mask.shape).flatten()
+        position_ids = ((real & entered).long().cumsum(1) - 1).clamp(min=0)
+    elif not bool(entered.all()):
+        moved = (real & ~entered).cumsum(1)
+    position_ids, slots, moved = to_device(shifts.device, position_ids, slots, moved)
+    positions = position_ids if moved is None else position_ids - moved
+    positions = positions.expand(attention_mask.shape).flatten()
     return positions.index_add(0, slots, shifts).unflatten(0, attention_mask.shape)
 
 

@@ -65,8 +65,8 @@ class VisualTokens:
 
     `embeds` `(V, D)` in prompt order. `slots` `(V,)`, on the CPU: which of all placeholders of the call they fill,
     rising; all of them if None. `position_shifts` `(V,)`: if given, every token keeps the position that it has in the
-    full-length prompt, visual tokens that of their placeholder plus this. `router_decisions`, `router_logits`: if they
-    were made here.
+    prompt before images got shorter, visual tokens that of their placeholder plus this; `entered_slots`: what was left
+    of that prompt then, all of it if None. `router_decisions`, `router_logits`: if they were made here.
     """
 
     embeds: torch.Tensor
@@ -74,6 +74,7 @@ class VisualTokens:
     position_shifts: torch.Tensor | None = None
     router_decisions: torch.Tensor | None = None
     router_logits: torch.Tensor | None = None
+    entered_slots: torch.LongTensor | None = None
 
 
 class _Touched(torch.autograd.Function):
