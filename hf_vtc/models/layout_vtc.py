@@ -8,7 +8,7 @@ import torch
 
 from .configuration_vtc import VtcConfig
 from .packing_vtc import to_host
-from .prompt_vtc import BY_SCORES, VisionInputs, chosen_levels
+from .prompt_vtc import BY_SCORES, VisionInputs, budgets_per_image, chosen_levels
 from .tiling_vtc import ImageSizes, refuse_no_pixels
 
 # the most frequent reason in training
@@ -32,6 +32,8 @@ class Layout:
         counts (`list[Sequence[int]]`): of each image, the visual tokens that leave at each level, all of them first.
         levels (`list[int]`): the level of each image, `BY_SCORES` where a router must be asked. Of no meaning beside
             `router_decisions`.
+        wants_all (`bool`): whether no image is to be compressed, by word and not by a budget that leaves no other
+            choice: then whatever compresses need not run.
         router_decisions (`torch.Tensor`, *optional*): what the caller wants in place of a router's decisions.
     """
 
@@ -43,6 +45,7 @@ class Layout:
     rows: list[int]
     counts: list[Sequence[int]]
     levels: list[int]
+    wants_all: bool
     router_decisions: torch.Tensor | None = None
 
     @property
@@ -53,11 +56,6 @@ class Layout:
     def is_exact(self) -> bool:
         """Whether the prompts were written for the tokens that enter the language model, and none is to be dropped."""
         return self.num_written is not self.num_reserved
-
-    @property
-    def wants_all(self) -> bool:
-        """Whether no image is to be compressed."""
-        return self.router_decisions is None and not any(self.levels)
 
     @property
     def asks_scores(self) -> bool:
@@ -150,7 +148,13 @@ def _layout(
                 f"{STREAM_ADVICE}"
             )
     rows = rows_of_images(placeholder_mask, written.tolist())
-    return Layout(placeholder_mask, attention_mask, sizes, reserved, written, rows, counts, levels, decisions)
+    budgets = budgets_per_image(vision.vtc_budget, len(levels))
+    wants_all = decisions is None and all(
+        level == 0 and isinstance(budget, str) for level, budget in zip(levels, budgets, strict=True)
+    )
+    return Layout(
+        placeholder_mask, attention_mask, sizes, reserved, written, rows, counts, levels, wants_all, decisions
+    )
 
 
 def sizes_of_images(
