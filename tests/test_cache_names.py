@@ -121,9 +121,7 @@ def test_a_decoding_step_reads_no_more_than_a_stock_decoders(model, monkeypatch)
     expected = reads_per_step(stock, monkeypatch, **text)
     counts = reads_per_step(model, monkeypatch, **batch_of(model), vtc_budget=budgets_of(model.config)[0])
     assert len(counts) == GREEDY["max_new_tokens"]
-    # layers with caches of two lengths need two masks
-    shortens = model.config.model_type == "vtc_llavolta"
-    assert counts[1:] == [count + shortens * max(count, 1) for count in expected[1:]]
+    assert all(count <= most for count, most in zip(counts[1:], expected[1:], strict=True)), (counts, expected)
 
 
 def test_nothing_warns_of_old_names(model, caplog, monkeypatch):

@@ -60,20 +60,20 @@ class CacheLayout:
     Args:
         layer_idx (`int`): layers from here on are shorter.
         num_dropped (`int`): by how many tokens.
-        mask (`torch.BoolTensor` of shape `(B, full_length - num_dropped)`): False = padding in the shorter layers.
+        mask (`torch.BoolTensor` of shape `(B, full_length - num_dropped)`, *optional*): False = padding in the shorter
+            layers, None where there is none.
         full_length (`int`): tokens in the longer layers when the mask was made; later ones are in all layers.
     """
 
     layer_idx: int
     num_dropped: int
-    mask: torch.Tensor
+    mask: torch.Tensor | None
     full_length: int
 
 
-def is_shortened(cache: Cache | None, attention_mask: torch.Tensor | None, given: torch.Tensor) -> bool:
-    """Whether the layers of a cache hold prompts of two lengths, before the tokens `given` `(B, L, ...)` are added."""
-    held = cache is not None and "vtc_layout" in vars(cache)
-    return held and past_length(cache, attention_mask, given.shape[1]) > 0
+def may_be_shortened(cache: Cache | None) -> bool:
+    """Whether the layers of a cache hold prompts of two lengths, unless it was emptied since."""
+    return cache is not None and "vtc_layout" in vars(cache)
 
 
 def run_segments(
@@ -85,6 +85,7 @@ def run_segments(
     position_ids: torch.LongTensor | None,
     cache: Cache | None,
     plan: DecodePlan | None,
+    past: int,
     use_cache: bool | None = None,
     output_hidden_states: bool | list[int] | None = None,
     output_attentions: bool | None = None,
@@ -101,6 +102,7 @@ def run_segments(
         position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): default: counted without padding.
         cache (`Cache`, *optional*): whose layers may hold prompts of two lengths.
         plan ([`DecodePlan`], *optional*): of these columns; may be None only where the cache holds shorter images.
+        past (`int`): tokens in the cache, in the layers that see all of them.
 
     Returns:
         Outputs, the layout of `last_hidden_state` and the visual tokens that the second segment saw; the last two are
@@ -112,7 +114,6 @@ def run_segments(
         use_cache = False
     if use_cache and cache is None:
         cache = DynamicCache(config=own)
-    past = past_length(cache, attention_mask, length)
     old = vars(cache).get("vtc_layout") if cache is not None and past > 0 else None
     split = plan.layer_idx if old is None else old.layer_idx
     if position_ids is None:
@@ -156,7 +157,7 @@ def past_length(cache: Cache | None, attention_mask: torch.Tensor | None, length
     """Tokens before the `length` given ones, in the layers that see all of them."""
     if cache is None:
         return 0
-    if attention_mask is not None and attention_mask.ndim == 2:
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         # a static cache would have to be read back from the device
         return attention_mask.shape[1] - length
     return int(cache.get_seq_length())
@@ -186,8 +187,7 @@ def _cache_layout(
     states: torch.Tensor, mask: torch.Tensor | None, num_dropped: int, full_length: int, plan: DecodePlan
 ) -> CacheLayout:
     """What the second segment's cache is, once it holds `states` `(B, K, D)` with padding `mask` `(B, past + K)`."""
-    prompt_mask = torch.ones(states.shape[:2], device=states.device) if mask is None else mask
-    prompt_mask = prompt_mask[:, : prompt_mask.shape[1] - plan.num_behind].bool()
+    prompt_mask = None if mask is None else mask[:, : mask.shape[1] - plan.num_behind].bool()
     return CacheLayout(plan.layer_idx, num_dropped, prompt_mask, full_length - plan.num_behind)
 
 
@@ -332,10 +332,14 @@ def _past_mask(
             f"The cache was cropped to {past} tokens, inside of a prompt of {layout.full_length} with images. Crop "
             "behind it only, or start without the cache."
         )
-    recent = layout.mask.new_ones(layout.mask.shape[0], past - layout.full_length)
+    if layout.mask is None and attention_mask is None:
+        return None
+    shape, device = (embeds.shape[0], layout.full_length - layout.num_dropped), embeds.device
+    prompt = torch.ones(shape, dtype=torch.bool, device=device) if layout.mask is None else layout.mask
+    recent = prompt.new_ones(shape[0], past - layout.full_length)
     if attention_mask is not None:
         recent = attention_mask[:, layout.full_length : past].bool()
-    return torch.cat([layout.mask, recent], dim=1)
+    return torch.cat([prompt, recent], dim=1)
 
 
 def _joined_mask(

@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
 from .head_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast, full_length_logits, predicting_states
-from .host_decoder_vtc import is_shortened, past_length, run_segments
+from .host_decoder_vtc import may_be_shortened, past_length, run_segments
 from .host_vtc import FORWARD_ARGUMENTS, HEAD_TP_PLAN, cache_of, given_cache, named_cache
 from .layout_vtc import Layout, layout_of_images, layout_of_prompt
 from .packing_vtc import (
@@ -206,7 +206,8 @@ class VtcModel(VtcVision):
         spans = [
             Span(*span) for span in zip(layout.rows, starts.tolist(), entering.tolist(), choice.strides, strict=True)
         ]
-        return DecodePlan(layer_idx, spans, real, reads_attention=self.config.compressor == "attention")
+        by_attention = self.config.compressor == "attention"
+        return DecodePlan(layer_idx, spans, real, reads_attention=by_attention, is_padded=not bool(real.all()))
 
     def decode(
         self,
@@ -216,19 +217,22 @@ class VtcModel(VtcVision):
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
         plan: DecodePlan | None = None,
+        past: int | None = None,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPast, PackedPrompt | None, torch.Tensor | None]:
         """Run the language model on a packed prompt, on text, or on a step of `generate`.
 
         Args:
             plan ([`DecodePlan`], *optional*): of these tokens, where images get shorter or positions have gaps.
+            past (`int`, *optional*): tokens in the cache, if the mask does not tell.
 
         Returns:
             Outputs; and where images were shortened, the layout of `last_hidden_state` and the visual tokens.
         """
-        if plan is None and not is_shortened(
-            cache, attention_mask, input_ids if inputs_embeds is None else inputs_embeds
-        ):
+        if past is None and (plan is not None or may_be_shortened(cache)):
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            past = past_length(cache, attention_mask, given.shape[1])
+        if plan is None and not (may_be_shortened(cache) and past > 0):
             outputs = self.language_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -256,6 +260,7 @@ class VtcModel(VtcVision):
             position_ids,
             cache,
             plan,
+            past,
             **kwargs,
         )
 
@@ -349,6 +354,7 @@ class VtcModel(VtcVision):
             embeds, _ = self.find_placeholders(input_ids, inputs_embeds)
             # every process must run the same modules, or sharded training hangs on batches without an image
             input_ids, inputs_embeds = None, touch(embeds, self._vision_of_nothing(vision))
+        past = None
         if decode_plan is not None:
             given = input_ids if inputs_embeds is None else inputs_embeds
             past = past_length(cache, attention_mask, given.shape[1])
@@ -356,9 +362,12 @@ class VtcModel(VtcVision):
             decode_plan = decode_plan.for_rows(given.shape[0])
             if decode_plan.positions is not None:
                 position_ids = decode_plan.positions_of(*columns)
+            elif not decode_plan.is_padded:
+                # layers of two lengths would need two masks of ones
+                attention_mask = None
             decode_plan = decode_plan.of_columns(*columns)
         outputs, _, _ = self.decode(
-            input_ids, inputs_embeds, attention_mask, position_ids, cache, decode_plan, **kwargs
+            input_ids, inputs_embeds, attention_mask, position_ids, cache, decode_plan, past, **kwargs
         )
         return VtcModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,

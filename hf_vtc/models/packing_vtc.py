@@ -292,6 +292,7 @@ class DecodePlan:
             positions have gaps.
         num_behind (`int`): columns at the end that are text behind the prompt.
         reads_attention (`bool`): whether what stays is chosen by the attention of the layer before.
+        is_padded (`bool`): whether the prompt has padding.
     """
 
     layer_idx: int
@@ -300,6 +301,7 @@ class DecodePlan:
     positions: torch.Tensor | None = None
     num_behind: int = 0
     reads_attention: bool = False
+    is_padded: bool = True
 
     def for_rows(self, num_rows: int) -> "DecodePlan":
         """The plan of a batch in which every row stands several times in a row, as for beams."""
