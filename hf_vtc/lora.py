@@ -46,8 +46,8 @@ def default_lora_config(
     Adapters never reach the vision tower, connectors or router, whose layers often have the names of the decoder's.
     The bare parameter `image_newline` of AVG-LLaVA and LLaVolta stays as it is: PEFT trains modules.
 
-    The loss of the language model has no gradient for the routers of ViCO and AVG-LLaVA: with it they are saved and
-    stay what they are, unless weight decay shrinks them. `VicoRouterTrainer` and `AvgLlavaRouterTrainer` teach them.
+    The loss of the language model has no gradient for the routers of ViCO and AVG-LLaVA. They are frozen, so that a
+    step runs them only where they must choose; `VicoRouterTrainer` and `AvgLlavaRouterTrainer` teach them.
 
     Args:
         model (`PreTrainedModel`): with a language modelling head, from the installed package or remote code.
@@ -57,14 +57,15 @@ def default_lora_config(
         target_modules (`Sequence[str]`, *optional*): last parts of the names of the language model's layers that get
             adapters, such as `["q_proj", "v_proj"]`. Default: all linear layers.
         compressor (`Sequence[str]`, *optional*): which of `compressor_modules(model.config)` train, `()` for none.
-            Default: all of them.
+            Default: all but routers.
         kwargs: further fields of `LoraConfig`.
 
     Raises:
         ValueError: a name fits nothing in the model.
     """
     own = compressor_modules(model.config)
-    compressor = own if compressor is None else list(compressor)
+    untaught = record_of(model.config).untaught
+    compressor = [name for name in own if name not in untaught] if compressor is None else list(compressor)
     if not set(compressor) <= set(own):
         raise ValueError(f"`compressor` must be some of {', '.join(own)}, got {', '.join(compressor)}.")
     layers = {

@@ -49,6 +49,7 @@ RECORD = register(
         oracle=connect_all,
         draw=draw,
         compressor=lambda config: ("model.multi_modal_projector", "model.router"),
+        untaught=("model.router",),
         base=Base(
             kinds=("internvl", "llava", "llava_next"),
             fresh_modules=("model.router",),

@@ -112,6 +112,7 @@ class Record:
         draw (`(kept) -> Drawing`): what stays of an image, for `overlay`.
         compressor (`(config) -> names`): modules between pixels and language model that make the method what it is:
             LoRA trains them whole, quantisation leaves them alone.
+        untaught (`tuple[str, ...]`): those of them that the loss of the language model does not reach: a router.
         base ([`Base`]): for conversion.
         sharding ([`Sharding`]): for FSDP and ZeRO.
         trainers (`tuple[str, ...]`): names of those classes of `hf_vtc.trainers` that are for this method alone.
@@ -125,6 +126,7 @@ class Record:
     oracle: Callable[[nn.Module, Any], Callable[[Any], Any]] | None = None
     draw: Callable[[Kept], Drawing] | None = None
     compressor: Callable[[VtcConfig], Sequence[str]] | None = None
+    untaught: tuple[str, ...] = ()
     base: Base | None = None
     sharding: Sharding | None = None
     trainers: tuple[str, ...] | None = None

@@ -75,6 +75,7 @@ RECORD = register(
         oracle=oracle,
         draw=draw,
         compressor=lambda config: ("model.multi_modal_projector", "model.compressed_projector", "model.router"),
+        untaught=("model.router",),
         base=Base(
             kinds=("internvl",),
             fresh_modules=("model.compressed_projector", "model.router"),
