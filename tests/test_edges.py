@@ -235,3 +235,18 @@ def test_prefix_tuning_generates(model):
     adapted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     out = adapted.generate(**batch, **GREEDY, vtc_budget="full")
     assert out.shape[1] == batch["input_ids"].shape[1] + GREEDY["max_new_tokens"]
+
+
+# files
+
+
+def test_a_reloaded_model_computes_the_same_bits(model, tmp_path):
+    batch = batch_of(model, num_rows=2, images_per_row=[1, 2])
+    with torch.no_grad():
+        expected = model(**batch).logits
+        # headers of several lengths put the weights at several addresses
+        for name in ("a", "a_longer_name", "b" * 37):
+            model.config.some_note = name
+            model.save_pretrained(tmp_path / name, save_code=False)
+            loaded = type(model).from_pretrained(tmp_path / name).eval()
+            assert torch.equal(loaded(**batch).logits, expected)

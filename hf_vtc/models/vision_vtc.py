@@ -26,6 +26,9 @@ from .prompt_vtc import Budget, VisionInputs, refuse_unknown
 from .tiling_vtc import joined_order
 from .tower_vtc import run_tower_to, unused_modules
 
+# bytes to which torch aligns what it allocates on a CPU
+_ALIGNMENT = 64
+
 Features = torch.Tensor | dict[str, torch.Tensor]
 
 
@@ -134,6 +137,20 @@ class VtcPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, VtcVision) and module.image_newline is not None:
             nn.init.normal_(module.image_newline, std=self.config.text_config.hidden_size**-0.5)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, to the last bit whatever the file looks like.
+
+        Weights are left where they are mapped, and a tower of convolutions on a CPU rounds otherwise at odd addresses,
+        which follow from the length of the file's header.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for weight in model.base_model.vision_tower.parameters():
+            if weight.device.type == "cpu" and weight.data_ptr() % _ALIGNMENT:
+                weight.data = weight.data.clone()
+        return loaded
 
     def save_pretrained(self, save_directory: str, *args: Any, save_code: bool = True, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`, and the code beside the weights.
