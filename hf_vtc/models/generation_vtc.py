@@ -1,19 +1,34 @@
 """`generate` on prompts that are routed and packed once, before the decoding loop (contract C3)."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
 from .host_vtc import CACHE_NAME, given_cache, named_cache
 from .packing_vtc import DecodePlan, is_left_padded, pack_visual_tokens
 from .prompt_vtc import VisionInputs, leaves_a_choice
+
+# arguments of the stock method that may follow `inputs` and `generation_config` without their names
+_POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:]
+
+# what does not work with a packed prompt: the value that asks for nothing, and the remedy
+_UNPACKABLE = {
+    "prefill_chunk_size": (None, "Leave it out: a compressed prompt is prefilled in one piece."),
+    "assistant_model": (None, "Use `prompt_lookup_num_tokens`: a draft model would not see the packed prompt."),
+    "assistant_early_exit": (None, "Use `prompt_lookup_num_tokens`: drafts would not see the packed prompt."),
+    "token_healing": (False, "Leave it out: it replaces tokens of a prompt that is packed already."),
+    "encoder_repetition_penalty": (1.0, "Use `repetition_penalty`: a packed prompt reaches no encoder's penalty."),
+    "encoder_no_repeat_ngram_size": (0, "Use `no_repeat_ngram_size`: a packed prompt reaches no encoder's ban."),
+    "position_ids": (None, "Leave it out: positions of a packed prompt follow from `attention_mask`."),
+}
 
 
 # transformers 5 looks for "GenerationMixin" in the qualified name of `generate`, and else makes a new class of every
@@ -37,11 +52,13 @@ class VtcGenerationMixin(GenerationMixin):
         own argument wins, None included. The placeholder of images is never generated.
 
         Raises:
-            ValueError: bad images, placeholders or budgets as in `forward`; `prefill_chunk_size` or `assistant_model`
-                together with images.
+            ValueError: bad images, placeholders or budgets as in `forward`; an argument that a packed prompt cannot
+                honour, such as `assistant_model`, together with images or right-padded text.
         """
+        kwargs.update(zip(_POSITIONAL, args, strict=False))
+        kwargs["logits_processor"] = self._without_placeholders(kwargs.get("logits_processor"))
         if kwargs.get("router_decisions") is None and "vtc_budget" not in kwargs:
-            kwargs["vtc_budget"] = self._default_budget(generation_config)
+            kwargs["vtc_budget"] = self._asked_for("vtc_budget", generation_config, kwargs)
         vision = VisionInputs(**{name: kwargs.pop(name, None) for name in VisionInputs.__dataclass_fields__})
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
@@ -49,7 +66,7 @@ class VtcGenerationMixin(GenerationMixin):
             kwargs.update(named_cache(cache))
         mask = kwargs.get("attention_mask")
         if vision.given:
-            _refuse_with_images(generation_config, kwargs)
+            self._refuse_unpackable(generation_config, kwargs)
             compressed = self.model.compress_prompt(
                 input_ids,
                 vision,
@@ -65,8 +82,9 @@ class VtcGenerationMixin(GenerationMixin):
             if input_ids is not None:
                 self.model.require_no_placeholders(input_ids)
             if input_ids is None or mask is None or is_left_padded(mask):
-                return super().generate(input_ids, generation_config, *args, **kwargs)
+                return super().generate(input_ids, generation_config, **kwargs)
             # the stock loop would continue after the padding
+            self._refuse_unpackable(generation_config, kwargs)
             embeds = self.get_input_embeddings()(input_ids)
             mask = kwargs.pop("attention_mask").cpu()
             packed = pack_visual_tokens(
@@ -79,7 +97,7 @@ class VtcGenerationMixin(GenerationMixin):
         if input_ids is None:
             # as in the stock method, a prompt of embeddings gives back new tokens only
             return super().generate(
-                None, generation_config, *args, inputs_embeds=packed.inputs_embeds, attention_mask=mask, **kwargs
+                None, generation_config, inputs_embeds=packed.inputs_embeds, attention_mask=mask, **kwargs
             )
 
         packed_ids = packed.pack_ids(input_ids)
@@ -96,7 +114,6 @@ class VtcGenerationMixin(GenerationMixin):
                 # the loop looks tokens up in the vocabulary: embeddings of candidates, scores of repeated tokens
                 self.model.ids_with_embeddings(packed_ids),
                 generation_config,
-                *args,
                 inputs_embeds=packed.inputs_embeds,
                 attention_mask=mask,
                 **kwargs,
@@ -109,13 +126,28 @@ class VtcGenerationMixin(GenerationMixin):
         out.sequences = sequences
         return out
 
-    def _default_budget(self, generation_config: GenerationConfig | None) -> Any:
-        """`vtc_budget` of the generation config of this call, else of the model, else None."""
-        for config in (generation_config, self.generation_config):
-            budget = None if config is None else vars(config).get("vtc_budget")
-            if budget is not None:
-                return budget
-        return None
+    def _asked_for(self, name: str, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
+        """A generation parameter as the stock method finds it: of the call, its config or the model's, or None."""
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+        configs = (
+            [self.generation_config] if generation_config is None else [generation_config, self.generation_config]
+        )
+        if kwargs.get("use_model_defaults") is False:  # 4.57 only
+            configs = configs[:1]
+        stock = vars(GenerationConfig()).get(name)
+        given = [vars(config).get(name) for config in configs]
+        return next((value for value in given if value is not None and value != stock), None)
+
+    def _refuse_unpackable(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+        for name, (neutral, remedy) in _UNPACKABLE.items():
+            value = self._asked_for(name, generation_config, kwargs)
+            if value is not None and (neutral is None or value != neutral):
+                raise ValueError(f"`{name}` does not work together with images or right-padded prompts. {remedy}")
+
+    def _without_placeholders(self, given: list[LogitsProcessor] | None) -> LogitsProcessorList:
+        """`given`, and one that keeps the placeholder out: what `generate` returns can be a prompt again."""
+        return LogitsProcessorList([*(given or ()), _NoPlaceholder(self.config.image_token_id)])
 
     @contextmanager
     def _prompt_learning(self) -> Iterator[None]:
@@ -194,12 +226,15 @@ class VtcGenerationMixin(GenerationMixin):
         """Turn `max_length` and `min_length`, which count the original prompt, into numbers of new tokens."""
         given = self.generation_config if generation_config is None else generation_config
         config, stock = copy.deepcopy(given), GenerationConfig()
+        asked = {
+            name: self._asked_for(name, generation_config, kwargs)
+            for name in ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+        }
         for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            length = kwargs.pop(total, None)
-            if length is None and getattr(given, total) != getattr(stock, total):
-                length = getattr(given, total)
+            kwargs.pop(total, None)
             setattr(config, total, getattr(stock, total))
-            if length is None or kwargs.get(new) is not None or getattr(given, new) is not None:
+            length = asked[total]
+            if length is None or asked[new] is not None:
                 continue
             if total == "max_length" and length <= prompt_length:
                 raise ValueError(
@@ -208,6 +243,20 @@ class VtcGenerationMixin(GenerationMixin):
                 )
             kwargs[new] = max(length - prompt_length, 0)
         return None if generation_config is None and config == given else config
+
+
+class _NoPlaceholder(LogitsProcessor):
+    """Never lets the placeholder of images be generated, where the language model has a score for it."""
+
+    def __init__(self, image_token_id: int):
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.image_token_id >= scores.shape[-1]:
+            return scores
+        scores = scores.clone()
+        scores[:, self.image_token_id] = -torch.inf
+        return scores
 
 
 class _FullPromptStreamer(BaseStreamer):
@@ -224,18 +273,6 @@ class _FullPromptStreamer(BaseStreamer):
 
     def end(self) -> None:
         self.streamer.end()
-
-
-def _refuse_with_images(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
-    for name, remedy in (
-        ("prefill_chunk_size", "Leave it out: a compressed prompt is prefilled in one piece."),
-        ("assistant_model", "Use `prompt_lookup_num_tokens`: a draft model would not see the packed prompt."),
-    ):
-        value = kwargs.get(name)
-        if value is None and generation_config is not None and name == "prefill_chunk_size":
-            value = generation_config.prefill_chunk_size
-        if value is not None:
-            raise ValueError(f"`{name}` does not work together with images. {remedy}")
 
 
 def _require_shorter_cache(num_cached: int, packed_length: int) -> None:
