@@ -8,7 +8,6 @@ import torch
 from factories import (
     METHODS,
     budgets_of,
-    draw_int,
     images_of,
     random_batch,
     row_of,
@@ -444,36 +443,6 @@ def test_forward_refuses_images_with_a_filled_cache(model):
         cache = model(**batch, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="generate"):
             model(**batch, past_key_values=cache)
-
-
-def assert_rows_equal_alone(model, batch, budget, permutation):
-    with torch.no_grad():
-        extra = {"vtc_budget": budget} if "pixel_values" in batch else {}
-        out = model(**batch, **extra)
-        generated = model.generate(**batch, **(GREEDY | {"max_new_tokens": 3}), **extra)
-    length = batch["input_ids"].shape[1]
-    for row in permutation:
-        alone = row_of(batch, row)
-        extra = {"vtc_budget": budget} if "pixel_values" in alone else {}
-        with torch.no_grad():
-            expected = model(**alone, **extra)
-        real = batch["attention_mask"][row].bool()
-        torch.testing.assert_close(out.logits[row, real], expected.logits[0], rtol=0, atol=1e-5)
-        if "pixel_values" in alone:
-            assert torch.equal(out.kept_mask[row, real], expected.kept_mask[0])
-        new = model.generate(**alone, **(GREEDY | {"max_new_tokens": 3}), **extra)[0, alone["input_ids"].shape[1] :]
-        assert torch.equal(generated[row, length:], new)
-
-
-@pytest.mark.parametrize("chunk", [0, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in range(1, 8))])
-def test_rows_do_not_depend_on_their_batch(model, chunk):
-    """200 random batches: 1-5 rows, 0-3 images a row, tilings, padding sides, orders of rows."""
-    generator = torch.Generator().manual_seed(100 + chunk)
-    for _ in range(25):
-        batch = random_batch(model.config, generator)
-        budget = (None, "auto", "full", *budgets_of(model.config))[draw_int(0, 4, generator)]
-        order = torch.randperm(batch["input_ids"].shape[0], generator=generator).tolist()
-        assert_rows_equal_alone(model, batch, budget, order)
 
 
 @pytest.mark.window

@@ -69,28 +69,59 @@ class Layout:
 
 
 def layout_of_prompt(
-    config: VtcConfig, placeholder_mask: torch.Tensor, attention_mask: torch.Tensor | None, vision: VisionInputs
+    config: VtcConfig,
+    placeholder_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    vision: VisionInputs,
+    position_ids: torch.Tensor | None = None,
 ) -> Layout:
     """The layout of prompts and their images, by one transfer from the device.
 
     Args:
         placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): where placeholders are.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 = padding.
+        position_ids (`torch.LongTensor` of shape `(..., B, L)`, *optional*): the caller's.
 
     Raises:
         ValueError: sizes and tiles are not those of the images, placeholders are not as many as these need, or no
-            count of visual tokens fits a budget.
+            count of visual tokens fits a budget; or several sequences share a row that gets shorter.
     """
-    optional = (attention_mask, vision.num_tiles, vision.image_sizes, vision.router_decisions)
+    optional = (attention_mask, vision.num_tiles, vision.image_sizes, vision.router_decisions, position_ids)
     placeholder_mask, *arrived = to_host(placeholder_mask, *[tensor for tensor in optional if tensor is not None])
     fetched = iter(arrived)
-    mask, num_tiles, image_sizes, decisions = (None if tensor is None else next(fetched) for tensor in optional)
+    mask, num_tiles, image_sizes, decisions, positions = (
+        None if tensor is None else next(fetched) for tensor in optional
+    )
     if mask is None:
         mask = torch.ones_like(placeholder_mask, dtype=torch.long)
     else:
         _check_mask(mask, placeholder_mask)
     sizes = sizes_of_images(config, placeholder_mask, num_tiles, image_sizes, vision)
-    return _layout(config, placeholder_mask, mask, sizes, vision, decisions)
+    layout = _layout(config, placeholder_mask, mask, sizes, vision, decisions)
+    if positions is not None:
+        _check_positions(positions, layout)
+    return layout
+
+
+def _check_positions(position_ids: torch.Tensor, layout: Layout) -> None:
+    """Raise where sequences were packed into one row and images get shorter.
+
+    Attention is kept apart by positions that start anew, which dropped tokens hide, and a router would read the
+    questions of all of them.
+    """
+    if layout.wants_all or layout.router_decisions is None and torch.equal(layout.num_leaving, layout.num_reserved):
+        return
+    real = layout.attention_mask.bool()
+    positions = position_ids.flatten(0, -2).unflatten(0, (-1, position_ids.shape[-2]))[0].expand(real.shape)
+    restarts = (positions.diff(dim=1) <= 0) & real[:, 1:] & real[:, :-1]
+    if position_ids.ndim > 2:
+        # of several axes the first stands still within an image
+        restarts &= positions.diff(dim=1) < 0
+    for row in restarts.any(1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"`position_ids` of sample {row} start anew within the row: sequences that share a row cannot be told "
+            "apart once images get shorter. Give each its own row, or `vtc_budget='full'`."
+        )
 
 
 def _check_mask(attention_mask: torch.Tensor, placeholder_mask: torch.Tensor) -> None:

@@ -129,7 +129,11 @@ class VtcModel(VtcVision):
             )
 
     def layout_of(
-        self, placeholder_mask: torch.Tensor, attention_mask: torch.Tensor | None, vision: VisionInputs
+        self,
+        placeholder_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        vision: VisionInputs,
+        position_ids: torch.Tensor | None = None,
     ) -> Layout:
         """The layout of a call, from its one transfer before the tower."""
         if attention_mask is not None and attention_mask.ndim != 2:
@@ -137,7 +141,7 @@ class VtcModel(VtcVision):
                 f"`attention_mask` must be (batch, length) when images are given, got {attention_mask.ndim} "
                 "dimensions: dropping tokens would need another mask. Pass the 2-D padding mask."
             )
-        return layout_of_prompt(self.config, placeholder_mask, attention_mask, vision)
+        return layout_of_prompt(self.config, placeholder_mask, attention_mask, vision, position_ids)
 
     def compress_prompt(
         self,
@@ -151,7 +155,7 @@ class VtcModel(VtcVision):
     ) -> Compressed:
         """Route, compress and pack one batch of prompts: everything before the language model."""
         inputs_embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
-        layout = self.layout_of(placeholder_mask, attention_mask, vision)
+        layout = self.layout_of(placeholder_mask, attention_mask, vision, position_ids)
         real = torch.ones_like(placeholder_mask) if attention_mask is None else attention_mask.bool()
         text = TextStates(inputs_embeds, real.to(placeholder_mask.device) & ~placeholder_mask)
         choice, visual = self.compress(vision, layout, text)
