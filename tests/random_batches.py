@@ -52,7 +52,11 @@ def next_tokens_without_cache(model, inputs, budget):
     """One full forward pass for each new token of one unpadded row."""
     inputs, tokens = dict(inputs), []
     for _ in range(GREEDY["max_new_tokens"]):
-        tokens.append(int(model(**inputs, **budget, use_cache=False).logits[0, -1].argmax()))
+        out = model(**inputs, **budget, use_cache=False)
+        tokens.append(int(out.logits[0, -1].argmax()))
+        if out.router_decisions is not None:
+            # a router that reads the question would read the answer as well
+            budget = {"router_decisions": out.router_decisions}
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens[-1:]])], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return tokens

@@ -35,7 +35,7 @@ from .packing_vtc import (
     shifted_positions,
     to_device,
 )
-from .prompt_vtc import Budget, VisionInputs, leaves_a_choice, refuse_unknown
+from .prompt_vtc import Budget, VisionInputs, leaves_a_choice, refuse_bounds, refuse_unknown
 from .vision_vtc import Choice, Features, TextStates, VtcPreTrainedModel, VtcVision, touch
 
 
@@ -314,6 +314,8 @@ class VtcModel(VtcVision):
             )
         compressed = self.compress_prompt(input_ids, vision, attention_mask, position_ids, inputs_embeds)
         packed = compressed.packed
+        if packed.expand_index is not None or compressed.plan is not None:
+            refuse_bounds(kwargs)
         if packed.expand_index is not None:
             # positions of the full-length prompt, which the packed one does not have
             kwargs.pop("cache_position", None)

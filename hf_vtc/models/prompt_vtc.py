@@ -140,3 +140,17 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, sorted({*known, *_OF_IMAGES}), 1)
             raise TypeError(f"`{name}` is no argument here." + (f" Did you mean `{near[0]}`?" if near else ""))
+
+
+# where sequences that share a row begin, for attention kernels
+_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def refuse_bounds(given: Iterable[str]) -> None:
+    """Raise a ValueError for bounds of sequences that were counted before rows became shorter."""
+    for name in given:
+        if name in _BOUNDS:
+            raise ValueError(
+                f"`{name}` counts tokens of full-length rows, but images or padding leave fewer. Give each sequence "
+                "its own row, or `vtc_budget='full'` and no padding."
+            )
