@@ -6,10 +6,8 @@ many placeholders as the method may need for that image (contract: reserve, then
 
 import inspect
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,50 +23,15 @@ from .chat_templates_vtc import (  # noqa: F401  public under this name too
     mistral_template,
     vicuna_template,
 )
+from .counting_vtc import COUNT_RULES
 from .host_processor_vtc import ProcessorBase
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
-from .tiling_vtc import TileLayout, TilingSettings, refuse_misnamed, refuse_unknown, unpadded_grids
+from .tiling_vtc import TilingSettings, refuse_misnamed, refuse_unknown
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # what the decoders take; tokenizers of some versions add `token_type_ids`, which `generate` refuses
 TEXT_INPUT_NAMES = ["input_ids", "attention_mask"]
-
-
-def tokens_of_tiles(layout: TileLayout, image_seq_length: int) -> int:
-    """Reserved placeholders of a method that keeps at most `image_seq_length` tokens of every tile."""
-    return layout.num_tiles * image_seq_length
-
-
-def tokens_of_map(layout: TileLayout, image_seq_length: int, rule: str) -> int:
-    """Reserved placeholders of `"anyres"` tiles that become one map without padding: the base tile's, then the map's
-    with one newline per row. A tile that is the whole image (`"single"`, `"pad"`) has no map."""
-    if layout.num_tiles == 1:
-        return image_seq_length
-    side = math.isqrt(image_seq_length)
-    size, grid = torch.tensor([layout.image_size]), torch.tensor([layout.grid])
-    ((rows, columns),) = unpadded_grids(size, grid, (side, side), rule).tolist()
-    return image_seq_length + rows * (columns + 1)
-
-
-def tokens_of_stride(layout: TileLayout, image_seq_length: int) -> int:
-    """Reserved placeholders of a tower that gives one token for every `token_stride` x `token_stride` pixels.
-
-    Raises:
-        ValueError: the image processor has no `token_stride`.
-    """
-    if layout.token_grid is None:
-        raise ValueError("`count_rule='stride'` needs `token_stride` of the image processor, such as 64. Set it.")
-    return layout.token_grid[0] * layout.token_grid[1]
-
-
-# `count_rule` -> reserved placeholders of one image; a method with another rule adds its pure function here
-COUNT_RULES: dict[str, Callable[[TileLayout, int], int]] = {
-    "tiles": tokens_of_tiles,
-    "unpad_token_grid": partial(tokens_of_map, rule="token_grid"),
-    "unpad_true_aspect": partial(tokens_of_map, rule="true_aspect"),
-    "stride": tokens_of_stride,
-}
 
 
 class VtcImagesKwargs(VtcImageProcessorKwargs, total=False):
@@ -135,7 +98,7 @@ class VtcProcessor(ProcessorBase):
         image_end_token (`str`): written after the placeholders of an image; `None` for none.
         count_rule (`str`): how many placeholders an image reserves; `"tiles"`: `image_seq_length` per tile;
             `"unpad_token_grid"`, `"unpad_true_aspect"`: those of a map without padding, for `tiling="anyres"`, see
-            `tokens_of_map` and the `unpad_rule` of the model's configuration; `"stride"`: one per `token_stride` x
+            `counting_vtc.py` and the `unpad_rule` of the model's configuration; `"stride"`: one per `token_stride` x
             `token_stride` pixels of the processed image.
         return_layout (`bool`): whether `num_tiles` are returned, and `image_sizes` where no count depends on them.
             Without these the model finds out by itself what belongs to which image, so that images must not touch
