@@ -201,12 +201,12 @@ def counts_of_method(method: str) -> dict[str, Any]:
 
 
 def counts_of_stock_token() -> Counter:
-    """Counts of a decoded token of the plain language model that all methods but LLaVolta are tested with."""
+    """Counts of a decoded token of a plain language model, that of the first method."""
     import factories
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = factories.tiny_config("vico").text_config
+    config = factories.tiny_config(factories.METHODS[0]).text_config
     text = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     return counts_of_steps(AutoModelForCausalLM.from_config(config).eval(), text)[-1]
 
@@ -220,7 +220,8 @@ def long_images(method: str) -> tuple[Any, dict[str, Any]]:
     text = {**template.text_config.to_dict(), "hidden_size": TEXT_WIDTH, "max_position_embeddings": 1 << 15}
     vision = template.vision_config.to_dict()
     fields: dict[str, Any] = {}
-    if method == "convllava":
+    images = factories.images_of(template)
+    if isinstance(images, factories.SizedImages):
         stride = template.token_stride
         height, width = 40 * stride, 72 * stride
         inputs = {
@@ -230,14 +231,14 @@ def long_images(method: str) -> tuple[Any, dict[str, Any]]:
         reserved = 40 * 72
     else:
         # pixel shuffle makes one token of two by two patches
-        side = TILE_SIDE * vision_patch(vision) * (2 if method == "vico" else 1)
+        side = TILE_SIDE * vision_patch(vision) * (2 if vision["model_type"] == "internvl_vision" else 1)
         vision["image_size"] = [side, side] if isinstance(vision["image_size"], (list, tuple)) else side
         inputs = {
             "pixel_values": torch.randn(NUM_IMAGES * NUM_TILES, 3, side, side),
             "num_tiles": torch.full((NUM_IMAGES,), NUM_TILES),
         }
         reserved = NUM_TILES * TILE_SIDE**2
-        if method == "avg_llava":
+        if isinstance(images, factories.AnyresImages):
             fields["image_grid_pinpoints"] = [[2 * side, 2 * side]]
             inputs["image_sizes"] = torch.tensor([[2 * side, 2 * side]] * NUM_IMAGES)
             reserved = TILE_SIDE**2 + 2 * TILE_SIDE * (2 * TILE_SIDE + 1)
