@@ -1,12 +1,12 @@
-"""What is particular to AVG-LLaVA: pyramid, unpadding, text filter, router, and one granularity per image."""
+"""What is particular to AVG-LLaVA: text filter, router, and one granularity per image."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from avg_llava_samples import SCALES, router_logits
 from factories import (
     _CLIP,
     _TEXT,
-    _VISION,
     random_batch,
     row_of,
     stock_inputs,
@@ -16,19 +16,12 @@ from factories import (
     uncompressed,
 )
 from PIL import Image
-from transformers import InternVLConfig, InternVLForConditionalGeneration
-from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from hf_vtc.convert import from_base
 from hf_vtc.models.configuration_avg_llava import AvgLlavaConfig
 from hf_vtc.models.modeling_avg_llava import AvgLlavaForConditionalGeneration
 from hf_vtc.models.modeling_router_avg_llava import RouterLayer, filter_text, text_similarity
-from hf_vtc.models.ops_vtc import pool_pyramid
-from hf_vtc.models.tiling_vtc import anyres_layout, best_canvases, joined_order, pooled_grid, unpadded_grids
-
-PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-SCALES = [1, 2, 4, 8, 16]
+from hf_vtc.models.tiling_vtc import best_canvases
 
 
 @pytest.fixture(scope="module")
@@ -39,86 +32,6 @@ def model():
 def batch_of(model, images_per_row, seed=0, **kwargs):
     generator = torch.Generator().manual_seed(seed)
     return random_batch(model.config, generator, images_per_row=images_per_row, **kwargs)
-
-
-def random_sizes(count=2000, longest=1500):
-    sizes = torch.randint(30, longest, (count, 2), generator=torch.Generator().manual_seed(0))
-    # and sizes at which the float arithmetic has to truncate a whole number
-    return torch.cat([sizes, torch.tensor([[60, 60], [100, 100], [336, 336], [672, 672], [100, 300], [7 * 48, 49]])])
-
-
-def test_pool_pyramid_by_hand():
-    grid = torch.arange(16.0).reshape(1, 16, 1)
-    pooled = pool_pyramid(grid, [16, 8, 4, 2, 1])
-    assert pooled[0] is grid
-    # columns are halved first
-    assert pooled[1].flatten().tolist() == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5, 14.5]
-    assert pooled[2].flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
-    assert pooled[3].flatten().tolist() == [3.5, 11.5]
-    assert pooled[4].flatten().tolist() == [7.5]
-
-
-def test_pool_pyramid_equals_halving_step_by_step():
-    features = torch.randn(3, 24 * 24, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    maps = features.transpose(1, 2).unflatten(2, (24, 24))
-    pooled = pool_pyramid(features, [576, 288, 144, 72, 36])
-    for step, expected_tokens in enumerate(pooled):
-        torch.testing.assert_close(maps.flatten(2).transpose(1, 2), expected_tokens)
-        maps = F.avg_pool2d(maps, (1, 2) if step % 2 == 0 else (2, 1))
-
-
-@pytest.mark.parametrize("side, scale", ((4, 3), (4, 0), (4, 32), (5, 12), (6, 3), (4, -4)))
-def test_unreachable_scales_raise(side, scale):
-    with pytest.raises(ValueError, match=f"granularity of {scale} "):
-        pooled_grid(side, scale)
-
-
-def test_best_canvases_are_those_of_transformers():
-    sizes = random_sizes()
-    expected = [select_best_resolution(tuple(size), [list(pair) for pair in PINPOINTS]) for size in sizes.tolist()]
-    assert best_canvases(sizes, PINPOINTS).tolist() == [list(pair) for pair in expected]
-
-
-def test_canvas_of_a_small_square_is_the_first_pinpoint():
-    for pinpoints in (PINPOINTS, PINPOINTS[1::-1] + PINPOINTS[2:]):
-        assert best_canvases(torch.tensor([[60, 60]]), pinpoints).tolist() == [list(pinpoints[0])]
-        assert anyres_layout(60, 60, 336, pinpoints).grid == tuple(side // 336 for side in pinpoints[0])
-
-
-def test_true_aspect_is_what_transformers_unpads():
-    sizes = random_sizes()
-    grids = best_canvases(sizes, PINPOINTS) // 336
-    kept = unpadded_grids(sizes, grids, (24, 24), "true_aspect")
-    for size, grid, rows_columns in zip(sizes, grids.tolist(), kept.tolist(), strict=True):
-        unpadded = unpad_image(torch.empty(1, 24 * grid[0], 24 * grid[1]), size)
-        assert list(unpadded.shape[1:]) == rows_columns
-
-
-@pytest.mark.parametrize("tokens", ((24, 24), (24, 12), (12, 12), (12, 6), (6, 6)))
-def test_token_grid_is_the_rule_of_the_paper_code(tokens):
-    sizes = random_sizes()
-    grids = best_canvases(sizes, PINPOINTS) // 336
-    kept = unpadded_grids(sizes, grids, tokens, "token_grid")
-    for (height, width), grid, found in zip(sizes.tolist(), grids.tolist(), kept.tolist(), strict=True):
-        rows, columns = grid[0] * tokens[0], grid[1] * tokens[1]
-        if width / height > columns / rows:
-            rows -= (rows - int(height * (columns / width))) // 2 * 2
-        else:
-            columns -= (columns - int(width * (rows / height))) // 2 * 2
-        assert found == [rows, columns]
-
-
-def test_true_aspect_keeps_what_the_token_grid_cuts_away():
-    size, grid = torch.tensor([[672, 672]]), torch.tensor([[2, 2]])
-    assert unpadded_grids(size, grid, (24, 12), "token_grid").tolist() == [[24, 24]]
-    assert unpadded_grids(size, grid, (24, 12), "true_aspect").tolist() == [[48, 24]]
-
-
-def test_joined_order_by_hand():
-    # two tiles side by side, 2 x 2 tokens each, of whose map the middle 2 columns stay
-    order = joined_order((1, 2), (2, 2), (2, 2))
-    assert order.tolist() == [0, 1, 2, 3, 5, 8, -1, 7, 10, -1]
-    assert joined_order((2, 1), (1, 1), (2, 1)).tolist() == [0, 1, -1, 2, -1]
 
 
 def test_text_similarity_is_the_mean_cosine():
@@ -173,11 +86,6 @@ def test_released_and_corrected_variants_do_not_depend_on_the_batch(attention, t
     assert torch.equal(torch.cat([each.router_decisions for each in alone]), out.router_decisions)
     assert torch.equal(torch.cat([each.num_visual_tokens for each in alone]), out.num_visual_tokens)
     assert bool((out.num_visual_tokens <= model.count_visual_tokens(**batch, vtc_budget="full")).all())
-
-
-def router_logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).router_logits
 
 
 def with_other_text(batch, row):
@@ -483,57 +391,6 @@ def test_a_coarser_granularity_that_needs_more_tokens_is_not_admissible():
     assert model(**inputs).router_decisions.tolist() != [1]
 
 
-def internvl(seed=0):
-    torch.manual_seed(seed)
-    config = InternVLConfig(
-        vision_config=dict(_VISION), text_config=dict(_TEXT), image_token_id=271, downsample_ratio=0.5
-    )
-    base = InternVLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in base.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=2 * parameter[0].numel() ** -0.5)
-    return base
-
-
-@pytest.fixture(scope="module")
-def flat():
-    """AVG-LLaVA on an InternVL base: tiles one after the other, the thumbnail last, no newlines."""
-    torch.manual_seed(0)
-    return from_base(internvl(), "avg_llava", router_select=True, filtered_text_num=8, router_num_heads=4)
-
-
-def flat_batch(config, tiles=(3, 1, 4), with_counts=True, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for num_tiles in tiles:
-        text = torch.randint(1, 200, (12,), generator=generator).tolist()
-        rows.append(text[:5] + [config.image_token_id] * (16 * num_tiles) + text[5:])
-    longest = max(map(len, rows))
-    batch = {
-        "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-        "pixel_values": torch.randn(sum(tiles), 3, 32, 32, generator=generator),
-    }
-    return {**batch, "num_tiles": torch.tensor(tiles)} if with_counts else batch
-
-
-def test_internvl_base_becomes_flat(flat):
-    config = flat.config
-    assert config.vis_token_granularity == SCALES and config.granularity_grids[1] == (2, 1)
-    assert config.mm_patch_merge_type == "flat" and config.base_tile == "last"
-    assert flat.model.image_newline is None
-    batch = flat_batch(config)
-    for idx, scale in enumerate(SCALES):
-        decisions = torch.full((3,), idx)
-        assert flat.count_visual_tokens(**batch, router_decisions=decisions).tolist() == [
-            scale * tiles for tiles in (3, 1, 4)
-        ]
-    base = internvl()
-    with torch.no_grad():
-        assert torch.equal(flat(**batch, vtc_budget="full").logits, base(**stock_inputs(base, batch)).logits)
-
-
 def test_llava_next_base_becomes_joined(model):
     base = uncompressed(model)
     torch.manual_seed(0)
@@ -542,52 +399,6 @@ def test_llava_next_base_becomes_joined(model):
     batch = batch_of(result, [2, 0, 1], seed=19)
     with torch.no_grad():
         assert torch.equal(result(**batch).logits, base(**stock_inputs(base, batch)).logits)
-
-
-def test_flat_tokens_are_the_pooled_tiles_in_order(flat):
-    batch = flat_batch(flat.config)
-    with torch.no_grad():
-        out = flat(**batch, router_decisions=torch.tensor([2, 4, 0]))
-        tokens = flat.model.multi_modal_projector(flat.model.encode(batch["pixel_values"]))
-    pyramid = pool_pyramid(tokens, SCALES)
-    expected = [pyramid[2][:3], pyramid[4][3:4], pyramid[0][4:]]
-    assert torch.equal(out.image_hidden_states, torch.cat([part.flatten(0, 1) for part in expected]))
-
-
-def test_flat_compares_text_with_the_thumbnail(flat):
-    seen = []
-    handle = flat.model.router.register_forward_hook(lambda module, args, output: seen.append(args[1]))
-    batch = flat_batch(flat.config, tiles=(3,))
-    try:
-        router_logits(flat, batch)
-        changed = {**batch, "pixel_values": batch["pixel_values"].clone()}
-        changed["pixel_values"][:2] = 0
-        router_logits(flat, changed)
-        changed["pixel_values"][2] = 0
-        router_logits(flat, changed)
-    finally:
-        handle.remove()
-    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
-
-
-def test_num_tiles_can_be_left_out(flat):
-    batch = flat_batch(flat.config)
-    without = flat_batch(flat.config, with_counts=False)
-    with torch.no_grad():
-        expected, out = flat(**batch), flat(**without)
-    assert torch.equal(out.logits, expected.logits)
-    assert torch.equal(out.router_logits, expected.router_logits)
-    assert torch.equal(out.num_visual_tokens, expected.num_visual_tokens)
-
-
-def test_a_router_in_training_mode_speaks_whatever_is_asked(flat):
-    batch = flat_batch(flat.config)
-    flat.model.router.train()
-    try:
-        out = flat(**batch, router_decisions=torch.zeros(3, dtype=torch.long))
-    finally:
-        flat.model.router.eval()
-    assert out.router_logits.requires_grad and out.router_decisions.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
