@@ -74,7 +74,7 @@ def test_a_method_without_a_record_fails_at_import(without_record):
     [
         # a reference by hand, conversion, `estimate`, `bench`, `overlay`, `run`, export
         "test_modeling_pruning test_auto test_report test_plot test_cli test_hub",
-        pytest.param("test_contracts test_lora test_remote", marks=pytest.mark.slow),
+        pytest.param("test_contracts test_contracts_generation test_lora test_remote", marks=pytest.mark.slow),
     ],
 )
 def test_tests_of_all_methods_pass_on_it(repository, files):

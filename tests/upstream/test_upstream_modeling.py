@@ -123,7 +123,9 @@ class ModelSuite(common.ModelTesterMixin):
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         return config, {name: value for name, value in inputs.items() if name in VISION_INPUTS}
 
-    @unittest.skip("`tests/generation`, which it asks for, is in no source distribution; see tests/test_contracts.py")
+    @unittest.skip(
+        "`tests/generation`, which it asks for, is in no source distribution; see tests/test_contracts_generation.py"
+    )
     def test_generation_tester_mixin_inheritance(self):
         pass
 

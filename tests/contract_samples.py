@@ -1,0 +1,19 @@
+"""Batches and budgets that tests of the contracts share."""
+
+import torch
+from factories import budgets_of, random_batch
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+
+
+def batch_of(model, seed, **kwargs):
+    return random_batch(model.config, torch.Generator().manual_seed(seed), **kwargs)
+
+
+def some_budget(model):
+    """A budget that every image of the tiny model can meet, and that compresses if the method can."""
+    return budgets_of(model.config)[0]
+
+
+def resolved(budget, model):
+    return some_budget(model) if budget == "some" else budget
