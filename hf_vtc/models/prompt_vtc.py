@@ -99,7 +99,8 @@ def level_within(budget: float | int | str, levels: Sequence[int], image_idx: in
     # a share such as 0.7 of 10 must give 7 although 0.7 * 10 is not exact in binary
     allowed = math.floor(budget * reserved + 1e-6) if isinstance(budget, float) else budget
     within = min(allowed, reserved)
-    largest = max((count for count in levels if count <= within), default=None)
+    # not a generator: an image that LLaVolta may shorten by any stride has thousands of levels
+    largest = max(filter(within.__ge__, levels), default=None)
     if largest is None:
         raise ValueError(
             f"`vtc_budget` of {budget!r} allows {allowed} visual tokens for image {image_idx}, but the smallest "
