@@ -276,8 +276,14 @@ class VtcVision(VtcPreTrainedModel):
             num_tiles = layout.sizes.num_tiles
             first_tiles = (num_tiles.cumsum(0) - num_tiles).tolist()
             sources, end = [], sum(map(len, parts))
+            # of all images at once, since one alone costs as much
+            maps = (
+                {}
+                if layout.sizes.grids is None
+                else {idx: layout.sizes.kept(grids[idx], self.config.unpad_rule).tolist() for idx in bank}
+            )
             for image_idx, (idx, first_tile) in enumerate(zip(chosen, first_tiles, strict=True)):
-                order = self._token_order(layout, image_idx, grids[idx])
+                order = self._token_order(layout, image_idx, grids[idx], maps.get(idx))
                 first = starts[idx] + first_tile * grids[idx][0] * grids[idx][1]
                 sources.append(torch.where(order < 0, end, order + first))
             if newline is not None:
@@ -286,16 +292,18 @@ class VtcVision(VtcPreTrainedModel):
             joined = torch.cat(parts).index_select(0, source)
         return touch(joined, newline) if self.training and newline is not None else joined
 
-    def _token_order(self, layout: Layout, image_idx: int, token_grid: tuple[int, int]) -> torch.LongTensor:
-        """Which token of an image stands where, counted in the order of its tiles; -1 = newline."""
+    def _token_order(
+        self, layout: Layout, image_idx: int, token_grid: tuple[int, int], maps: list[list[int]] | None
+    ) -> torch.LongTensor:
+        """Which token of an image stands where, counted in the order of its tiles; -1 = newline. `maps` are (rows,
+        columns) that are left of every image's map, None where tiles are not joined."""
         num_tiles, per_tile = int(layout.sizes.num_tiles[image_idx]), token_grid[0] * token_grid[1]
-        if layout.sizes.grids is None:
+        if maps is None:
             return torch.arange(num_tiles * per_tile)
         if num_tiles == 1:
             single = torch.arange(per_tile)
             return nn.functional.pad(single, (0, int(self.config.newline_behind_single_tile)), value=-1)
-        kept = layout.sizes.kept(token_grid, self.config.unpad_rule)[image_idx]
-        return joined_order(tuple(layout.sizes.grids[image_idx].tolist()), token_grid, tuple(kept.tolist()))
+        return joined_order(tuple(layout.sizes.grids[image_idx].tolist()), token_grid, tuple(maps[image_idx]))
 
     @can_return_tuple
     def get_image_features(
