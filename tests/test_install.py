@@ -62,7 +62,9 @@ def build(clone, tmp_path_factory):
 
 def python(script: str, site: Path, folder: Path) -> str:
     """Run a script where a build is installed in `site`, started in `folder`."""
-    script = f"import site; site.addsitedir({str(site)!r})\n{script}"
+    # behind the folder, which comes first, and before this environment, which may have an install of its own
+    installed = f"import site, sys; before = list(sys.path); site.addsitedir({str(site)!r})"
+    script = f"{installed}; sys.path[1:1] = [path for path in sys.path if path not in before]\n{script}"
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -56,7 +56,8 @@ def run_in(root: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        # one process, whatever the tests around this one run in
+        env={**os.environ, "PYTHONPATH": str(root), "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         check=False,
