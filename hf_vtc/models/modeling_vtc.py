@@ -8,6 +8,9 @@ steps: those above that it does not leave as they are.
 
 Outside, everything has the length of `input_ids`: reserved placeholders in, full-length states and logits out. Inside,
 only kept tokens run through the language model.
+
+Over 500 lines, because the arguments of `forward` are written out for the base model and for the head: transformers
+reads both signatures.
 """
 
 from collections.abc import Sequence
