@@ -345,4 +345,4 @@ class VtcVision(VtcPreTrainedModel):
 class VtcVisionHalf(VtcVision):
     """A `VtcVision` that loads from the checkpoint of a whole model, whose language model it leaves out. Abstract."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?language_model\.", r"^lm_head\."]
