@@ -26,6 +26,9 @@ from .prompt_vtc import BY_SCORES
 from .tower_vtc import Connector
 from .vision_vtc import Choice, Scores, TextStates, VisualTokens, VtcVisionHalf, touch
 
+# a power of two: scaling by it is exact
+_UNIT_LENGTH = 256.0
+
 
 def route_tiles(
     p_compress: torch.Tensor,
@@ -80,9 +83,8 @@ def most_compressible(p_compress: torch.Tensor, num_compressed: int) -> torch.Te
 class SingleQueryAttention(nn.Module):
     """Multi-head attention of one query per tile over the tile's features, biases everywhere, no mask.
 
-    Equal to `torch.nn.MultiheadAttention` up to rounding. Since there is one query only, the value projection runs
-    after pooling: N / heads times fewer operations than projecting N features. Keys depend on the features alone, so
-    that several queries share them.
+    Equal to `torch.nn.MultiheadAttention` up to rounding. Since there is one query only, the key projection is folded
+    into it and the value projection runs after pooling: no projection of all N features.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -93,20 +95,39 @@ class SingleQueryAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def keys(self, features: torch.Tensor) -> torch.Tensor:
-        """Keys `(T, heads, C / heads, N)` of features `(T, N, C)`."""
-        return self.k_proj(features).unflatten(-1, (self.num_heads, -1)).permute(0, 2, 3, 1)
+    def key_projection(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `k_proj` does: a matrix `(heads, C, C / heads)` and a bias `(heads, C / heads)`; queries share it.
 
-    def forward(self, query: torch.Tensor, features: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        Found by calling the layer with unit vectors, since an adapter, a quantiser or a disk may stand between a layer
+        and its weight. They are long, so that the bias, which is taken off again, costs no digits.
+
+        Args:
+            like (`torch.Tensor`): dtype and device of what the layer takes.
+        """
+        width = like.shape[-1]
+        units = torch.eye(width + 1, width, dtype=like.dtype, device=like.device) * _UNIT_LENGTH
+        answers = self.k_proj(units)
+        bias = answers[-1]
+        weights = (answers[:-1] - bias) / _UNIT_LENGTH  # (C, C)
+        return weights.unflatten(-1, (self.num_heads, -1)).transpose(0, 1), bias.unflatten(0, (self.num_heads, -1))
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        features: torch.Tensor,
+        key_projection: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Attend with `query` `(T, C)` over `features` `(T, N, C)`; returns `(T, C)`.
 
         Args:
-            keys (`torch.Tensor`, *optional*): as `keys` gives them for these features.
+            key_projection (`tuple` of `torch.Tensor`, *optional*): of this layer, where it is called more than once.
         """
-        keys = self.keys(features) if keys is None else keys
-        queries = self.q_proj(query).unflatten(-1, (self.num_heads, 1, -1))  # (T, heads, 1, C / heads)
-        scores = queries @ keys * queries.shape[-1] ** -0.5  # (T, heads, 1, N)
-        pooled = scores[:, :, 0].softmax(-1) @ features  # (T, heads, C)
+        weights, bias = self.key_projection(query) if key_projection is None else key_projection
+        queries = self.q_proj(query).unflatten(-1, (self.num_heads, -1))  # (T, heads, C / heads)
+        folded = torch.einsum("thd,hcd->thc", queries, weights)
+        constant = (queries * bias).sum(-1, keepdim=True)
+        scores = (folded @ features.transpose(1, 2) + constant) * queries.shape[-1] ** -0.5  # (T, heads, N)
+        pooled = scores.softmax(-1) @ features  # (T, heads, C)
         # the weights of a head add up to one, and so do its shares of the bias
         values = self.v_proj(pooled).unflatten(-1, (self.num_heads, -1))  # (T, heads, heads, C / heads)
         return self.out_proj(values.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1))
@@ -224,9 +245,9 @@ class VisionResolutionRouter(nn.Module):
         """Pool `(T, N, C)` to `(T, C)` by four cross attentions, the second of which runs three times."""
         query = self.query_token.expand(features.shape[0], -1)
         query = self.norm1(self.attn1(query, features))
-        keys = self.attn2.keys(features)
+        projection = self.attn2.key_projection(query)
         for _ in range(3):
-            query = self.norm2(self.attn2(query, features, keys))
+            query = self.norm2(self.attn2(query, features, projection))
         return query
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
