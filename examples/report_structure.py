@@ -13,9 +13,9 @@ What is counted, and where a CPU cannot tell what an accelerator would do:
   whose tensors are on the host in any case, count as well;
 - *transfers*: calls of `to_host`; *copies*: calls of `to_device`, and of `Tensor.to` with `non_blocking=True` outside
   of it, each one copy to an accelerator unless the tensor is there already;
-- *host time*: from the return of the first `to_host` to the first layer of the language model, without the tower and
-  the time in modules: connectors, router, and rotary embeddings, which an accelerator computes. Widths are tiny;
-  gathers of states are included, and so is a CPU's time for them.
+- *host time*: from the return of the first `to_host` to the first layer of the language model, without what an
+  accelerator computes: the tower, all modules (connectors, router, rotary embeddings), and AVG-LLaVA's pooling and
+  text filter, which are functions. Widths are tiny; gathers of states are included, and so is a CPU's time for them.
 """
 
 import argparse
@@ -43,6 +43,8 @@ MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 500
 # eight images of five tiles of 24 x 24 tokens, or of one map of about as many
 NUM_IMAGES, NUM_TILES, TILE_SIDE = 8, 5, 24
 REPEATS = 25
+# what an accelerator computes outside of modules
+DEVICE_FUNCTIONS = ("pool_pyramid", "filter_text")
 # so narrow that gathers of states are cheap
 TEXT_WIDTH = 8
 
@@ -290,6 +292,17 @@ class HostClock:
             if self.depth == 0:
                 self.away += time.perf_counter() - self.entered
 
+    def as_device_work(self, function: Callable) -> Callable:
+        @wraps(function)
+        def work(*args, **kwargs):
+            entered = time.perf_counter()
+            out = function(*args, **kwargs)
+            if self.arrived is not None and not self.depth:
+                self.away += time.perf_counter() - entered
+            return out
+
+        return work
+
     def stop(self, module: Any, args: Any) -> None:
         self.seconds = time.perf_counter() - self.arrived - self.away
         raise FirstLayer
@@ -305,7 +318,10 @@ def host_seconds(model: Any, inputs: dict[str, Any]) -> float:
         clock.decoder.layers[0].register_forward_pre_hook(clock.stop),
     ]
     try:
-        with replaced("to_host", clock.as_start):
+        with ExitStack() as stack:
+            stack.enter_context(replaced("to_host", clock.as_start))
+            for name in DEVICE_FUNCTIONS:
+                stack.enter_context(replaced(name, clock.as_device_work))
             model(**inputs, use_cache=False)
     except FirstLayer:
         return clock.seconds

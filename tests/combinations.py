@@ -20,7 +20,7 @@ from hf_vtc.models.modeling_vico import VicoInit, VicoSteps
 from hf_vtc.models.modeling_vtc import VtcForConditionalGeneration, VtcModel
 from hf_vtc.models.prompt_vtc import BY_SCORES
 from hf_vtc.models.tiling_vtc import ImageSizes
-from hf_vtc.models.vision_vtc import Choice, Scores, TextStates, VisualTokens
+from hf_vtc.models.vision_vtc import Choice, Scores, VisualTokens
 
 
 class CombinedConfig(LlavoltaConfig):
@@ -65,8 +65,8 @@ class CombinedSteps:
         ]
         return replace(layout, counts=counts, levels=levels)
 
-    def score(self, features: torch.Tensor, text: TextStates | None, layout: Layout) -> Scores | None:
-        return self.first.score(self, features, text, self.first_layout(layout))
+    def score(self, features: torch.Tensor, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
+        return self.first.score(self, features, prompts, self.first_layout(layout))
 
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
         first, own = self.first_layout(layout), self.config.compress_stride

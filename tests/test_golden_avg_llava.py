@@ -271,7 +271,9 @@ def test_text_filter_matches_the_original(model, image_processor, name):
             assert_golden(f"{name}.text_embeds", text)
         similarity = text_similarity(tokens, text).masked_fill(~mask, float("-inf"))
         assert_golden(f"{name}.text_similarity", similarity[0])
-        chosen = filter_text(tokens, text[None], mask[None], torch.tensor([0]), GOLDEN["K_filtered_text"])
+        chosen = filter_text(
+            tokens, text[mask], torch.zeros(int(mask.sum())), torch.tensor([0]), GOLDEN["K_filtered_text"]
+        )
     order = TENSORS[f"{name}.text_similarity"].sort(descending=True).indices[: GOLDEN["K_filtered_text"]]
     expected = text[order].masked_fill(~mask[order, None], 0)
     torch.testing.assert_close(chosen[0, : len(order)], expected, **CLOSE)

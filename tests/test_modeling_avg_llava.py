@@ -44,13 +44,13 @@ def test_text_similarity_is_the_mean_cosine():
 
 def test_filter_text_takes_the_own_row_in_order_of_similarity():
     base = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
-    rows = torch.tensor([[[1.0, 0.0], [3.0, 3.0], [0.0, 1.0]], [[2.0, 0.0], [1.0, 2.0], [9.0, 9.0]]])
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    chosen = filter_text(base, rows, mask, torch.tensor([0, 1]), 4)
+    text = torch.tensor([[1.0, 0.0], [3.0, 3.0], [0.0, 1.0], [2.0, 0.0], [1.0, 2.0]])
+    text_rows = torch.tensor([0, 0, 0, 1, 1])
+    chosen = filter_text(base, text, text_rows, torch.tensor([0, 1]), 4)
     assert chosen[0].tolist() == [[1.0, 0.0], [3.0, 3.0], [0.0, 1.0], [0.0, 0.0]]
-    # what is masked does not fill up
+    # text of others does not fill up
     assert chosen[1].tolist() == [[1.0, 2.0], [2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
-    assert not bool(filter_text(base, rows, mask, torch.tensor([-1, 1]), 4)[0].any())
+    assert not bool(filter_text(base, text, text_rows, torch.tensor([-1, 1]), 4)[0].any())
 
 
 @pytest.mark.parametrize("across_tiles", (True, False))

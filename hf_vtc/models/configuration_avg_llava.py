@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
-from .tiling_vtc import ImageSizes, pooled_grid
+from .tiling_vtc import ImageSizes, pooled_grid, stacked_grids
 
 ROUTER_ATTENTIONS = ("tiles", "tokens")
 ROUTER_TEXTS = ("first_image", "row")
@@ -136,8 +136,8 @@ class AvgLlavaConfig(VtcConfig):
     def levels(self, sizes: ImageSizes) -> list[Sequence[int]]:
         """Level i is that of `all_granularities` i steps below the finest. Newlines can make a coarse map longer than
         the finest one; nothing chooses it then."""
-        by_level = [self.tokens_of_images(sizes, grid).tolist() for grid in reversed(self.granularity_grids)]
-        return list(zip(*by_level))
+        grids = stacked_grids(self.granularity_grids[::-1])
+        return list(zip(*self.tokens_of_images(sizes, grids).tolist()))
 
     def own_level(self, counts: Sequence[int], image_idx: int = 0) -> int:
         return -1 if self.router_select else 0

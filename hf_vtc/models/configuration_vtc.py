@@ -211,8 +211,11 @@ class VtcConfig(PretrainedConfig):
             return self.joined_sizes(num_tiles, image_sizes)
         return ImageSizes(num_tiles, image_sizes, None)
 
-    def tokens_of_images(self, sizes: ImageSizes, token_grid: tuple[int, int]) -> Any:
-        """Visual tokens of each image, `(num_images,)`, whose tiles have (rows, columns) `token_grid` of them."""
+    def tokens_of_images(self, sizes: ImageSizes, token_grid: tuple[Any, Any]) -> Any:
+        """Visual tokens of each image, `(num_images,)`, whose tiles have (rows, columns) `token_grid` of them.
+
+        For G grids at once they are tensors `(G, 1)`, and the counts `(G, num_images)`.
+        """
         per_tile = token_grid[0] * token_grid[1]
         if sizes.grids is None:
             return sizes.num_tiles * per_tile

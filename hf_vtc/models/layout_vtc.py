@@ -63,6 +63,20 @@ class Layout:
         return self.router_decisions is None and BY_SCORES in self.levels
 
     @cached_property
+    def placeholders(self) -> torch.LongTensor:
+        """Positions of placeholders in the flattened prompts, `(num_placeholders,)`."""
+        return self.placeholder_mask.flatten().nonzero().flatten()
+
+    def positions_of(self, slots: torch.LongTensor | None) -> torch.LongTensor:
+        """Positions of the placeholders `slots` among all of them, in the flattened prompts; of all if None."""
+        return self.placeholders if slots is None else self.placeholders[slots]
+
+    @cached_property
+    def text(self) -> torch.LongTensor:
+        """Positions of real text in the flattened prompts, `(num_text,)`."""
+        return (self.attention_mask.bool() & ~self.placeholder_mask).flatten().nonzero().flatten()
+
+    @cached_property
     def num_leaving(self) -> torch.LongTensor:
         """Visual tokens of each image at its level, `(num_images,)`."""
         return torch.tensor([own[level] for own, level in zip(self.counts, self.levels)], dtype=torch.long)
@@ -127,6 +141,8 @@ def _check_positions(position_ids: torch.Tensor, layout: Layout) -> None:
 def _check_mask(attention_mask: torch.Tensor, placeholder_mask: torch.Tensor) -> None:
     """Raise for what a packed prompt could not say: padding inside of a row, and images under padding."""
     real = attention_mask.bool()
+    if bool(real.all()):
+        return
     begins = torch.nn.functional.pad(real[:, 1:] & ~real[:, :-1], (1, 0))
     begins[:, 0] = real[:, 0]
     for row in (begins.sum(1) > 1).nonzero().flatten().tolist():

@@ -25,7 +25,7 @@ from .ops_vtc import pool_pyramid
 from .packing_vtc import first_slots, to_device
 from .prompt_vtc import BY_SCORES
 from .tower_vtc import Connector
-from .vision_vtc import Choice, Scores, TextStates, VisualTokens, VtcVisionHalf
+from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf
 
 
 class AvgLlavaInit:
@@ -58,7 +58,7 @@ class AvgLlavaSteps(AvgLlavaInit):
         self.multi_modal_projector = Connector(config, [width, width], config.shuffle_factor)
         self.router = GranularityRouter(config)
 
-    def score(self, features: torch.Tensor, text: TextStates | None, layout: Layout) -> Scores | None:
+    def score(self, features: torch.Tensor, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         """Router logits, one row per image, and the pyramid that they were made from, coarse to fine."""
         if not self.routes(self.router, layout.asks_scores):
             return None
@@ -70,11 +70,12 @@ class AvgLlavaSteps(AvgLlavaInit):
             rows = rows.masked_fill(later, -1)
         ends = num_tiles.cumsum(0)
         base_tile = ends - num_tiles if self.config.base_tile == "first" else ends - 1
-        rows, base_tile, image_of_tile, num_tiles = to_device(
-            finest.device, rows, base_tile, torch.repeat_interleave(num_tiles), num_tiles
+        text, length = layout.text, layout.placeholder_mask.shape[1]
+        rows, base_tile, image_of_tile, num_tiles, text, text_rows = to_device(
+            finest.device, rows, base_tile, torch.repeat_interleave(num_tiles), num_tiles, text, text // length
         )
-        embeds, mask = text.embeds.to(finest.device, finest.dtype), text.mask.to(finest.device)
-        chosen = filter_text(finest[base_tile], embeds, mask, rows, self.config.filtered_text_num)
+        text = prompts.flatten(0, 1).index_select(0, text.to(prompts.device)).to(finest.device, finest.dtype)
+        chosen = filter_text(finest[base_tile], text, text_rows, rows, self.config.filtered_text_num)
         choices = pyramid[: len(self.config.vis_token_granularity)]
         router_logits = self.router(choices, chosen, image_of_tile, num_tiles)
         return Scores((router_logits,), router_logits, pyramid)
@@ -82,21 +83,20 @@ class AvgLlavaSteps(AvgLlavaInit):
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
         """The router's granularity for `"auto"` images, else that of the level: i steps below the finest."""
         finest, num_choices = len(self.config.all_granularities) - 1, len(self.config.vis_token_granularity)
+        counts = torch.tensor(layout.counts).flip(1)  # (num_images, E), coarse to fine
         if layout.router_decisions is not None:
             decisions = _checked_decisions(layout.router_decisions, layout.counts)
         else:
-            decisions = []
-            for image_idx, (level, counts) in enumerate(zip(layout.levels, layout.counts, strict=True)):
-                if level == BY_SCORES:
-                    fits = torch.tensor([counts[finest - idx] <= counts[0] for idx in range(num_choices)])
-                    best = int(scores[0][image_idx].masked_fill(~fits, float("-inf")).argmax())
-                    # of a map that newlines make longer at every choice all tokens are the fewest
-                    decisions.append(best if bool(fits.any()) else finest)
-                else:
-                    decisions.append(finest - level)
-        num_kept = [counts[finest - idx] for counts, idx in zip(layout.counts, decisions, strict=True)]
-        num_kept = torch.tensor(num_kept, dtype=torch.long)
-        return Choice(num_kept, num_kept, torch.tensor(decisions, dtype=torch.long))
+            levels = torch.tensor(layout.levels)
+            decisions = finest - levels
+            if layout.asks_scores:
+                fits = counts[:, :num_choices] <= counts[:, -1:]
+                best = scores[0].masked_fill(~fits, float("-inf")).argmax(1)
+                # of a map that newlines make longer at every choice all tokens are the fewest
+                best = torch.where(fits.any(1), best, finest)
+                decisions = torch.where(levels == BY_SCORES, best, decisions)
+        num_kept = counts.gather(1, decisions[:, None])[:, 0]
+        return Choice(num_kept, num_kept, decisions)
 
     def connect(self, features: torch.Tensor, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
         """Tokens of all images, each at its granularity."""
@@ -113,7 +113,7 @@ class AvgLlavaSteps(AvgLlavaInit):
         return VisualTokens(embeds, first_slots(layout.num_reserved, choice.num_entering) if dropped else None)
 
 
-def _checked_decisions(decisions: torch.Tensor, counts: list[tuple[int, ...]]) -> list[int]:
+def _checked_decisions(decisions: torch.Tensor, counts: list[tuple[int, ...]]) -> torch.LongTensor:
     """Indices of granularities, coarse first, of a caller; `counts` of each image are fine to coarse."""
     num_images = len(counts)
     if decisions.shape != (num_images,) or decisions.is_floating_point() or decisions.dtype == torch.bool:
@@ -132,7 +132,7 @@ def _checked_decisions(decisions: torch.Tensor, counts: list[tuple[int, ...]]) -
                 f"`router_decisions` asks for granularity {idx} of image {image_idx}, which needs more tokens "
                 f"({image_counts[finest - idx]}) than the finest ({image_counts[0]}). Choose another one."
             )
-    return decisions.tolist()
+    return decisions.long()
 
 
 class AvgLlavaVision(AvgLlavaSteps, VtcVisionHalf):

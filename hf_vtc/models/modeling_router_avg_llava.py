@@ -32,8 +32,8 @@ def text_similarity(base_features: torch.Tensor, text: torch.Tensor) -> torch.Te
 
 def filter_text(
     base_features: torch.Tensor,
-    inputs_embeds: torch.Tensor,
-    text_mask: torch.Tensor,
+    text: torch.Tensor,
+    text_rows: torch.Tensor,
     rows: torch.Tensor,
     num_rows: int,
 ) -> torch.Tensor:
@@ -41,21 +41,18 @@ def filter_text(
 
     Args:
         base_features (`torch.Tensor` of shape `(num_images, N, D)`): projected tokens of the whole views.
-        inputs_embeds (`torch.Tensor` of shape `(B, L, D)`): embeddings of the prompts.
-        text_mask (`torch.BoolTensor` of shape `(B, L)`): True at real text.
-        rows (`torch.LongTensor` of shape `(num_images,)`): whose text it is, -1 for none.
+        text (`torch.Tensor` of shape `(R, D)`): embeddings of all text of all prompts.
+        text_rows (`torch.LongTensor` of shape `(R,)`): the prompt that each is from.
+        rows (`torch.LongTensor` of shape `(num_images,)`): the prompt of each image, -1 for none.
         num_rows (`int`): K, text rows that are kept.
 
     Returns:
         `(num_images, K, D)`, zero where a prompt has less text.
     """
-    batch_size, length, _ = inputs_embeds.shape
-    embeds = inputs_embeds.flatten(0, 1)
-    similarity = text_similarity(base_features, embeds)
-    own_row = torch.arange(batch_size, device=rows.device).repeat_interleave(length) == rows[:, None]
-    similarity = similarity.masked_fill(~(own_row & text_mask.flatten()), float("-inf"))
-    values, indices = similarity.topk(min(num_rows, similarity.shape[1]), dim=-1)
-    chosen = embeds[indices].masked_fill(values.isneginf()[..., None], 0)
+    similarity = text_similarity(base_features, text)
+    similarity = similarity.masked_fill(text_rows != rows[:, None], float("-inf"))
+    values, indices = similarity.topk(min(num_rows, len(text)), dim=-1)
+    chosen = text[indices].masked_fill(values.isneginf()[..., None], 0)
     return F.pad(chosen, (0, 0, 0, num_rows - chosen.shape[1]))
 
 

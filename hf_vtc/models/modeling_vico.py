@@ -24,7 +24,7 @@ from .modeling_vtc import VtcForConditionalGeneration, VtcModel
 from .packing_vtc import first_slots, to_device
 from .prompt_vtc import BY_SCORES
 from .tower_vtc import Connector
-from .vision_vtc import Choice, Scores, TextStates, VisualTokens, VtcVisionHalf, touch
+from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf, touch
 
 # a power of two: scaling by it is exact
 _UNIT_LENGTH = 256.0
@@ -65,19 +65,25 @@ def route_tiles(
     return compress
 
 
-def most_compressible(p_compress: torch.Tensor, num_compressed: int) -> torch.Tensor:
-    """Mark the `num_compressed` tiles of one image with the highest P(compress); ties go to the earlier tile.
+def most_compressible(
+    p_compress: torch.Tensor, num_tiles: torch.LongTensor, num_compressed: torch.LongTensor
+) -> torch.Tensor:
+    """Mark the tiles of each image with the highest P(compress); ties go to the earlier tile.
 
     Args:
         p_compress (`torch.Tensor` of shape `(T,)`).
+        num_tiles, num_compressed (`torch.LongTensor` of shape `(num_images,)`): of each image, and how many to mark.
 
     Returns:
         `torch.BoolTensor` of shape `(T,)`, True = compress.
     """
+    image_of_tile = torch.repeat_interleave(num_tiles)
     order = torch.argsort(p_compress, descending=True, stable=True)
-    compress = torch.zeros(len(p_compress), dtype=torch.bool)
-    compress[order[:num_compressed]] = True
-    return compress
+    # tiles image by image, in each by falling P(compress)
+    order = order[torch.argsort(image_of_tile[order], stable=True)]
+    starts = num_tiles.cumsum(0) - num_tiles
+    first = torch.arange(len(order)) < (starts + num_compressed)[image_of_tile]
+    return torch.empty_like(first).index_copy_(0, order, first)
 
 
 class SingleQueryAttention(nn.Module):
@@ -291,7 +297,7 @@ class VicoSteps(VicoInit):
         )
         self.router = VisionResolutionRouter(config)
 
-    def score(self, features: torch.Tensor, text: TextStates | None, layout: Layout) -> Scores | None:
+    def score(self, features: torch.Tensor, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         """P(compress) of every tile, unless no image needs it."""
         if not self.routes(self.router, layout.router_decisions is None and not layout.wants_all):
             return None
@@ -316,12 +322,11 @@ class VicoSteps(VicoInit):
                     config.flash_absolute_threshold,
                     config.routing_rule,
                 )
-            if not layout.wants_all:
-                tiles_of_image = torch.arange(total).split(num_tiles.tolist())
-                for tiles, level in zip(tiles_of_image, layout.levels, strict=True):
-                    if level != BY_SCORES:
-                        # at level i, i tiles are compressed
-                        decisions[tiles] = most_compressible(scores[0][tiles], level)
+            levels = torch.tensor(layout.levels)
+            decisions &= torch.repeat_interleave(levels == BY_SCORES, num_tiles)
+            if bool((levels > 0).any()):
+                # at level i, i tiles are compressed
+                decisions |= most_compressible(scores[0], num_tiles, levels.clamp(min=0))
         num_kept = torch.where(decisions, config.compressed_seq_length, config.image_seq_length)
         image_of_tile = torch.repeat_interleave(num_tiles)
         per_image = torch.zeros_like(num_tiles).index_add(0, image_of_tile, num_kept)
@@ -344,7 +349,9 @@ class VicoSteps(VicoInit):
                 unused.append(connector(features[:1]))
         embeds = pieces[0]
         if len(pieces) > 1:
-            (order,) = to_device(features.device, torch.argsort(torch.cat(positions)))
+            positions = torch.cat(positions)
+            order = torch.empty_like(positions).index_copy_(0, positions, torch.arange(len(positions)))
+            (order,) = to_device(features.device, order)
             embeds = torch.cat(pieces).index_select(0, order)
         slots = None
         if bool(decisions.any()):

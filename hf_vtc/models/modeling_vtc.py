@@ -33,13 +33,13 @@ from .packing_vtc import (
     DecodePlan,
     PackedPrompt,
     Span,
-    keep_slots,
+    kept_positions,
     pack_visual_tokens,
     shifted_positions,
     to_device,
 )
 from .prompt_vtc import Budget, VisionInputs, leaves_a_choice, refuse_bounds, refuse_unknown
-from .vision_vtc import Choice, Features, TextStates, VtcPreTrainedModel, VtcVision, touch
+from .vision_vtc import Choice, Features, VtcPreTrainedModel, VtcVision, touch
 
 
 @dataclass
@@ -159,14 +159,12 @@ class VtcModel(VtcVision):
         """Route, compress and pack one batch of prompts: everything before the language model."""
         inputs_embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
         layout = self.layout_of(placeholder_mask, attention_mask, vision, position_ids)
-        real = torch.ones_like(placeholder_mask) if attention_mask is None else attention_mask.bool()
-        text = TextStates(inputs_embeds, real.to(placeholder_mask.device) & ~placeholder_mask)
-        choice, visual = self.compress(vision, layout, text)
+        choice, visual = self.compress(vision, layout, inputs_embeds)
 
-        keep = keep_slots(layout.placeholder_mask, None if layout.is_exact else visual.slots)
-        positions = (layout.placeholder_mask & keep).flatten().nonzero().flatten()
+        positions = layout.positions_of(None if layout.is_exact else visual.slots)
+        keep = kept_positions(layout.placeholder_mask, positions)
         if visual.position_shifts is not None:
-            entered = keep_slots(layout.placeholder_mask, visual.entered_slots)
+            entered = kept_positions(layout.placeholder_mask, layout.positions_of(visual.entered_slots))
             position_ids = shifted_positions(
                 layout.attention_mask, entered, position_ids, positions, visual.position_shifts
             )
@@ -401,8 +399,7 @@ class VtcModel(VtcVision):
         # nobody reads them, and a look-up would be one more call of a module that other ranks do not make
         shape = (*layout.placeholder_mask.shape, self.config.text_config.hidden_size)
         nothing = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        text = TextStates(nothing, torch.zeros(shape[:2], dtype=torch.bool, device=self.device))
-        return self.compress(vision, layout, text)[1].embeds
+        return self.compress(vision, layout, nothing)[1].embeds
 
     @torch.no_grad()
     def count_visual_tokens(
@@ -431,8 +428,7 @@ class VtcModel(VtcVision):
         layout = self.layout_of(placeholder_mask, attention_mask, vision)
         if router_decisions is None and not layout.asks_scores:
             return layout.num_leaving
-        real = torch.ones_like(placeholder_mask) if attention_mask is None else attention_mask.bool()
-        choice, _ = self.compress(vision, layout, TextStates(embeds, real & ~placeholder_mask))
+        choice, _ = self.compress(vision, layout, embeds)
         return choice.num_kept
 
 

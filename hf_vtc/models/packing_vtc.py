@@ -66,19 +66,9 @@ def first_slots(num_reserved: torch.LongTensor, num_kept: torch.LongTensor) -> t
     return torch.repeat_interleave(starts - (ends - num_kept), num_kept) + torch.arange(int(num_kept.sum()))
 
 
-def keep_slots(placeholder_mask: torch.Tensor, slots: torch.LongTensor | None) -> torch.Tensor:
-    """Mark every position that stays, text and the placeholders `slots` among all of them, as bool `(B, L)`.
-
-    Args:
-        placeholder_mask (`torch.BoolTensor` of shape `(B, L)`).
-        slots (`torch.LongTensor`, *optional*): indices of placeholders in prompt order; all of them if None.
-    """
-    keep = torch.ones_like(placeholder_mask)
-    if slots is not None:
-        kept = torch.zeros(int(placeholder_mask.sum()), dtype=torch.bool)
-        kept[slots] = True
-        keep[placeholder_mask] = kept
-    return keep
+def kept_positions(placeholder_mask: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
+    """Mark every position that stays as bool `(B, L)`: text, and placeholders at `positions` of the flattened rows."""
+    return (~placeholder_mask).flatten().index_fill_(0, positions, True).unflatten(0, placeholder_mask.shape)
 
 
 def is_left_padded(attention_mask: torch.Tensor) -> bool:
@@ -158,12 +148,12 @@ def pack_visual_tokens(
         on_device, mask = to_device(device, kept, None if bool(real.all()) else attention_mask)
         return PackedPrompt(inputs_embeds, mask, position_ids, on_device)
 
-    source, longest = packed_sources(kept, kept.sum(1))
-    packed_mask = kept.gather(1, source)
+    source, packed_mask, expand_index, kept_index = packing_indices(kept, kept.sum(1))
     is_padded = not bool(packed_mask.all())
     moved = (real & ~keep).cumsum(1).gather(1, source) if renumber and position_ids is not None else None
     counted = (packed_mask.cumsum(1) - 1).clamp(min=0) if renumber and position_ids is None and is_padded else None
-    expand_index, kept_index = way_back(kept, longest) if expands else (None, None)
+    if not expands:
+        expand_index = kept_index = None
     rows = torch.arange(source.shape[0])[:, None] * kept.shape[1]
     on_device, source, flat_source, moved, counted, mask, expand_index, kept_index = to_device(
         device,
@@ -191,25 +181,29 @@ def pack_visual_tokens(
     )
 
 
-def packed_sources(kept: torch.Tensor, counts: torch.Tensor) -> tuple[torch.LongTensor, int]:
-    """Original position `(B, K)` of each packed one, and K, the largest of `counts` `(B,)`, on the CPU, of `kept`
-    `(B, L)`; dropped positions stand for padding on the left."""
-    longest = int(counts.max())
-    # a stable sort moves dropped positions to the front and leaves kept ones in order
-    return torch.argsort(kept.to(torch.int8), dim=1, stable=True)[:, kept.shape[1] - longest :], longest
-
-
-def way_back(kept: torch.Tensor, longest: int, num_kept: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`expand_index` and `kept_index` of a [`PackedPrompt`] of `longest` columns.
+def packing_indices(kept: torch.Tensor, counts: torch.LongTensor) -> tuple[torch.Tensor, ...]:
+    """Where packed positions come from, and the way back.
 
     Args:
-        kept (`torch.BoolTensor` of shape `(B, L)`).
-        num_kept (`int`, *optional*): True values in `kept`, if it is on a device, from which they are not read back.
+        kept (`torch.BoolTensor` of shape `(B, L)`): on the CPU, or on a device from which nothing is read back.
+        counts (`torch.LongTensor` of shape `(B,)`): True values of each row, on the CPU.
+
+    Returns:
+        `source_index` `(B, K)`, which is 0 at padding; a mask `(B, K)`, False there; `expand_index` and `kept_index`
+        of a [`PackedPrompt`].
     """
-    expand_index = (kept.cumsum(1) - 1 + longest - kept.sum(1, keepdim=True)).clamp(min=0)
-    if num_kept is None:
-        return expand_index, kept.flatten().nonzero().flatten()
-    return expand_index, torch.argsort((~kept).flatten().to(torch.int8), stable=True)[:num_kept]
+    device, num_columns, longest = kept.device, kept.shape[1], int(counts.max())
+    if device.type == "cpu":
+        kept_index = kept.flatten().nonzero().flatten()
+    else:
+        # a stable sort leaves kept positions in order, and their number is known
+        kept_index = torch.argsort((~kept).flatten().to(torch.int8), stable=True)[: int(counts.sum())]
+    counts, first_rows = to_device(device, counts[:, None], torch.arange(len(counts))[:, None] * longest)
+    expand_index = (kept.cumsum(1) - 1 + longest - counts).clamp(min=0)
+    places = (expand_index + first_rows).flatten()[kept_index]
+    source = kept_index.new_zeros(kept.shape[0] * longest).index_copy(0, places, kept_index % num_columns)
+    mask = torch.arange(longest, device=device) >= longest - counts
+    return source.unflatten(0, mask.shape), mask, expand_index, kept_index
 
 
 def gathered_positions(position_ids: torch.Tensor, source: torch.LongTensor) -> torch.Tensor:
@@ -233,11 +227,11 @@ def pack_shortened(
         position_ids (`torch.LongTensor` of shape `(B, L)`): of every place; they are kept.
     """
     device = position_ids.device
-    source, longest = packed_sources(kept, counts)
+    source, mask, expand_index, kept_index = packing_indices(kept, counts)
     rows = torch.arange(kept.shape[0], device=kept.device)[:, None] * kept.shape[1]
-    expand_index, kept_index = way_back(kept, longest, int(counts.sum()))
     embeds = take((source + rows).flatten()).unflatten(0, source.shape)
-    mask = kept.gather(1, source) if bool((counts != longest).any()) else None
+    if not bool((counts != counts[0]).any()):
+        mask = None
     kept, source, mask, expand_index, kept_index = to_device(device, kept, source, mask, expand_index, kept_index)
     return PackedPrompt(embeds, mask, gathered_positions(position_ids, source), kept, source, expand_index, kept_index)
 

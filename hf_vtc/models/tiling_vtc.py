@@ -270,14 +270,15 @@ def unpadded_grids(
     Args:
         image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): (height, width) in pixels.
         grids (`torch.LongTensor` of shape `(num_images, 2)`): (rows, columns) of tiles.
-        tokens (`tuple[int, int]`): (rows, columns) of tokens in a tile.
+        tokens (`tuple[int, int]`): (rows, columns) of tokens in a tile; of G kinds of tiles at once, two tensors
+            `(G, 1)`.
         rule (`str`): `"token_grid"` compares the aspect ratio of the image with that of the map in tokens, in double
             precision, as AVG-LLaVA does: where tokens are not square, that cuts content away. `"true_aspect"` compares
             it with that of the canvas and is exact; on square tokens it is transformers' LLaVA-NeXT.
 
     Returns:
-        `(num_images, 2)`: (rows, columns), 0 for an image so long and thin that nothing is left. As much is cut at one
-        end as at the other, so that a row or column of padding may stay.
+        `(num_images, 2)`, or `(G, num_images, 2)`: (rows, columns), 0 for an image so long and thin that
+        nothing is left. As much is cut at one end as at the other, so that a row or column of padding may stay.
 
     Source: DeepLearnXMU/AVG-LLaVA@3685bc8 `llava_arch.py` `unpad_image`.
     """
@@ -296,6 +297,12 @@ def unpadded_grids(
     kept_rows = torch.where(wide, rows - (rows - content_rows) // 2 * 2, rows)
     kept_columns = torch.where(wide, columns, columns - (columns - content_columns) // 2 * 2)
     return torch.stack([kept_rows, kept_columns], dim=-1)
+
+
+def stacked_grids(grids: Sequence[tuple[int, int]]) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Rows and columns `(G, 1)` of G token grids, for `unpadded_grids` of all of them at once."""
+    rows, columns = torch.tensor(grids).T[..., None]
+    return rows, columns
 
 
 def refuse_no_pixels(image_sizes: torch.Tensor) -> None:

@@ -32,13 +32,6 @@ _ALIGNMENT = 64
 Features = torch.Tensor | dict[str, torch.Tensor]
 
 
-class TextStates(NamedTuple):
-    """What a router may read of the prompts: embeddings `(B, L, D)`, and a bool `(B, L)`, True at real text."""
-
-    embeds: torch.Tensor
-    mask: torch.Tensor
-
-
 class Scores(NamedTuple):
     """What `score` found: what the host reads, what the outputs show, and what `connect` may use again."""
 
@@ -211,8 +204,8 @@ class VtcVision(VtcPreTrainedModel):
         features = run_tower_to(self.vision_tower, pixel_values.to(self.dtype), self.config.vision_feature_layer)
         return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
-    def score(self, features: Features, text: TextStates | None, layout: Layout) -> Scores | None:
-        """Step: what a router says of the images, None if nobody asks."""
+    def score(self, features: Features, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
+        """Step: what a router says of the images, None if nobody asks; `prompts` are embeddings `(B, L, D)`."""
         return None
 
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
@@ -237,10 +230,12 @@ class VtcVision(VtcPreTrainedModel):
         )
         return asked or trains
 
-    def compress(self, vision: VisionInputs, layout: Layout, text: TextStates | None) -> tuple[Choice, VisualTokens]:
+    def compress(
+        self, vision: VisionInputs, layout: Layout, prompts: torch.Tensor | None
+    ) -> tuple[Choice, VisualTokens]:
         """All steps from pixels to visual tokens."""
         features = self.encode(vision.pixel_values, layout) if vision.image_features is None else vision.image_features
-        scores = self.score(features, text, layout)
+        scores = self.score(features, prompts, layout)
         choice = self.choose([] if scores is None else to_host(*scores.for_host), layout)
         visual = self.connect(features, choice, layout, scores)
         if scores is not None:
@@ -275,20 +270,22 @@ class VtcVision(VtcPreTrainedModel):
             starts = dict(zip(bank, torch.tensor([0, *map(len, parts)]).cumsum(0).tolist(), strict=False))
             num_tiles = layout.sizes.num_tiles
             first_tiles = (num_tiles.cumsum(0) - num_tiles).tolist()
-            sources, end = [], sum(map(len, parts))
+            orders, end = [], sum(map(len, parts))
             # of all images at once, since one alone costs as much
             maps = (
                 {}
                 if layout.sizes.grids is None
                 else {idx: layout.sizes.kept(grids[idx], self.config.unpad_rule).tolist() for idx in bank}
             )
+            firsts = []
             for image_idx, (idx, first_tile) in enumerate(zip(chosen, first_tiles, strict=True)):
-                order = self._token_order(layout, image_idx, grids[idx], maps.get(idx))
-                first = starts[idx] + first_tile * grids[idx][0] * grids[idx][1]
-                sources.append(torch.where(order < 0, end, order + first))
+                orders.append(self._token_order(layout, image_idx, grids[idx], maps.get(idx)))
+                firsts.append(starts[idx] + first_tile * grids[idx][0] * grids[idx][1])
             if newline is not None:
                 parts.append(newline[None].to(parts[0]))
-            (source,) = to_device(parts[0].device, torch.cat(sources))
+            order, lengths = torch.cat(orders), torch.tensor([len(order) for order in orders])
+            source = torch.where(order < 0, end, order + torch.tensor(firsts).repeat_interleave(lengths))
+            (source,) = to_device(parts[0].device, source)
             joined = torch.cat(parts).index_select(0, source)
         return touch(joined, newline) if self.training and newline is not None else joined
 

@@ -7,7 +7,7 @@ from .layout_vtc import Layout
 from .modeling_vtc import VtcForConditionalGeneration, VtcModel
 from .packing_vtc import to_device
 from .tower_vtc import Connector
-from .vision_vtc import Choice, Scores, TextStates, VisualTokens, VtcVisionHalf
+from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf
 
 
 class PruningSteps:
@@ -20,7 +20,7 @@ class PruningSteps:
         width = config.text_config.hidden_size
         self.multi_modal_projector = Connector(config, [width, width], config.shuffle_factor)
 
-    def score(self, features: torch.Tensor, text: TextStates | None, layout: Layout) -> Scores | None:
+    def score(self, features: torch.Tensor, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         if layout.wants_all:
             return None
         tokens = self.multi_modal_projector(features)
