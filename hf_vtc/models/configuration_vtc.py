@@ -249,6 +249,14 @@ class VtcConfig(PretrainedConfig):
         get shorter between its layers."""
         return level
 
+    def positions(self, layout: Any) -> Any:
+        """Positions `(A, B, L)` of a prompt for a decoder whose positions have several axes, None for one that counts.
+
+        Args:
+            layout ([`Layout`]): of the prompt. On the CPU, as what is given back.
+        """
+        return None
+
     def __getattr__(self, name: str) -> Any:
         # trainers of others ask which auto class loads a model whose class transformers does not have; no attribute
         # of the object, which would be saved and promise files that are not there
@@ -295,11 +303,13 @@ def with_both_ropes(fields: dict[str, Any]) -> dict[str, Any]:
     scaling = fields.get("rope_scaling") or {}
     if parameters and "rope_theta" in parameters:
         scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
-        if scaling.get("rope_type", "default") == "default":
+        if set(scaling) <= {"rope_type"} and scaling.get("rope_type", "default") == "default":
             scaling = None
         return {**fields, "rope_theta": parameters["rope_theta"], "rope_scaling": scaling}
     if "rope_theta" in fields:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
+        # the older name of a plain one that has sections for several axes
+        kind = "default" if kind == "mrope" else kind
         parameters = {**scaling, "rope_theta": fields["rope_theta"], "rope_type": kind}
         return {**fields, "rope_parameters": parameters}
     return dict(fields)

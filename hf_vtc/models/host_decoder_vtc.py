@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .host_vtc import named_cache
+from .host_vtc import named_cache, position_axes
 from .packing_vtc import DecodePlan, PackedPrompt
 
 Shorten = Callable[
@@ -99,7 +99,7 @@ def run_segments(
         training (`bool`): of the model around the decoder.
         embeds (`torch.Tensor` of shape `(B, L, D)`): a packed prompt, or what follows it.
         attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 0 = padding.
-        position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): default: counted without padding.
+        position_ids (`torch.LongTensor` of shape `(..., B, L)`, *optional*): default: counted without padding.
         cache (`Cache`, *optional*): whose layers may hold prompts of two lengths.
         plan ([`DecodePlan`], *optional*): of these columns; may be None only where the cache holds shorter images.
         past (`int`): tokens in the cache, in the layers that see all of them.
@@ -117,29 +117,31 @@ def run_segments(
     old = vars(cache).get("vtc_layout") if cache is not None and past > 0 else None
     split = plan.layer_idx if old is None else old.layer_idx
     if position_ids is None:
-        position_ids = _positions(embeds, attention_mask, past)
+        position_ids = counted_positions(own, embeds, attention_mask, past)
     wanted = own.output_hidden_states if output_hidden_states is None else output_hidden_states
     attended = own.output_attentions if output_attentions is None else output_attentions
     run = _DecoderRun(decoder, cache, [embeds] if wanted else None, {"use_cache": use_cache, **kwargs})
 
     layout = image_states = None
+    rows = None if plan is None else plan.layer_rows
+    rows, later_rows = (rows, None) if rows is None else (rows[:split], rows[split:])
     with _recorded_attentions(decoder, attended) as attentions:
         past_mask = _past_mask(old, attention_mask, past, embeds)
         past_short = past if old is None else past - old.num_dropped
         if plan is not None and plan.spans:
             states, scores = _run_scored(run, embeds, attention_mask, position_ids, past, plan)
             layout, image_states = shorten(states, position_ids, plan, scores)
-            states, position_ids = layout.inputs_embeds, layout.position_ids
+            states, position_ids, later_rows = layout.inputs_embeds, layout.position_ids, layout.layer_rows
             mask = _joined_mask(past_mask, layout.attention_mask, states)
         else:
-            states = run.layers(embeds, 0, split, attention_mask, position_ids, past)
+            states = run.layers(embeds, 0, split, attention_mask, position_ids, past, rows)
             mask = _joined_mask(past_mask, None if attention_mask is None else attention_mask[:, past:], states)
         if old is not None:
             _crop_rejected(cache, split, past_short)
         if layout is not None and cache is not None:
             num_dropped = past - past_short + length - states.shape[1]
             cache.vtc_layout = _cache_layout(states, mask, num_dropped, past + length, plan)
-        states = run.layers(states, split, own.num_hidden_layers, mask, position_ids, past_short)
+        states = run.layers(states, split, own.num_hidden_layers, mask, position_ids, past_short, later_rows)
     states = decoder.norm(states)
     if wanted:
         # the last entry is the normed one, as in the stock decoder
@@ -174,12 +176,14 @@ def _run_scored(
     """Layers before the split, and the scores `(B, L)` that the last one gives, if the plan asks for them."""
     split = plan.layer_idx
     if not plan.reads_attention:
-        return run.layers(embeds, 0, split, attention_mask, position_ids, past), None
-    states = run.layers(embeds, 0, split - 1, attention_mask, position_ids, past)
+        return run.layers(embeds, 0, split, attention_mask, position_ids, past, plan.layer_rows), None
+    rows = plan.layer_rows
+    states = run.layers(embeds, 0, split - 1, attention_mask, position_ids, past, rows)
     rotary = run.decoder.rotary_emb(states, position_ids)
     attention = run.decoder.layers[split - 1].self_attn
     with _recorded_queries_and_keys(attention) as recorded:
-        states = run.layers(states, split - 1, split, attention_mask, position_ids, past)
+        rows = None if rows is None else rows[split - 1 :]
+        states = run.layers(states, split - 1, split, attention_mask, position_ids, past, rows)
     return states, last_token_attention(attention, *recorded, rotary, plan.real)
 
 
@@ -271,8 +275,10 @@ class _DecoderRun:
         attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor,
         past_length: int,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run layers `first` to `last - 1`, whose caches hold `past_length` tokens."""
+        """Run layers `first` to `last - 1`, whose caches hold `past_length` tokens; the first of them add `rows`
+        `(R, B, L, D)` to their output."""
         if first == last:
             return states
         config, own_cache = self.decoder.config, self.cache
@@ -287,11 +293,14 @@ class _DecoderRun:
                 states,
                 attention_mask=masks[config.layer_types[layer_idx]] if isinstance(masks, dict) else masks,
                 position_embeddings=rotary,
-                position_ids=position_ids,
+                # of several axes none counts tokens, by which kernels would find packed sequences
+                position_ids=position_ids if position_ids.ndim == 2 else None,
                 **named_cache(self.cache),
                 **extra,
                 **self.kwargs,
             )
+            if rows is not None and layer_idx - first < len(rows):
+                states = states + rows[layer_idx - first].to(states.device, states.dtype)
             if self.hidden_states is not None:
                 self.hidden_states.append(states)
         return states
@@ -312,10 +321,15 @@ def _recorded_attentions(decoder: nn.Module, wanted: bool) -> Iterator[list[torc
             handle.remove()
 
 
-def _positions(embeds: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> torch.LongTensor:
+def counted_positions(
+    config: PretrainedConfig, embeds: torch.Tensor, attention_mask: torch.Tensor | None, past: int
+) -> torch.LongTensor:
+    """Positions `(..., B or 1, L)` of text `embeds` `(B, L, D)` behind `past` tokens, counted without padding."""
     if attention_mask is None:
-        return torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        positions = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
+    else:
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+    return positions.expand(*position_axes(config), *positions.shape)
 
 
 def _past_mask(

@@ -10,7 +10,7 @@ later version renames must fail loudly, and not select what was written for an o
 import dataclasses
 
 import transformers
-from transformers import Cache, LlamaForCausalLM
+from transformers import Cache, LlamaForCausalLM, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import TransformersKwargs
 
@@ -61,3 +61,11 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("`past_key_values` and `cache` are two names of one argument. Give one of them.")
     return cache if past_key_values is None else past_key_values
+
+
+def position_axes(config: PretrainedConfig) -> tuple[int, ...]:
+    """Leading axes of a decoder's positions: `(3,)` of time, height and width where its rotary embedding has sections
+    for them, `()` where positions count tokens."""
+    # under its name of 4.57, or that of 5.x
+    rope = vars(config).get("rope_parameters") or vars(config).get("rope_scaling") or {}
+    return (3,) if "mrope_section" in rope else ()

@@ -1,7 +1,7 @@
 """Where the images of one call are: made once, on the host, before the tower runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -35,6 +35,8 @@ class Layout:
         wants_all (`bool`): whether no image is to be compressed, by word and not by a budget that leaves no other
             choice: then whatever compresses need not run.
         router_decisions (`torch.Tensor`, *optional*): what the caller wants in place of a router's decisions.
+        positions (`torch.LongTensor` of shape `(A, B, L)`, *optional*): of every token, for a decoder whose positions
+            have several axes. They stay when tokens are dropped.
     """
 
     placeholder_mask: torch.Tensor
@@ -47,6 +49,7 @@ class Layout:
     levels: list[int]
     wants_all: bool
     router_decisions: torch.Tensor | None = None
+    positions: torch.LongTensor | None = None
 
     @property
     def num_images(self) -> int:
@@ -61,6 +64,18 @@ class Layout:
     def asks_scores(self) -> bool:
         """Whether a router must say at which level some image is."""
         return self.router_decisions is None and BY_SCORES in self.levels
+
+    @property
+    def visual_positions(self) -> torch.LongTensor | None:
+        """Those of `positions` at placeholders, `(A, V)`."""
+        return None if self.positions is None else self.positions[:, self.placeholder_mask]
+
+    @property
+    def next_positions(self) -> torch.LongTensor | None:
+        """Where text behind each row goes on, `(B, 1)`: behind the farthest place, whatever is dropped."""
+        if self.positions is None:
+            return None
+        return self.positions.masked_fill(self.attention_mask == 0, -1).amax((0, 2))[:, None] + 1
 
     @cached_property
     def placeholders(self) -> torch.LongTensor:
@@ -114,7 +129,12 @@ def layout_of_prompt(
     layout = _layout(config, placeholder_mask, mask, sizes, vision, decisions)
     if positions is not None:
         _check_positions(positions, layout)
-    return layout
+    own = config.positions(layout)
+    if own is None:
+        return layout
+    # with an axis more, whose first one counts tokens, as stock models take them
+    own = own if positions is None else positions[-len(own) :].expand(own.shape)
+    return replace(layout, positions=own)
 
 
 def _check_positions(position_ids: torch.Tensor, layout: Layout) -> None:

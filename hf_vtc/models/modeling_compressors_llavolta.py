@@ -47,6 +47,20 @@ class Shortened:
             states = states.index_copy(0, self.slots, self.values.to(states.dtype))
         return states.index_select(0, source.to(states.device, non_blocking=True))
 
+    def moved(self, positions: torch.LongTensor) -> torch.LongTensor:
+        """Positions `(..., N)` of the flattened states, with those of what stays at its slots.
+
+        Of several axes each is the mean of the members on it, rounded down.
+        """
+        if positions.ndim == 1:
+            return positions.index_add(0, self.slots, self.shifts)
+        if self.members is None:
+            return positions
+        index, offsets = self._plan(positions.shape[-1], self.host_slots)
+        index, offsets = (each.to(positions.device, non_blocking=True) for each in (index, offsets))
+        sums = F.pad(positions[..., index].cumsum(-1), (1, 0))[..., offsets].diff(dim=-1)
+        return positions.index_copy(-1, self.slots, sums // offsets.diff())
+
     def _plan(self, num_states: int, source: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Members of each row of `source` and where they begin, as `segment_mean` takes them."""
         # every state is listed by itself, and behind all of them the members of each slot

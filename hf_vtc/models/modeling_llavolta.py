@@ -52,10 +52,20 @@ class LlavoltaSteps:
 
     def connect(self, features: torch.Tensor, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
         """Project, and shorten the images here if no decoder layer comes first."""
-        return self.shorten_before(super().connect(features, choice, layout, scores), layout.num_reserved, choice)
+        visual = super().connect(features, choice, layout, scores)
+        return self.shorten_before(visual, layout.num_reserved, choice, layout.visual_positions)
 
-    def shorten_before(self, visual: VisualTokens, lengths: torch.LongTensor, choice: Choice) -> VisualTokens:
-        """Shorten images of `lengths` `(num_images,)` that follow each other, unless a decoder layer comes first."""
+    def shorten_before(
+        self,
+        visual: VisualTokens,
+        lengths: torch.LongTensor,
+        choice: Choice,
+        positions: torch.LongTensor | None = None,
+    ) -> VisualTokens:
+        """Shorten images of `lengths` `(num_images,)` that follow each other, unless a decoder layer comes first.
+
+        `positions` `(A, V)`: of their tokens, where they have several axes.
+        """
         config = self.config
         if config.compress_layer_idx > 0 or set(choice.strides) <= {1}:
             return visual
@@ -64,13 +74,21 @@ class LlavoltaSteps:
         side = math.isqrt(config.image_seq_length)
         shortened = shorten(visual.embeds, spans, config.compressor, side, self.training)
         entered, slots = visual.slots, shortened.host_slots
-        embeds = shortened.take(visual.embeds, slots)
+        embeds, rows = shortened.take(visual.embeds, slots), visual.layer_rows
+        if rows is not None:
+            rows = torch.stack([shortened.take(each, slots) for each in rows])
         if config.compress_layer_idx == -1:
             slots = first_slots(lengths, choice.num_kept)
         slots = slots if entered is None else entered[slots]
         if config.compress_layer_idx == -1:
-            return replace(visual, embeds=embeds, slots=slots)
-        return replace(visual, embeds=embeds, slots=slots, position_shifts=shortened.shifts, entered_slots=entered)
+            return replace(visual, embeds=embeds, slots=slots, layer_rows=rows)
+        shifts = shortened.shifts
+        if positions is not None:
+            places = positions.to(shifts.device, non_blocking=True)
+            shifts = (shortened.moved(places) - places)[:, shortened.slots]
+        return replace(
+            visual, embeds=embeds, slots=slots, position_shifts=shifts, entered_slots=entered, layer_rows=rows
+        )
 
 
 class LlavoltaVision(LlavoltaSteps, VtcVisionHalf):
@@ -90,7 +108,7 @@ class LlavoltaModel(LlavoltaSteps, VtcModel):
         Nothing is read back from the device: how many tokens stay is known, whichever they are.
         """
         config, (num_rows, length) = self.config, states.shape[:2]
-        flat = states.flatten(0, 1)
+        flat, rows = states.flatten(0, 1), plan.layer_rows
         spans = [span._replace(row=0, start=span.row * length + span.start) for span in plan.spans]
         side = math.isqrt(config.image_seq_length)
         shortened = shorten(flat, spans, config.compressor, side, self.training, scores)
@@ -101,10 +119,10 @@ class LlavoltaModel(LlavoltaSteps, VtcModel):
         # the plan is made on the CPU, unless the tokens that stay were chosen on the device
         text = text.to(shortened.host_slots.device, non_blocking=True)
         kept = text.flatten().index_fill(0, shortened.host_slots, True).unflatten(0, (num_rows, length))
-        positions = position_ids.expand(num_rows, -1).flatten().index_add(0, shortened.slots, shortened.shifts)
-        layout = pack_shortened(
-            lambda source: shortened.take(flat, source), kept, counts, positions.unflatten(0, (num_rows, length))
-        )
+        positions = position_ids.expand(*position_ids.shape[:-2], num_rows, -1).flatten(-2)
+        positions = shortened.moved(positions).unflatten(-1, (num_rows, length))
+        rows = None if rows is None else rows[plan.layer_idx :]
+        layout = pack_shortened(shortened.take, states, kept, counts, positions, rows)
         return layout, shortened.take(flat, shortened.host_slots)
 
 

@@ -33,6 +33,7 @@ from .packing_vtc import (
     DecodePlan,
     PackedPrompt,
     Span,
+    filled,
     kept_positions,
     pack_visual_tokens,
     shifted_positions,
@@ -85,8 +86,8 @@ class VtcModel(VtcVision):
         """Step: shorten the images of a sequence `(B, L, D)` before a decoder layer, through the packer.
 
         Args:
-            position_ids (`torch.LongTensor` of shape `(B or 1, L)`): of these states.
-            plan ([`DecodePlan`]): where the images are.
+            position_ids (`torch.LongTensor` of shape `(..., B or 1, L)`): of these states.
+            plan ([`DecodePlan`]): where the images are, and what layers behind add to them.
             scores (`torch.Tensor` of shape `(B, L)`, *optional*): attention that the last token pays to each, if the
                 plan asks for it.
 
@@ -161,43 +162,62 @@ class VtcModel(VtcVision):
         layout = self.layout_of(placeholder_mask, attention_mask, vision, position_ids)
         choice, visual = self.compress(vision, layout, inputs_embeds)
 
-        positions = layout.positions_of(None if layout.is_exact else visual.slots)
-        keep = kept_positions(layout.placeholder_mask, positions)
+        slots = layout.positions_of(None if layout.is_exact else visual.slots)
+        keep = kept_positions(layout.placeholder_mask, slots)
+        on_device, axes, behind = to_device(inputs_embeds.device, slots, layout.positions, layout.next_positions)
+        position_ids = position_ids if axes is None else axes
         if visual.position_shifts is not None:
             entered = kept_positions(layout.placeholder_mask, layout.positions_of(visual.entered_slots))
             position_ids = shifted_positions(
-                layout.attention_mask, entered, position_ids, positions, visual.position_shifts
+                layout.attention_mask, entered, position_ids, slots, visual.position_shifts
             )
-        embeds = visual.embeds.to(inputs_embeds.device, inputs_embeds.dtype)
-        (on_device,) = to_device(inputs_embeds.device, positions)
-        filled = inputs_embeds.flatten(0, 1).index_copy(0, on_device, embeds).unflatten(0, inputs_embeds.shape[:2])
-        renumber = visual.position_shifts is None
-        packed = pack_visual_tokens(filled, keep, layout.attention_mask, position_ids, align_left, renumber, expands)
+        # positions of several axes are places in an image, which stay where others are dropped
+        renumber = visual.position_shifts is None and axes is None
+        rows = visual.layer_rows
+        if rows is not None:
+            rows = filled(inputs_embeds.new_zeros(len(rows), *inputs_embeds.shape), on_device, rows)
+        embeds = filled(inputs_embeds, on_device, visual.embeds)
+        packed = pack_visual_tokens(
+            embeds, keep, layout.attention_mask, position_ids, align_left, renumber, expands, rows
+        )
         return Compressed(
             packed=packed,
             visual=visual.embeds,
             num_kept=choice.num_kept,
-            plan=self._plan_of(layout, choice, packed, keep, positions),
+            plan=self._plan_of(layout, choice, packed, keep, slots, behind),
             router_logits=visual.router_logits,
             router_decisions=visual.router_decisions,
         )
 
     def _plan_of(
-        self, layout: Layout, choice: Choice, packed: PackedPrompt, keep: torch.Tensor, positions: torch.LongTensor
+        self,
+        layout: Layout,
+        choice: Choice,
+        packed: PackedPrompt,
+        keep: torch.Tensor,
+        slots: torch.LongTensor,
+        behind: torch.LongTensor | None,
     ) -> DecodePlan | None:
         """What is still to be done to a packed prompt, or to be known of it, None for nothing.
 
         Args:
             keep (`torch.BoolTensor` of shape `(B, L)`): what was packed, on the CPU.
-            positions (`torch.LongTensor` of shape `(V,)`): of the visual tokens in the flattened prompt.
+            slots (`torch.LongTensor` of shape `(V,)`): of the visual tokens in the flattened prompt.
+            behind (`torch.LongTensor` of shape `(B, 1)`, *optional*): positions behind the rows, on the device.
         """
-        if choice.strides is None or all(stride == 1 for stride in choice.strides):
-            return None
-        layer_idx = self.config.compress_layer_idx
-        if layer_idx < 0:
-            return None
-        if layer_idx == 0:
-            return DecodePlan(0, [], torch.ones(packed.position_ids.shape), packed.position_ids)
+        shortens = choice.strides is not None and any(stride > 1 for stride in choice.strides)
+        layer_idx = self.config.compress_layer_idx if shortens else -1
+        positions = None
+        if behind is not None or layer_idx == 0:
+            positions = packed.position_ids
+            behind = positions[..., -1:] + 1 if behind is None else behind.expand(*positions.shape[:-1], 1)
+            positions = torch.cat([positions, behind], dim=-1)
+        if layer_idx <= 0:
+            if positions is None and packed.layer_rows is None:
+                return None
+            return DecodePlan(
+                0, [], torch.ones(packed.inputs_embeds.shape[:2]), positions, layer_rows=packed.layer_rows
+            )
         real = layout.attention_mask.bool()
         places = torch.arange(real.shape[1]).expand(real.shape)
         if packed.source_index is not None:
@@ -207,12 +227,20 @@ class VtcModel(VtcVision):
             places = kept.cumsum(1) - 1 + num_columns - counts
             real = torch.arange(num_columns) >= num_columns - counts
         entering = choice.num_entering
-        starts = places.flatten()[positions[entering.cumsum(0) - entering]]
+        starts = places.flatten()[slots[entering.cumsum(0) - entering]]
         spans = [
             Span(*span) for span in zip(layout.rows, starts.tolist(), entering.tolist(), choice.strides, strict=True)
         ]
         by_attention = self.config.compressor == "attention"
-        return DecodePlan(layer_idx, spans, real, reads_attention=by_attention, is_padded=not bool(real.all()))
+        return DecodePlan(
+            layer_idx,
+            spans,
+            real,
+            positions,
+            reads_attention=by_attention,
+            is_padded=not bool(real.all()),
+            layer_rows=packed.layer_rows,
+        )
 
     def decode(
         self,

@@ -71,6 +71,12 @@ def kept_positions(placeholder_mask: torch.Tensor, positions: torch.LongTensor) 
     return (~placeholder_mask).flatten().index_fill_(0, positions, True).unflatten(0, placeholder_mask.shape)
 
 
+def filled(states: torch.Tensor, places: torch.LongTensor, rows: torch.Tensor) -> torch.Tensor:
+    """States `(..., B, L, D)` with `rows` `(..., V, D)` at `places` `(V,)` of the flattened prompt."""
+    flat = states.flatten(-3, -2).index_copy(-2, places, rows.to(states.device, states.dtype))
+    return flat.unflatten(-2, states.shape[-3:-1])
+
+
 def is_left_padded(attention_mask: torch.Tensor) -> bool:
     """Whether no padding follows a real token in any row of a `(B, L)` mask."""
     real = attention_mask.bool()
@@ -82,10 +88,11 @@ class PackedPrompt:
     """What the language model sees, and the way back to full length.
 
     `inputs_embeds` `(B, K, D)`; `attention_mask` `(B, K)`, None where nothing is padded; `position_ids` `(..., B, K)`,
-    None for 0..K-1; `kept_mask` `(B, L)`. The rest is None where no token was dropped, since nothing moved then:
-    `source_index` `(B, K)`, original position of each packed one; `expand_index` `(B, L)`, packed position that each
-    original one repeats; `kept_index` `(num_kept,)`, the True positions of the flattened `kept_mask`. The last two are
-    None as well where nobody goes back.
+    None for 0..K-1; `kept_mask` `(B, L)`; `layer_rows` `(R, B, K, D)`, what the first R decoder layers add to their
+    output, None for nothing. The rest is None where no token was dropped, since nothing moved then: `source_index`
+    `(B, K)`, original position of each packed one; `expand_index` `(B, L)`, packed position that each original one
+    repeats; `kept_index` `(num_kept,)`, the True positions of the flattened `kept_mask`. The last two are None as well
+    where nobody goes back.
     """
 
     inputs_embeds: torch.Tensor
@@ -95,6 +102,7 @@ class PackedPrompt:
     source_index: torch.Tensor | None = None
     expand_index: torch.Tensor | None = None
     kept_index: torch.Tensor | None = None
+    layer_rows: torch.Tensor | None = None
 
     def pack_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`(B, L)` ids to `(B, K)`; what lies under padding is arbitrary."""
@@ -126,8 +134,9 @@ def pack_visual_tokens(
     align_left: bool = False,
     renumber: bool = True,
     expands: bool = True,
+    layer_rows: torch.Tensor | None = None,
 ) -> PackedPrompt:
-    """Drop the positions that are not kept, and padding, from embeddings, mask and positions together.
+    """Drop the positions that are not kept, and padding, from embeddings and rows beside them, mask and positions.
 
     Rows become as long as the longest needs and are padded on the left. Where nothing is dropped the layout stays as
     it is, unless `align_left` asks for padding on the left in any case, as generation needs it. Positions are
@@ -141,12 +150,13 @@ def pack_visual_tokens(
         position_ids (`torch.LongTensor` of shape `(..., B, L)`, *optional*): the caller's, on the device.
         renumber (`bool`): False keeps the given `position_ids`, gaps and all.
         expands (`bool`): whether somebody goes back to full length.
+        layer_rows (`torch.Tensor` of shape `(R, B, L, D)`, *optional*): rows that travel beside the embeddings.
     """
     device, real = inputs_embeds.device, attention_mask.bool()
     kept = keep & real
     if bool(keep.all()) and (not align_left or is_left_padded(real)):
         on_device, mask = to_device(device, kept, None if bool(real.all()) else attention_mask)
-        return PackedPrompt(inputs_embeds, mask, position_ids, on_device)
+        return PackedPrompt(inputs_embeds, mask, position_ids, on_device, layer_rows=layer_rows)
 
     source, packed_mask, expand_index, kept_index = packing_indices(kept, kept.sum(1))
     is_padded = not bool(packed_mask.all())
@@ -170,6 +180,8 @@ def pack_visual_tokens(
         position_ids = gathered_positions(position_ids, source)
         if moved is not None:
             position_ids = (position_ids - moved).clamp(min=0)
+    if layer_rows is not None:
+        layer_rows = layer_rows.flatten(1, 2).index_select(1, flat_source).unflatten(1, source.shape)
     return PackedPrompt(
         inputs_embeds=inputs_embeds.flatten(0, 1).index_select(0, flat_source).unflatten(0, source.shape),
         attention_mask=mask,
@@ -178,6 +190,7 @@ def pack_visual_tokens(
         source_index=source,
         expand_index=expand_index,
         kept_index=kept_index,
+        layer_rows=layer_rows,
     )
 
 
@@ -213,27 +226,37 @@ def gathered_positions(position_ids: torch.Tensor, source: torch.LongTensor) -> 
 
 
 def pack_shortened(
-    take: Callable[[torch.LongTensor], torch.Tensor],
+    take: Callable[[torch.Tensor, torch.LongTensor], torch.Tensor],
+    states: torch.Tensor,
     kept: torch.Tensor,
     counts: torch.LongTensor,
     position_ids: torch.LongTensor,
+    layer_rows: torch.Tensor | None = None,
 ) -> PackedPrompt:
     """The packer for a sequence inside of the decoder, of whose images only some places stay.
 
     Args:
-        take: gives rows of the shortened sequence, by their flattened places, which are where `kept` is.
+        take: from flattened states `(B * L, D)` to rows of what they become, by their places, which are where `kept`
+            is.
+        states (`torch.Tensor` of shape `(B, L, D)`): of the sequence.
         kept (`torch.BoolTensor` of shape `(B, L)`): places that stay, on the CPU unless a device has chosen them.
         counts (`torch.LongTensor` of shape `(B,)`): how many of each row, on the CPU.
-        position_ids (`torch.LongTensor` of shape `(B, L)`): of every place; they are kept.
+        position_ids (`torch.LongTensor` of shape `(..., B, L)`): of every place; they are kept.
+        layer_rows (`torch.Tensor` of shape `(R, B, L, D)`, *optional*): which are shortened as the states are.
     """
     device = position_ids.device
     source, mask, expand_index, kept_index = packing_indices(kept, counts)
     rows = torch.arange(kept.shape[0], device=kept.device)[:, None] * kept.shape[1]
-    embeds = take((source + rows).flatten()).unflatten(0, source.shape)
+    places = (source + rows).flatten()
+    embeds = take(states.flatten(0, 1), places).unflatten(0, source.shape)
+    if layer_rows is not None:
+        taken = [take(each.flatten(0, 1), places) for each in layer_rows]
+        layer_rows = torch.stack(taken).unflatten(1, source.shape) if taken else None
     if not bool((counts != counts[0]).any()):
         mask = None
     kept, source, mask, expand_index, kept_index = to_device(device, kept, source, mask, expand_index, kept_index)
-    return PackedPrompt(embeds, mask, gathered_positions(position_ids, source), kept, source, expand_index, kept_index)
+    position_ids = gathered_positions(position_ids, source)
+    return PackedPrompt(embeds, mask, position_ids, kept, source, expand_index, kept_index, layer_rows)
 
 
 def shifted_positions(
@@ -243,15 +266,15 @@ def shifted_positions(
     slots: torch.Tensor,
     shifts: torch.Tensor,
 ) -> torch.LongTensor:
-    """Positions `(B, L)` of a full-length prompt whose kept placeholders stand `shifts` further on than their slots.
+    """Positions `(..., B, L)` of a full-length prompt whose kept placeholders stand `shifts` behind their slots.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(B, L)`): on the CPU.
         entered (`torch.BoolTensor` of shape `(B, L)`): False where a token was dropped before, and others moved up.
-        position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): the caller's. Default: those of the text
-            without padding.
+        position_ids (`torch.LongTensor` of shape `(..., B, L)`, *optional*): the caller's, or those of the decoder.
+            Default: those of the text without padding.
         slots (`torch.LongTensor` of shape `(num_kept,)`): of kept placeholders, indices of the flattened prompt.
-        shifts (`torch.LongTensor` of shape `(num_kept,)`): on the device.
+        shifts (`torch.LongTensor` of shape `(..., num_kept)`): on the device, of each axis.
     """
     real = attention_mask.bool()
     moved = None
@@ -261,8 +284,9 @@ def shifted_positions(
         moved = (real & ~entered).cumsum(1)
     position_ids, slots, moved = to_device(shifts.device, position_ids, slots, moved)
     positions = position_ids if moved is None else position_ids - moved
-    positions = positions.expand(attention_mask.shape).flatten()
-    return positions.index_add(0, slots, shifts).unflatten(0, attention_mask.shape)
+    positions = positions.expand(*positions.shape[:-2], *attention_mask.shape).flatten(-2)
+    shifts = shifts.expand(*positions.shape[:-1], -1)
+    return positions.index_add(-1, slots, shifts).unflatten(-1, attention_mask.shape)
 
 
 class Span(NamedTuple):
@@ -282,11 +306,12 @@ class DecodePlan:
         layer_idx (`int`): decoder layer before which spans are shortened.
         spans (`list[Span]`): in prompt order, columns of the packed prompt.
         real (`torch.BoolTensor` of shape `(B, L)`): the packed prompt without padding, on the CPU.
-        positions (`torch.LongTensor` of shape `(B, L)`, *optional*): of a prompt that is short already, and whose
-            positions have gaps.
+        positions (`torch.LongTensor` of shape `(..., B, L + 1)`, *optional*): of the prompt and of the token behind
+            it, where they are no count of its tokens.
         num_behind (`int`): columns at the end that are text behind the prompt.
         reads_attention (`bool`): whether what stays is chosen by the attention of the layer before.
         is_padded (`bool`): whether the prompt has padding.
+        layer_rows (`torch.Tensor` of shape `(R, B, L, D)`, *optional*): what the first R layers add to their output.
     """
 
     layer_idx: int
@@ -296,6 +321,7 @@ class DecodePlan:
     num_behind: int = 0
     reads_attention: bool = False
     is_padded: bool = True
+    layer_rows: torch.Tensor | None = None
 
     def for_rows(self, num_rows: int) -> "DecodePlan":
         """The plan of a batch in which every row stands several times in a row, as for beams."""
@@ -309,32 +335,40 @@ class DecodePlan:
             for span in self.spans
             if span.row == row
         ]
-        positions = None if self.positions is None else self.positions.repeat_interleave(repeats, 0)
+        positions = None if self.positions is None else self.positions.repeat_interleave(repeats, -2)
         return replace(self, spans=spans, real=self.real.repeat_interleave(repeats, 0), positions=positions)
 
     def of_columns(self, start: int, end: int) -> "DecodePlan | None":
         """The part of the plan from column `start` to `end`, None if nothing is to be done there; columns behind the
         prompt are text."""
         spans = [span._replace(start=span.start - start) for span in self.spans if span.start >= start]
-        if not spans or start >= self.real.shape[1]:
+        if not spans and self.layer_rows is None or start >= self.real.shape[1]:
             return None
         num_behind = max(end - self.real.shape[1], 0)
         real = F.pad(self.real[:, start:end], (0, num_behind), value=True)
-        return replace(self, spans=spans, real=real, positions=None, num_behind=num_behind)
+        rows = self.layer_rows
+        if rows is not None:
+            # repeated here and not by `for_rows`, since steps behind the prompt do without
+            rows = rows[:, :, start:end].repeat_interleave(len(real) // rows.shape[1], 1)
+            rows = F.pad(rows, (0, 0, 0, num_behind))
+        return replace(self, spans=spans, real=real, positions=None, num_behind=num_behind, layer_rows=rows)
 
     def behind(self, num_columns: int) -> "DecodePlan":
         """The plan of the same prompt behind that many columns of text."""
         spans = [span._replace(start=span.start + num_columns) for span in self.spans]
-        positions = self.positions
+        positions, rows = self.positions, self.layer_rows
         if positions is not None:
-            before = torch.arange(num_columns, device=positions.device).expand(positions.shape[0], -1)
-            positions = torch.cat([before, positions + num_columns], dim=1)
-        return replace(self, spans=spans, real=F.pad(self.real, (num_columns, 0), value=True), positions=positions)
+            before = torch.arange(num_columns, device=positions.device).expand(*positions.shape[:-1], -1)
+            positions = torch.cat([before, positions + num_columns], dim=-1)
+        if rows is not None:
+            rows = F.pad(rows, (0, 0, num_columns, 0))
+        real = F.pad(self.real, (num_columns, 0), value=True)
+        return replace(self, spans=spans, real=real, positions=positions, layer_rows=rows)
 
     def positions_of(self, start: int, end: int) -> torch.LongTensor:
-        """Positions `(B, end - start)` of the columns from `start` to `end`, counted on behind the prompt."""
-        behind = end - self.positions.shape[1]
+        """Positions `(..., B, end - start)` of the columns from `start` to `end`, counted on behind the prompt."""
+        behind = end - self.positions.shape[-1]
         if behind > 0:
             steps = torch.arange(1, behind + 1, device=self.positions.device)
-            return torch.cat([self.positions, self.positions[:, -1:] + steps], dim=1)[:, start:]
-        return self.positions[:, start:end]
+            return torch.cat([self.positions, self.positions[..., -1:] + steps], dim=-1)[..., start:]
+        return self.positions[..., start:end]

@@ -60,9 +60,10 @@ class VisualTokens:
     """What `connect` gives back: visual tokens, and which placeholders they fill.
 
     `embeds` `(V, D)` in prompt order. `slots` `(V,)`, on the CPU: which of all placeholders of the call they fill,
-    rising; all of them if None. `position_shifts` `(V,)`: if given, every token keeps the position that it has in the
-    prompt before images got shorter, visual tokens that of their placeholder plus this; `entered_slots`: what was left
-    of that prompt then, all of it if None. `router_decisions`, `router_logits`: if they were made here.
+    rising; all of them if None. `position_shifts` `(..., V)`: if given, every token keeps the position that it has in
+    the prompt before images got shorter, visual tokens that of their placeholder plus this; `entered_slots`: what was
+    left of that prompt then, all of it if None. `layer_rows` `(R, V, D)`: what the first R decoder layers add to the
+    visual tokens behind them, None for nothing. `router_decisions`, `router_logits`: if they were made here.
     """
 
     embeds: torch.Tensor
@@ -71,6 +72,7 @@ class VisualTokens:
     router_decisions: torch.Tensor | None = None
     router_logits: torch.Tensor | None = None
     entered_slots: torch.LongTensor | None = None
+    layer_rows: torch.Tensor | None = None
 
 
 class _Touched(torch.autograd.Function):
