@@ -7,6 +7,7 @@ import torch
 from contract_samples import GREEDY, batch_of, resolved, some_budget
 from factories import METHODS, images_of, row_of, tiny_model
 from torch import nn
+from torch.nn import functional as F
 from transformers import TextStreamer
 
 
@@ -113,6 +114,37 @@ def test_generate_continues_a_conversation(model, images_later, budget):
     if images_later:
         with pytest.raises(ValueError, match="past_key_values"):
             model.generate(**whole, **GREEDY, past_key_values=again_cache(model, first, budget))
+
+
+def test_generate_encodes_no_image_that_the_cache_holds(model, monkeypatch):
+    """Later turns of a padded batch run no tower, and give what they give without a cache; changed images do."""
+    budget = some_budget(model)
+    first = batch_of(model, 31, num_rows=2, images_per_row=[2, 1], padding_side="left")
+    turn = model.generate(**first, **GREEDY, vtc_budget=budget, return_dict_in_generate=True)
+    later = torch.randint(5, 20, (2, 3), generator=torch.Generator().manual_seed(3))
+    second = {**first, "input_ids": torch.cat([turn.sequences, later], dim=1)}
+    second["attention_mask"] = F.pad(
+        first["attention_mask"], (0, second["input_ids"].shape[1] - first["input_ids"].shape[1]), value=1
+    )
+    expected = model.generate(**second, **GREEDY, vtc_budget=budget)
+
+    encoded, encode = [], model.model.encode
+    monkeypatch.setattr(model.model, "encode", lambda *args: encoded.append(args) or encode(*args))
+    cache = copy.deepcopy(turn.past_key_values)
+    again = model.generate(**second, **GREEDY, vtc_budget=budget, past_key_values=cache)
+    assert torch.equal(again, expected) and not encoded
+    # what the second turn left on the cache serves a third
+    third = {**second, "input_ids": torch.cat([again, later], dim=1)}
+    third["attention_mask"] = F.pad(
+        second["attention_mask"], (0, third["input_ids"].shape[1] - second["input_ids"].shape[1]), value=1
+    )
+    again = model.generate(**third, **GREEDY, vtc_budget=budget, past_key_values=cache)
+    assert not encoded and torch.equal(again, model.generate(**third, **GREEDY, vtc_budget=budget))
+
+    encoded.clear()
+    changed = {**second, "pixel_values": second["pixel_values"] + 1}
+    model.generate(**changed, **GREEDY, vtc_budget=budget, past_key_values=turn.past_key_values)
+    assert len(encoded) == 1
 
 
 def again_cache(model, inputs, budget):

@@ -8,12 +8,13 @@ from functools import wraps
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
-from .host_vtc import CACHE_NAME, given_cache, named_cache
-from .packing_vtc import DecodePlan, is_left_padded, pack_visual_tokens
+from .held_vtc import held_by, hold
+from .host_vtc import CACHE_NAME, cache_of, given_cache, named_cache
+from .packing_vtc import DecodePlan, PackedPrompt, is_left_padded, pack_visual_tokens
 from .prompt_vtc import VisionInputs, leaves_a_choice
 
 # arguments of the stock method that may follow `inputs` and `generation_config` without their names
@@ -64,20 +65,12 @@ class VtcGenerationMixin(GenerationMixin):
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs.update(named_cache(cache))
-        mask = kwargs.get("attention_mask")
+        given_mask = mask = kwargs.get("attention_mask")
         if vision.given:
             self._refuse_unpackable(generation_config, kwargs)
-            compressed = self.model.compress_prompt(
-                input_ids,
-                vision,
-                attention_mask=kwargs.pop("attention_mask", None),
-                inputs_embeds=kwargs.pop("inputs_embeds", None),
-                align_left=True,
-                expands=False,
-            )
-            packed = compressed.packed
-            if compressed.plan is not None:
-                kwargs["decode_plan"] = compressed.plan
+            packed, num_images, plan = self._packed_prompt(input_ids, vision, cache, kwargs)
+            if plan is not None:
+                kwargs["decode_plan"] = plan
         else:
             if input_ids is not None:
                 self.model.require_no_placeholders(input_ids)
@@ -118,6 +111,9 @@ class VtcGenerationMixin(GenerationMixin):
                 attention_mask=mask,
                 **kwargs,
             )
+        filled = cache_of(out) if isinstance(out, ModelOutput) else cache
+        if vision.given and filled is not None:
+            hold(filled, input_ids, given_mask, vision, packed, num_images, plan)
         sequences = out.sequences if isinstance(out, ModelOutput) else out
         prompts = input_ids.repeat_interleave(sequences.shape[0] // batch_size, dim=0)
         sequences = torch.cat([prompts.to(sequences.device), sequences[:, packed_length:]], dim=1)
@@ -125,6 +121,32 @@ class VtcGenerationMixin(GenerationMixin):
             return sequences
         out.sequences = sequences
         return out
+
+    def _packed_prompt(
+        self, input_ids: torch.LongTensor | None, vision: VisionInputs, cache: Cache | None, kwargs: dict[str, Any]
+    ) -> tuple[PackedPrompt, int, DecodePlan | None]:
+        """A prompt of text and images as the language model sees it, the number of its images, and its plan.
+
+        Takes mask and embeddings out of `kwargs`. What the cache holds of the prompt is left as it is.
+        """
+        mask, embeds = kwargs.pop("attention_mask", None), kwargs.pop("inputs_embeds", None)
+        packing = {"align_left": True, "expands": False}
+        # virtual tokens of PEFT may stand in the cache
+        held = None if "prepare_inputs_for_generation" in vars(self) else held_by(cache, input_ids, mask, vision)
+        if held is not None:
+            behind, later = held.behind(vision), input_ids[:, held.length :]
+            if len(behind.pixel_values) == 0:
+                self.model.require_no_placeholders(later)
+                text = self.get_input_embeddings()(later)
+                packed = PackedPrompt(text, None, None, torch.ones_like(later, dtype=torch.bool))
+                return held.followed_by(packed), held.num_images, held.plan
+            compressed = self.model.compress_prompt(later, behind, **packing)
+            # a plan speaks of the columns of a whole prompt
+            if held.plan is None and compressed.plan is None:
+                num_images = held.num_images + len(compressed.num_kept)
+                return held.followed_by(compressed.packed), num_images, None
+        compressed = self.model.compress_prompt(input_ids, vision, mask, inputs_embeds=embeds, **packing)
+        return compressed.packed, len(compressed.num_kept), compressed.plan
 
     def _asked_for(self, name: str, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
         """A generation parameter as the stock method finds it: of the call, its config or the model's, or None."""
