@@ -65,55 +65,60 @@ class VtcGenerationMixin(GenerationMixin):
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs.update(named_cache(cache))
-        given_mask = mask = kwargs.get("attention_mask")
-        if vision.given:
-            self._refuse_unpackable(generation_config, kwargs)
-            packed, num_images, plan = self._packed_prompt(input_ids, vision, cache, kwargs)
-            if plan is not None:
-                kwargs["decode_plan"] = plan
-        else:
+        mask = kwargs.get("attention_mask")
+        if not vision.given:
             if input_ids is not None:
                 self.model.require_no_placeholders(input_ids)
             if input_ids is None or mask is None or is_left_padded(mask):
                 return super().generate(input_ids, generation_config, **kwargs)
+        self._refuse_unpackable(generation_config, kwargs)
+        if not vision.given:
             # the stock loop would continue after the padding
-            self._refuse_unpackable(generation_config, kwargs)
-            embeds = self.get_input_embeddings()(input_ids)
-            mask = kwargs.pop("attention_mask").cpu()
-            packed = pack_visual_tokens(
-                embeds, torch.ones_like(mask, dtype=torch.bool), mask, align_left=True, expands=False
-            )
+            embeds, mask = self.get_input_embeddings()(input_ids), kwargs.pop("attention_mask").cpu()
+            keep = torch.ones_like(mask, dtype=torch.bool)
+            packed = pack_visual_tokens(embeds, keep, mask, align_left=True, expands=False)
+            return self._generate_packed(packed, input_ids, generation_config, kwargs)
+
+        packed, num_images, plan = self._packed_prompt(input_ids, vision, cache, kwargs)
+        if plan is not None:
+            kwargs["decode_plan"] = plan
+        if input_ids is None:
+            return self._generate_packed(packed, None, generation_config, kwargs)
+        if cache is not None:
+            packed_ids, num_cached = packed.pack_ids(input_ids), cache.get_seq_length()
+            _require_shorter_cache(num_cached, packed_ids.shape[1])
+            new_images = bool((packed_ids[:, num_cached:] == self.config.image_token_id).any())
+            _require_settled_decisions(vision, num_cached > 0 and (new_images or self.model.routes_by_text))
+        out = self._generate_packed(packed, input_ids, generation_config, kwargs)
+        filled = cache_of(out) if isinstance(out, ModelOutput) else cache
+        if filled is not None:
+            hold(filled, input_ids, mask, vision, packed, num_images, plan)
+        return out
+
+    def _generate_packed(
+        self,
+        packed: PackedPrompt,
+        input_ids: torch.LongTensor | None,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> torch.LongTensor | ModelOutput:
+        """The stock loop on a packed prompt; the original one `(B, L)` comes back in its place."""
         batch_size, packed_length = packed.inputs_embeds.shape[:2]
         mask = packed.attention_mask
         if mask is None:
             mask = torch.ones(batch_size, packed_length, dtype=torch.long, device=packed.inputs_embeds.device)
+        prompt = {"inputs_embeds": packed.inputs_embeds, "attention_mask": mask}
         if input_ids is None:
             # as in the stock method, a prompt of embeddings gives back new tokens only
-            return super().generate(
-                None, generation_config, inputs_embeds=packed.inputs_embeds, attention_mask=mask, **kwargs
-            )
+            return super().generate(None, generation_config, **prompt, **kwargs)
 
-        packed_ids = packed.pack_ids(input_ids)
-        if vision.given and cache is not None:
-            num_cached = cache.get_seq_length()
-            _require_shorter_cache(num_cached, packed_length)
-            new_images = bool((packed_ids[:, num_cached:] == self.config.image_token_id).any())
-            _require_settled_decisions(vision, num_cached > 0 and (new_images or self.model.routes_by_text))
         generation_config = self._lengths_without_prompt(generation_config, kwargs, input_ids.shape[1])
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _FullPromptStreamer(kwargs["streamer"], input_ids)
+        # the loop looks tokens up in the vocabulary: embeddings of candidates, scores of repeated tokens
+        packed_ids = self.model.ids_with_embeddings(packed.pack_ids(input_ids))
         with self._prompt_learning():
-            out = super().generate(
-                # the loop looks tokens up in the vocabulary: embeddings of candidates, scores of repeated tokens
-                self.model.ids_with_embeddings(packed_ids),
-                generation_config,
-                inputs_embeds=packed.inputs_embeds,
-                attention_mask=mask,
-                **kwargs,
-            )
-        filled = cache_of(out) if isinstance(out, ModelOutput) else cache
-        if vision.given and filled is not None:
-            hold(filled, input_ids, given_mask, vision, packed, num_images, plan)
+            out = super().generate(packed_ids, generation_config, **prompt, **kwargs)
         sequences = out.sequences if isinstance(out, ModelOutput) else out
         prompts = input_ids.repeat_interleave(sequences.shape[0] // batch_size, dim=0)
         sequences = torch.cat([prompts.to(sequences.device), sequences[:, packed_length:]], dim=1)

@@ -105,26 +105,19 @@ def run_segments(
         past (`int`): tokens in the cache, in the layers that see all of them.
 
     Returns:
-        Outputs, the layout of `last_hidden_state` and the visual tokens that the second segment saw; the last two are
-        None where `plan` has no spans.
+        Outputs, and where `plan` has spans the layout of `last_hidden_state` and the second segment's visual tokens.
     """
     own, length = decoder.config, embeds.shape[1]
-    use_cache = own.use_cache if use_cache is None else use_cache
-    if training and decoder.gradient_checkpointing:
-        use_cache = False
-    if use_cache and cache is None:
-        cache = DynamicCache(config=own)
-    old = vars(cache).get("vtc_layout") if cache is not None and past > 0 else None
-    split = plan.layer_idx if old is None else old.layer_idx
-    if position_ids is None:
-        position_ids = counted_positions(own, embeds, attention_mask, past)
     wanted = own.output_hidden_states if output_hidden_states is None else output_hidden_states
     attended = own.output_attentions if output_attentions is None else output_attentions
-    run = _DecoderRun(decoder, cache, [embeds] if wanted else None, {"use_cache": use_cache, **kwargs})
-
-    layout = image_states = None
-    rows = None if plan is None else plan.layer_rows
-    rows, later_rows = (rows, None) if rows is None else (rows[:split], rows[split:])
+    run = _DecoderRun(decoder, training, cache, embeds, wanted, use_cache, kwargs)
+    cache = run.cache
+    old = vars(cache).get("vtc_layout") if cache is not None and past > 0 else None
+    split = plan.layer_idx if old is None else old.layer_idx
+    position_ids = counted_positions(own, embeds, attention_mask, past) if position_ids is None else position_ids
+    layout = image_states = rows = later_rows = None
+    if plan is not None and plan.layer_rows is not None:
+        rows, later_rows = plan.layer_rows[:split], plan.layer_rows[split:]
     with _recorded_attentions(decoder, attended) as attentions:
         past_mask = _past_mask(old, attention_mask, past, embeds)
         past_short = past if old is None else past - old.num_dropped
@@ -142,17 +135,7 @@ def run_segments(
             num_dropped = past - past_short + length - states.shape[1]
             cache.vtc_layout = _cache_layout(states, mask, num_dropped, past + length, plan)
         states = run.layers(states, split, own.num_hidden_layers, mask, position_ids, past_short, later_rows)
-    states = decoder.norm(states)
-    if wanted:
-        # the last entry is the normed one, as in the stock decoder
-        run.hidden_states[-1] = states
-    outputs = BaseModelOutputWithPast(
-        last_hidden_state=states,
-        **named_cache(cache if use_cache else None),
-        hidden_states=_selected_states(run.hidden_states, wanted) if wanted else None,
-        attentions=tuple(attentions) if attended else None,
-    )
-    return outputs, layout, image_states
+    return run.outputs(states, attentions if attended else None), layout, image_states
 
 
 def past_length(cache: Cache | None, attention_mask: torch.Tensor | None, length: int) -> int:
@@ -257,15 +240,39 @@ def _selected_states(states: list[torch.Tensor], wanted: bool | list[int]) -> tu
 
 
 class _DecoderRun:
-    """One pass through the layers of a decoder, some at a time."""
+    """One pass of `embeds` through the layers of a decoder, some at a time; arguments are those of `run_segments`."""
 
     def __init__(
-        self, decoder: nn.Module, cache: Cache | None, hidden_states: list[torch.Tensor] | None, kwargs: dict[str, Any]
+        self,
+        decoder: nn.Module,
+        training: bool,
+        cache: Cache | None,
+        embeds: torch.Tensor,
+        wanted: bool | list[int],
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
     ):
-        self.decoder = decoder
-        self.cache = cache
-        self.hidden_states = hidden_states
-        self.kwargs = kwargs
+        use_cache = decoder.config.use_cache if use_cache is None else use_cache
+        if training and decoder.gradient_checkpointing:
+            use_cache = False
+        if use_cache and cache is None:
+            cache = DynamicCache(config=decoder.config)
+        self.decoder, self.cache, self.wanted = decoder, cache, wanted
+        self.hidden_states = [embeds] if wanted else None
+        self.kwargs = {"use_cache": use_cache, **kwargs}
+
+    def outputs(self, states: torch.Tensor, attentions: list[torch.Tensor] | None) -> BaseModelOutputWithPast:
+        """What the stock decoder gives back after its last layer."""
+        states, hidden_states = self.decoder.norm(states), None
+        if self.wanted:
+            # the last entry is the normed one, as in the stock decoder
+            hidden_states = _selected_states([*self.hidden_states[:-1], states], self.wanted)
+        return BaseModelOutputWithPast(
+            last_hidden_state=states,
+            **named_cache(self.cache if self.kwargs["use_cache"] else None),
+            hidden_states=hidden_states,
+            attentions=None if attentions is None else tuple(attentions),
+        )
 
     def layers(
         self,

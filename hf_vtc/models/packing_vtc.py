@@ -158,23 +158,17 @@ def pack_visual_tokens(
         on_device, mask = to_device(device, kept, None if bool(real.all()) else attention_mask)
         return PackedPrompt(inputs_embeds, mask, position_ids, on_device, layer_rows=layer_rows)
 
-    source, packed_mask, expand_index, kept_index = packing_indices(kept, kept.sum(1))
-    is_padded = not bool(packed_mask.all())
+    source, mask, *back = packing_indices(kept, kept.sum(1))
     moved = (real & ~keep).cumsum(1).gather(1, source) if renumber and position_ids is not None else None
-    counted = (packed_mask.cumsum(1) - 1).clamp(min=0) if renumber and position_ids is None and is_padded else None
-    if not expands:
-        expand_index = kept_index = None
-    rows = torch.arange(source.shape[0])[:, None] * kept.shape[1]
+    counted = None
+    if bool(mask.all()):
+        mask = None
+    elif renumber and position_ids is None:
+        counted = (mask.cumsum(1) - 1).clamp(min=0)
+    flat_source = (source + torch.arange(len(source))[:, None] * kept.shape[1]).flatten()
+    back = back if expands else (None, None)
     on_device, source, flat_source, moved, counted, mask, expand_index, kept_index = to_device(
-        device,
-        kept,
-        source,
-        (source + rows).flatten(),
-        moved,
-        counted,
-        packed_mask.long() if is_padded else None,
-        expand_index,
-        kept_index,
+        device, kept, source, flat_source, moved, counted, mask, *back
     )
     if position_ids is not None:
         position_ids = gathered_positions(position_ids, source)
@@ -184,7 +178,7 @@ def pack_visual_tokens(
         layer_rows = layer_rows.flatten(1, 2).index_select(1, flat_source).unflatten(1, source.shape)
     return PackedPrompt(
         inputs_embeds=inputs_embeds.flatten(0, 1).index_select(0, flat_source).unflatten(0, source.shape),
-        attention_mask=mask,
+        attention_mask=None if mask is None else mask.long(),
         position_ids=position_ids if counted is None else counted,
         kept_mask=on_device,
         source_index=source,
