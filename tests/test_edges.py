@@ -7,6 +7,7 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import GenerationConfig
 
 from hf_vtc.models.host_vtc import CACHE_NAME
+from hf_vtc.models.tiling_vtc import images_apart
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 
@@ -248,3 +249,30 @@ def test_a_reloaded_model_computes_the_same_bits(model, tmp_path):
             model.save_pretrained(tmp_path / name, save_code=False)
             loaded = type(model).from_pretrained(tmp_path / name).eval()
             assert torch.equal(loaded(**batch).logits, expected)
+
+
+def test_tiles_may_come_in_a_block_for_each_image(model):
+    """As those of LLaVA-NeXT's processor, which holds for every method that cuts images into tiles."""
+    batch = dict(batch_of(model, 3, images_per_row=[2, 0, 2], padding_side="left"))
+    if not model.config.sees_tiles:
+        with pytest.raises(ValueError, match="`pixel_values` must be \\(images, 3, H, W\\)"):
+            model(**{**batch, "pixel_values": batch["pixel_values"][None]})
+        return
+    num_tiles = batch["num_tiles"]
+    assert num_tiles.max() > num_tiles.min()
+    blocks = images_apart(batch["pixel_values"], num_tiles)
+    # what stands behind an image's own tiles is never read
+    blocks.flatten(0, 1)[~(torch.arange(int(num_tiles.max())) < num_tiles[:, None]).flatten()] = torch.nan
+    apart = {name: value for name, value in {**batch, "pixel_values": blocks}.items() if name != "num_tiles"}
+    for inputs in (apart, {**apart, "num_tiles": num_tiles}):
+        assert torch.equal(model(**inputs).logits, model(**batch).logits)
+        assert torch.equal(model.count_visual_tokens(**inputs), model.count_visual_tokens(**batch))
+        assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**batch, **GREEDY))
+    vision = {name: batch[name] for name in ("image_sizes", "num_tiles") if name in batch}
+    expected = model.get_image_features(batch["pixel_values"], **vision).pooler_output
+    found = model.get_image_features(blocks, **vision).pooler_output
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+    with pytest.raises(ValueError, match="with room for"):
+        model(**{**batch, "pixel_values": blocks[:, :1]})
+    with pytest.raises(ValueError, match="images with room for|must|shape|`image_sizes`"):
+        model(**{**apart, "pixel_values": blocks[1:]})

@@ -14,7 +14,8 @@ from .tiling_vtc import ImageSizes, refuse_no_pixels
 # the most frequent reason in training
 STREAM_ADVICE = (
     "If the data is a stream, pass `accelerator_config={'dispatch_batches': False}` to `TrainingArguments`: "
-    "accelerate cuts batches of streams otherwise, and images from their prompts."
+    "accelerate cuts batches of streams otherwise, and images from their prompts. If a trainer deals out images, as "
+    "TRL's do, set `return_layout=False` of the processor."
 )
 
 
@@ -181,7 +182,7 @@ def layout_of_images(config: VtcConfig, vision: VisionInputs) -> Layout:
     optional = (vision.num_tiles, vision.image_sizes, vision.router_decisions)
     fetched = iter(to_host(*[tensor for tensor in optional if tensor is not None]))
     num_tiles, image_sizes, decisions = (None if tensor is None else next(fetched) for tensor in optional)
-    if num_tiles is None and config.sees_tiles:
+    if num_tiles is None and config.sees_tiles and vision.pixel_values.ndim == 4:
         num_tiles = torch.tensor([len(vision.pixel_values)])
     sizes = sizes_of_images(config, torch.zeros(1, 0, dtype=torch.bool), num_tiles, image_sizes, vision)
     placeholder_mask = torch.ones(1, int(config.reserved_tokens(sizes).sum()), dtype=torch.bool)
@@ -241,10 +242,16 @@ def sizes_of_images(
     Raises:
         ValueError: they do not belong together.
     """
+    if vision.image_features is None and vision.pixel_values.ndim not in ((4, 5) if config.sees_tiles else (4,)):
+        shapes = "(tiles, 3, S, S) or (images, tiles, 3, S, S)" if config.sees_tiles else "(images, 3, H, W)"
+        raise ValueError(f"`pixel_values` must be {shapes}, got shape {tuple(vision.pixel_values.shape)}.")
     if not config.sees_tiles:
         return ImageSizes(None, _own_sizes(image_sizes, vision), None)
     given = vision.pixel_values if vision.image_features is None else vision.image_features
+    apart = vision.image_features is None and given.ndim == 5
     total = len(next(iter(given.values())) if isinstance(given, dict) else given)
+    if apart and num_tiles is None:
+        num_tiles = _tiles_apart(config, placeholder_mask, image_sizes, *given.shape[:2])
     if num_tiles is not None and image_sizes is not None and image_sizes.shape != (len(num_tiles), 2):
         raise ValueError(
             f"`image_sizes` needs (height, width) for each of the {len(num_tiles)} images of `num_tiles`, got shape "
@@ -257,7 +264,12 @@ def sizes_of_images(
         num_tiles = config.tiles_of_joined(image_sizes, total)
     elif num_tiles is None:
         num_tiles = _tiles_unsaid(config, placeholder_mask, image_sizes, total)
-    if int(num_tiles.sum()) != total:
+    if apart and (len(num_tiles) != total or total and int(num_tiles.max()) > given.shape[1]):
+        raise ValueError(
+            f"Image features and image tokens do not match: the prompts need {num_tiles.tolist()} tiles, but "
+            f"`pixel_values` hold {total} images with room for {given.shape[1]} each. {STREAM_ADVICE}"
+        )
+    if not apart and int(num_tiles.sum()) != total:
         raise ValueError(
             f"Image features and image tokens do not match: the prompts need {int(num_tiles.sum())} tiles of "
             f"{config.image_seq_length} placeholders, but {total} tiles were given. Pass `pixel_values` and "
@@ -277,7 +289,29 @@ def _tiles_unsaid(
     if image_sizes is not None and len(image_sizes) != len(runs):
         raise ValueError(
             f"`image_sizes` are those of {len(image_sizes)} images, but the prompts hold {len(runs)} runs of "
-            "placeholders. Where images touch each other, `num_tiles` must say which tiles are whose."
+            "placeholders. Where images touch each other, `num_tiles` must say which tiles are whose. "
+            f"{STREAM_ADVICE}"
+        )
+    return torch.tensor([-(-length // config.image_seq_length) for _, length in runs], dtype=torch.long)
+
+
+def _tiles_apart(
+    config: VtcConfig,
+    placeholder_mask: torch.Tensor,
+    image_sizes: torch.Tensor | None,
+    num_images: int,
+    most: int,
+) -> torch.LongTensor:
+    """Tiles of each image where `pixel_values` hold a block of as many for every image, with zeros behind its own."""
+    if most == 1:
+        return torch.ones(num_images, dtype=torch.long)
+    if config.mm_patch_merge_type == "spatial_unpad" and image_sizes is not None:
+        return config.tiles_of_joined(image_sizes, num_images * most)
+    runs = placeholder_runs(placeholder_mask)
+    if len(runs) != num_images:
+        raise ValueError(
+            f"`pixel_values` hold {num_images} images with room for {most} tiles each, but the prompts hold "
+            f"{len(runs)} runs of placeholders. Write text between images, or pass `num_tiles`."
         )
     return torch.tensor([-(-length // config.image_seq_length) for _, length in runs], dtype=torch.long)
 

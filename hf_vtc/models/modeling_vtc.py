@@ -318,7 +318,8 @@ class VtcModel(VtcVision):
 
         Args:
             input_ids (`(B, L)`): with the placeholders that the processor reserved.
-            pixel_values (`(total_tiles, 3, S, S)`): tiles of all images in prompt order.
+            pixel_values (`(total_tiles, 3, S, S)`): tiles of all images in prompt order; or a block for each image,
+                `(num_images, most, 3, S, S)`, with anything behind its own tiles.
             attention_mask (`(B, L)`): 0 = padding, on either side.
             num_tiles (`(num_images,)`): tiles per image; without it a run of placeholders is one image.
             image_sizes (`(num_images, 2)`): (height, width) in pixels, for methods that need them.

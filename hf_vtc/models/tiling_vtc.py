@@ -421,6 +421,21 @@ def _grid_boxes(
     return tuple(boxes)
 
 
+def places_apart(num_tiles: torch.LongTensor, most: int) -> torch.LongTensor:
+    """Where the tiles of all images are, one after the other, among `most` places for each image, on the CPU."""
+    return (torch.arange(most) < num_tiles[:, None]).flatten().nonzero().flatten()
+
+
+def images_apart(tiles: Any, num_tiles: Any) -> Any:
+    """Tiles `(total, 3, S, S)` as a block for each image, `(num_images, most, 3, S, S)`, with zeros behind its own."""
+    pixels, num_tiles = torch.as_tensor(tiles), torch.as_tensor(num_tiles)
+    most = int(num_tiles.max())
+    apart = pixels.new_zeros(len(num_tiles) * most, *pixels.shape[1:])
+    apart[places_apart(num_tiles, most)] = pixels
+    apart = apart.unflatten(0, (-1, most))
+    return apart if isinstance(tiles, torch.Tensor) else apart.numpy()
+
+
 def refuse_unknown(given: Iterable[str], known: Collection[str], owner: str) -> None:
     """Raise for names that are no arguments of `owner`, each with the known name that is meant or nearest."""
     unknown = sorted(set(given) - set(known))

@@ -23,7 +23,7 @@ from .host_vtc import FORWARD_ARGUMENTS
 from .layout_vtc import Layout, layout_of_images
 from .packing_vtc import to_device, to_host
 from .prompt_vtc import Budget, VisionInputs, refuse_unknown
-from .tiling_vtc import joined_order
+from .tiling_vtc import joined_order, places_apart
 from .tower_vtc import run_tower_to, unused_modules
 
 # bytes to which torch aligns what it allocates on a CPU
@@ -206,6 +206,15 @@ class VtcVision(VtcPreTrainedModel):
         features = run_tower_to(self.vision_tower, pixel_values.to(self.dtype), self.config.vision_feature_layer)
         return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
+    def encode_of(self, vision: VisionInputs, layout: Layout) -> Features:
+        """`encode` the tiles of a call, which may stand in a block for each image, as those of LLaVA-NeXT do."""
+        tiles = vision.pixel_values
+        if tiles.ndim == 5:
+            places = places_apart(layout.sizes.num_tiles, tiles.shape[1])
+            (places,) = to_device(tiles.device, places)
+            tiles = tiles.flatten(0, 1).index_select(0, places)
+        return self.encode(tiles, layout)
+
     def score(self, features: Features, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         """Step: what a router says of the images, None if nobody asks; `prompts` are embeddings `(B, L, D)`."""
         return None
@@ -236,7 +245,7 @@ class VtcVision(VtcPreTrainedModel):
         self, vision: VisionInputs, layout: Layout, prompts: torch.Tensor | None
     ) -> tuple[Choice, VisualTokens]:
         """All steps from pixels to visual tokens."""
-        features = self.encode(vision.pixel_values, layout) if vision.image_features is None else vision.image_features
+        features = self.encode_of(vision, layout) if vision.image_features is None else vision.image_features
         scores = self.score(features, prompts, layout)
         choice = self.choose([] if scores is None else to_host(*scores.for_host), layout)
         visual = self.connect(features, choice, layout, scores)
@@ -331,7 +340,7 @@ class VtcVision(VtcPreTrainedModel):
             raise ValueError(
                 "`vtc_budget='auto'` needs the question, by which this router goes. Give a budget for each image."
             )
-        vision.image_features = self.encode(pixel_values, layout)
+        vision.image_features = self.encode_of(vision, layout)
         choice, visual = self.compress(vision, layout, None)
         features = vision.image_features
         return BaseModelOutputWithPooling(
