@@ -107,7 +107,8 @@ class RoutedTrainer(VtcTrainer):
         with torch.no_grad():
             features = own.model.encode(inputs.pop("pixel_values"))
             prompt = inputs["attention_mask"] * (inputs["labels"] == IGNORE_INDEX)
-            unanswered = {"input_ids": inputs["input_ids"], "num_tiles": inputs["num_tiles"], "attention_mask": prompt}
+            unanswered = {**inputs, "attention_mask": prompt}
+            unanswered.pop("labels")
             routed = own.model(**unanswered, image_features=features, use_cache=False)
         inputs |= {"image_features": features, "router_decisions": routed.router_decisions}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -63,7 +63,7 @@ def test_collator_supervises_the_assistant_and_its_end_token(padding_side):
 
 @pytest.mark.window
 def test_collator_makes_the_inputs_of_the_processor():
-    processor = tiny_processor("vico")
+    processor = tiny_processor("vico", return_layout=True)
     records = [ONE_IMAGE, TEXT_ONLY, TWO_TURNS]
     batch = VtcCollator(processor, padding_side="left")(records)
     conversations = [Conversation.from_record(record) for record in records]

@@ -62,7 +62,7 @@ def test_overlay_shows_the_thumbnail_beside_the_tiles():
 
 
 def test_overlay_of_an_output():
-    model, processor = tiny_model("vico"), tiny_processor("vico", max_tiles=12)
+    model, processor = tiny_model("vico"), tiny_processor("vico", max_tiles=12, return_layout=True)
     images = [Image.new("RGB", (96, 64), "red"), Image.new("RGB", (32, 32), "blue")]
     inputs = processor(images=images, text="<IMG_CONTEXT> and <IMG_CONTEXT>?", return_tensors="pt")
     with torch.no_grad():
@@ -98,7 +98,7 @@ def tokens_of(drawing):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("budget", ("auto", "full"))
 def test_overlay_of_every_method(method, budget):
-    model, processor = tiny_model(method), tiny_processor(method)
+    model, processor = tiny_model(method), tiny_processor(method, return_layout=True)
     images = [Image.new("RGB", (96, 64), "red"), Image.new("RGB", (48, 64), "blue")]
     token = processor.image_token
     inputs = processor(images=images, text=f"{token} and {token}?", return_tensors="pt")

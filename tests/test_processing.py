@@ -72,7 +72,10 @@ def test_placeholders_are_what_the_tiles_reserve(rows, tiling, max_tiles):
     if sizes:
         assert len(out["pixel_values"]) == sum(layout.num_tiles for layout in layouts)
         assert out["image_sizes"].tolist() == sizes
-        assert ("num_tiles" in out) == (tiling == "dynamic")
+        assert "num_tiles" not in out
+        processor.return_layout = True
+        again = processor(text=["q " + IMAGE * len(row) + " a" for row in rows], images=images)
+        assert ("num_tiles" in again) == (tiling == "dynamic")
     else:
         assert "pixel_values" not in out
 
@@ -139,7 +142,7 @@ def test_batch_of_chats_is_padded_left_and_equals_its_rows():
         [ask(image_of(60, 30), image_of(9, 9), "two?"), answer("yes"), ask("sure?")],
     ]
     batch = processor.apply_chat_template(chats, **GENERATION)
-    assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "image_sizes", "num_tiles"}
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
     assert batch["image_sizes"].tolist() == [[30, 60], [60, 30], [9, 9]]
     tiles = batch["pixel_values"]
     for row, chat in enumerate(chats):

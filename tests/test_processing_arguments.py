@@ -121,7 +121,7 @@ def test_arguments_of_chats_are_refused_or_read():
 
 
 def test_flat_arguments_count_beside_nested_ones():
-    processor = tiny_processor()
+    processor = tiny_processor(return_layout=True)
     out = processor(
         text=[f"{IMAGE} a", f"{IMAGE} abcdefg"],
         images=[noise(32, 64), noise(32, 64)],

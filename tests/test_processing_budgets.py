@@ -170,7 +170,7 @@ def test_chats_take_a_budget_as_prompts_do():
 def test_a_model_that_finds_tiles_by_placeholders_gets_all_of_them():
     processor = tiny_processor("vistog", return_layout=False)
     processor.model_config = tiny_config("vistog")
-    with pytest.raises(ValueError, match="`vtc_budget` needs `return_layout=True`"):
+    with pytest.raises(ValueError, match="`vtc_budget` does not go with `return_layout=False`"):
         inputs_of(processor, vtc_budget="auto")
     model, joined = tiny_model("avg_llava"), tiny_processor("avg_llava", return_layout=False)
     joined.model_config = model.config

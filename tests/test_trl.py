@@ -133,6 +133,13 @@ def prompts(most_images=2):
     return datasets.Dataset.from_dict({"prompt": asked, "images": images})
 
 
+@pytest.mark.parametrize("method", ["vico", "avg_llava"], scope="session")
+def test_dealing_out_two_images_a_row_names_the_remedy(method, saved, tmp_path):
+    trainer = online_trainer("RLOO", saved, AutoProcessor.from_pretrained(saved), prompts(2), tmp_path)
+    with pytest.raises(ValueError, match="set `return_layout=False` of the processor"):
+        trainer.train()
+
+
 def rewards(completions, **kwargs):
     return [float(len(str(each)) % 7) for each in completions]
 
@@ -150,24 +157,59 @@ COMMON = {
 ONLINE = {"GRPO": (trl.GRPOTrainer, trl.GRPOConfig), "RLOO": (trl.RLOOTrainer, trl.RLOOConfig)}
 
 
-@pytest.mark.parametrize("name", ONLINE)
-def test_online_trainers_take_steps(name, saved, tmp_path):
+def online_trainer(name, folder, processor, data, tmp_path):
     """With a reference model, and with old probabilities, whose batches hold all that the processor returns."""
     trainer_class, config_class = ONLINE[name]
-    processor, model = AutoProcessor.from_pretrained(saved), AutoModelForImageTextToText.from_pretrained(saved)
-    processor.return_layout = False
     options = {**COMMON, "beta": 0.1, "num_generations": 2, "max_completion_length": 5, "num_iterations": 2}
-    trainer = trainer_class(
-        model,
+    return trainer_class(
+        AutoModelForImageTextToText.from_pretrained(folder),
         reward_funcs=rewards,
         args=config_class(str(tmp_path), per_device_train_batch_size=4, **options),
-        # TRL deals sizes of images out as if there were one to a row where there are several tiles to an image
-        train_dataset=prompts(1 if model.config.mm_patch_merge_type == "spatial_unpad" else 2),
+        train_dataset=data,
         processing_class=processor,
     )
+
+
+@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("return_layout", [None, False])
+def test_online_trainers_take_steps(name, return_layout, saved, tmp_path):
+    """As the processor comes with one image to a row, and with any number in blocks."""
+    processor = AutoProcessor.from_pretrained(saved)
+    processor.return_layout = return_layout
+    trainer = online_trainer(name, saved, processor, prompts(1 if return_layout is None else 2), tmp_path)
     before = snapshot(trainer.model)
     trainer.train()
     assert {name for name in changed(trainer.model, before) if ".language_model." in name}
+
+
+@pytest.mark.parametrize("return_layout", [None, False])
+def test_images_that_are_dealt_out_stay_with_their_rows(return_layout, saved, tmp_path):
+    """A row has the probabilities that it had before TRL shuffled the rows and dealt out their images."""
+    processor = AutoProcessor.from_pretrained(saved)
+    processor.return_layout = return_layout
+    trainer = online_trainer("RLOO", saved, processor, prompts(1 if return_layout is None else 2), tmp_path)
+    probabilities, taken = trainer._get_per_token_logps_and_entropies, []
+
+    def recorded(model, input_ids, *args, **kwargs):
+        model.eval()
+        found = probabilities(model, input_ids, *args, **kwargs)
+        model.train()
+        taken.append({tuple(ids): row.tolist() for ids, row in zip(input_ids.tolist(), found[0].detach())})
+        return found
+
+    trainer._get_per_token_logps_and_entropies = recorded
+    trainer.model.train()
+    trainer.args.steps_per_generation = 2
+    shuffled = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    before = dict(taken[0])
+    taken.clear()
+    for batch in trainer._buffered_inputs:
+        trainer.compute_loss(trainer.model, batch)
+    after = {ids: row for part in taken for ids, row in part.items()}
+    assert len(trainer._buffered_inputs) == 2 and len(shuffled["prompt_ids"]) < len(before)
+    assert after.keys() == before.keys()
+    for ids, row in after.items():
+        assert row == pytest.approx(before[ids], abs=1e-5)
 
 
 def preferences():

@@ -92,8 +92,8 @@ class Kept:
             height, width = self.layout.image_size
             raise ValueError(
                 f"Image {idx} of {height} x {width} pixels has {own} tiles, but the decisions are for {counts} tiles "
-                f"per image ({len(decisions)} together). Pass the `processor` that cut the images, and its "
-                "`num_tiles` if there are several."
+                f"per image ({len(decisions)} together). Pass the `processor` that cut the images, and if there are "
+                "several the `num_tiles` that it gives with `return_layout=True`."
             )
         first = sum(counts[:idx])
         return decisions[first : first + own]

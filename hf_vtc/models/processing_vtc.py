@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, BatchFeature, PretrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
@@ -27,7 +27,7 @@ from .counting_vtc import COUNT_RULES
 from .host_processor_vtc import ProcessorBase
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
-from .tiling_vtc import TilingSettings, refuse_misnamed, refuse_unknown
+from .tiling_vtc import TilingSettings, images_apart, refuse_misnamed, refuse_unknown
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # what the decoders take; tokenizers of some versions add `token_type_ids`, which `generate` refuses
@@ -100,10 +100,12 @@ class VtcProcessor(ProcessorBase):
             `"unpad_token_grid"`, `"unpad_true_aspect"`: those of a map without padding, for `tiling="anyres"`, see
             `counting_vtc.py` and the `unpad_rule` of the model's configuration; `"stride"`: one per `token_stride` x
             `token_stride` pixels of the processed image.
-        return_layout (`bool`): whether `num_tiles` are returned, and `image_sizes` where no count depends on them.
-            Without these the model finds out by itself what belongs to which image, so that images must not touch
-            each other. For trainers that hand on what a processor returns beside a `num_tiles` of their own, as those
-            of TRL do.
+        return_layout (`bool`, *optional*): whether `num_tiles` are returned. Default: where the model could not find
+            out by itself, which is for images without text, with `vtc_budget`, and where neither an
+            `image_start_token` nor the size says where an image ends. `False` is for trainers that deal out images,
+            as TRL's do, which have a `num_tiles` of their own: `pixel_values` are `(num_images, most tiles, 3, S, S)`
+            then, as those of LLaVA-NeXT, with zeros behind the tiles of an image that has fewer. It concerns a
+            trainer and not a checkpoint, so that it is not saved.
 
     Raises:
         ValueError: a token is unknown to the tokenizer, or a field is outside of its range.
@@ -122,7 +124,7 @@ class VtcProcessor(ProcessorBase):
         image_start_token: str | None = "<img>",
         image_end_token: str | None = "</img>",
         count_rule: str = "tiles",
-        return_layout: bool = True,
+        return_layout: bool | None = None,
     ):
         if image_seq_length < 1:
             raise ValueError(f"`image_seq_length` counts placeholders per tile, must be positive: {image_seq_length}.")
@@ -215,8 +217,21 @@ class VtcProcessor(ProcessorBase):
     @property
     def unused_input_names(self) -> list[str]:
         """Outputs of the parts that no model takes, or that the caller does not want."""
-        layout = ["num_tiles", *(["image_sizes"] if self.count_rule == "tiles" else [])]
-        return ["token_type_ids", "num_patches", *([] if self.return_layout else layout)]
+        return ["token_type_ids", "num_patches"]
+
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        """As in transformers, with fields of the image processor and `vtc_budget` among `kwargs`."""
+        features = super().__call__(images, text, videos, audio, **kwargs)
+        if "num_tiles" not in features:
+            return features
+        if self.return_layout is False:
+            features["pixel_values"] = images_apart(features["pixel_values"], features.pop("num_tiles"))
+        elif self.return_layout is None and text is not None and _image_argument("vtc_budget", kwargs) is None:
+            if self.image_start_token is not None or self.count_rule != "tiles":
+                features.pop("num_tiles")
+        return features
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -268,24 +283,21 @@ class VtcProcessor(ProcessorBase):
             if vtc_budget is not None:
                 raise ValueError("`vtc_budget` says how many placeholders `text` gets, which was not given.")
             return
+        runs_tell = self.return_layout is False and self.count_rule == "tiles"
         if vtc_budget is not None:
             budgets_per_image(vtc_budget, sum(len(row) if isinstance(row, list) else 1 for row in images or []))
-            if (
-                not self.return_layout
-                and self.count_rule == "tiles"
-                and "num_tiles" in self.image_processor.model_input_names
-            ):
+            if runs_tell and "num_tiles" in self.image_processor.model_input_names:
                 raise ValueError(
-                    "`vtc_budget` needs `return_layout=True`: without `num_tiles` the model finds an image's tiles "
-                    "from the length of its placeholders, of which there are fewer then."
+                    "`vtc_budget` does not go with `return_layout=False`: without `num_tiles` the model finds an "
+                    "image's tiles from the length of its placeholders, of which there are fewer then."
                 )
         if not all(isinstance(sample, str) for sample in text):
             raise ValueError("`text` must be a string or a list of strings. Decode token ids first.")
-        if not self.return_layout and self.count_rule == "tiles" and self.image_start_token is None:
+        if runs_tell and self.image_start_token is None:
             if any(self.image_token * 2 in sample for sample in text):
                 raise ValueError(
                     f"`return_layout=False` needs something between images, got {self.image_token * 2}: the model "
-                    "would take them for one. Write text between them, or set `return_layout=True`."
+                    "would take them for one. Write text between them, or set `return_layout=None`."
                 )
         counts = [sample.count(self.image_token) for sample in text]
         images = [] if images is None else images

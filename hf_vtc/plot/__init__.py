@@ -38,8 +38,8 @@ def overlay(
         output: what `forward` gave, or for ViCO `router_decisions` alone: one truth value per tile, True = compressed.
         processor: the `VtcProcessor` or `VtcImageProcessor` that cut the image. Default: InternVL's 448 pixel tiles.
         config: `model.config`. Default: the output is ViCO's.
-        num_tiles (`(num_images,)`, *optional*): as the processor gave it; needed if the call had several images and
-            the method decides by tile.
+        num_tiles (`(num_images,)`, *optional*): as the processor gives it with `return_layout=True`; needed if the
+            call had several images and the method decides by tile.
         image_idx (`int`): which image of the call this is.
         tokens_per_tile (`tuple[int, int]`, *optional*): for ViCO without a `config`, visual tokens of a full and of a
             compressed tile; without them no numbers are drawn.

@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from ..methods.costs import TowerShape, config_dict, decoder_of, tower_of
 from ..methods.record import record_of
 from ..models.host_vtc import named_cache
-from ..models.layout_vtc import layout_of_images
+from ..models.layout_vtc import layout_of_prompt
 from ..models.prompt_vtc import Budget, VisionInputs
 from .analytic import costs_of, decoder_parts
 from .render import WORTHWHILE, as_table, as_text
@@ -349,7 +349,8 @@ def plain_features(base: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) ->
     """A function that runs the tower without anything that a method adds to it; sizes are on the host before."""
     names = ("num_tiles", "image_sizes")
     vision = VisionInputs(inputs["pixel_values"], vtc_budget="full", **{name: inputs.get(name) for name in names})
-    layout = layout_of_images(base.config, vision)
+    placeholder_mask = inputs["input_ids"] == base.config.image_token_id
+    layout = layout_of_prompt(base.config, placeholder_mask, inputs.get("attention_mask"), vision)
     return lambda: base.encode(inputs["pixel_values"], layout)
 
 
