@@ -6,7 +6,6 @@ from factories import METHODS, budgets_of, random_batch, row_of, tiny_model
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import GenerationConfig
 
-from hf_vtc.models.host_vtc import CACHE_NAME
 from hf_vtc.models.tiling_vtc import images_apart
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
@@ -213,7 +212,6 @@ def test_static_caches_need_no_padding(model, budget):
         assert torch.equal(out, expected)
 
 
-@pytest.mark.skipif(CACHE_NAME == "cache", reason="PEFT up to 0.21.2 looks for the older name of the cache")
 @pytest.mark.parametrize("budget", ("some", "full"))
 def test_virtual_tokens_of_prompt_learning_stand_before_the_prompt(model, budget):
     """Generation from a prompt with learnt embeddings in front is that of the same embeddings given by hand."""
@@ -226,9 +224,13 @@ def test_virtual_tokens_of_prompt_learning_stand_before_the_prompt(model, budget
     rest = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
     expected = model.generate(inputs_embeds=embeds, **rest, **GREEDY, vtc_budget=budget)
     assert torch.equal(out[:, batch["input_ids"].shape[1] :], expected)
+    text = torch.tensor([[5, 6, 7]])
+    embeds = torch.cat([virtual, model.get_input_embeddings()(text)], dim=1)
+    assert torch.equal(
+        adapted.generate(input_ids=text, **GREEDY)[:, 3:], model.generate(inputs_embeds=embeds, **GREEDY)
+    )
 
 
-@pytest.mark.skipif(CACHE_NAME == "cache", reason="PEFT up to 0.21.2 looks for the older name of the cache")
 def test_prefix_tuning_generates(model):
     batch = dict(row_of(batch_of(model, num_rows=1, images_per_row=[1]), 0))
     adapted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()

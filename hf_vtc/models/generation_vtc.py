@@ -20,6 +20,9 @@ from .prompt_vtc import VisionInputs, leaves_a_choice
 # arguments of the stock method that may follow `inputs` and `generation_config` without their names
 _POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:]
 
+# in which prompt learning looks for a cache
+_CACHE_NAME_OF_PEFT = "past_key_values"
+
 # what does not work with a packed prompt: the value that asks for nothing, and the remedy
 _UNPACKABLE = {
     "prefill_chunk_size": (None, "Leave it out: a compressed prompt is prefilled in one piece."),
@@ -70,7 +73,8 @@ class VtcGenerationMixin(GenerationMixin):
             if input_ids is not None:
                 self.model.require_no_placeholders(input_ids)
             if input_ids is None or mask is None or is_left_padded(mask):
-                return super().generate(input_ids, generation_config, **kwargs)
+                with self._prompt_learning():
+                    return super().generate(input_ids, generation_config, **kwargs)
         self._refuse_unpackable(generation_config, kwargs)
         if not vision.given:
             # the stock loop would continue after the padding
@@ -110,7 +114,8 @@ class VtcGenerationMixin(GenerationMixin):
         prompt = {"inputs_embeds": packed.inputs_embeds, "attention_mask": mask}
         if input_ids is None:
             # as in the stock method, a prompt of embeddings gives back new tokens only
-            return super().generate(None, generation_config, **prompt, **kwargs)
+            with self._prompt_learning():
+                return super().generate(None, generation_config, **prompt, **kwargs)
 
         generation_config = self._lengths_without_prompt(generation_config, kwargs, input_ids.shape[1])
         if kwargs.get("streamer") is not None:
@@ -181,7 +186,9 @@ class VtcGenerationMixin(GenerationMixin):
         """Let virtual tokens of PEFT stand before packed embeddings while the body runs.
 
         For prompt learning PEFT replaces `prepare_inputs_for_generation` by a method that embeds the ids of the prompt
-        once more; what it puts before them is kept, and they are replaced by the embeddings that were packed.
+        once more; what it puts before them is kept, and they are replaced by the embeddings that were packed. And it
+        knows the cache by its older name alone (PEFT 0.21.2): by another it finds none, and puts virtual tokens before
+        every new token.
         """
         replaced = vars(self).get("prepare_inputs_for_generation")
         if replaced is None:
@@ -197,7 +204,9 @@ class VtcGenerationMixin(GenerationMixin):
             nonlocal num_virtual
             positions = kwargs.get("cache_position")  # 4.57 only
             prefill = kwargs.get("is_first_iteration") or positions is not None and int(positions[0]) == 0
-            inputs = replaced(input_ids, *args, **kwargs)
+            inputs = replaced(input_ids, *args, **kwargs, cache_name=_CACHE_NAME_OF_PEFT)
+            if _CACHE_NAME_OF_PEFT in inputs:
+                inputs.update(named_cache(inputs.pop(_CACHE_NAME_OF_PEFT)))
             if prefill and inputs_embeds is not None:
                 given, cache = inputs.get("inputs_embeds"), inputs.get(CACHE_NAME)
                 if given is not None:
@@ -223,9 +232,10 @@ class VtcGenerationMixin(GenerationMixin):
         *args: Any,
         inputs_embeds: torch.Tensor | None = None,
         decode_plan: DecodePlan | None = None,
+        cache_name: str = CACHE_NAME,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The stock method, and the plan of the packed prompt.
+        """The stock method, and the plan of the packed prompt; the cache is returned as `cache_name`.
 
         The stock method loses embeddings where looked-up candidate tokens follow the prompt (4.57 and 5.x), and where
         a filled cache holds its beginning (4.57).
@@ -245,6 +255,8 @@ class VtcGenerationMixin(GenerationMixin):
             inputs["attention_mask"] = kwargs.get("attention_mask")
         if decode_plan is not None:
             inputs["decode_plan"] = decode_plan
+        if CACHE_NAME in inputs:
+            inputs[cache_name] = inputs.pop(CACHE_NAME)
         return inputs
 
     def _lengths_without_prompt(
