@@ -1,0 +1,76 @@
+"""Budgets of a request: what is refused, how many placeholders an image gets, and what the encoder is told.
+
+Needs no vllm. An engine fixes the placeholders of an image before the tower runs, and keeps images one by one in its
+caches, so what an image is worth may depend on nothing but itself and the arguments of its request.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..models.processing_vtc import VtcImagesKwargs, VtcProcessor
+from ..models.prompt_vtc import BY_SCORES, Budget, budgets_per_image
+from ..models.tiling_vtc import refuse_unknown
+
+# how a tensor of the encoder's inputs says `"auto"` and `"full"`; other budgets are numbers of visual tokens there
+AUTO, FULL = -1, 0
+
+_IMAGE_ARGUMENTS = frozenset(VtcImagesKwargs.__annotations__) - {"return_tensors"}
+_GROUPED = ("images_kwargs", "text_kwargs", "common_kwargs")
+
+
+class Planned(NamedTuple):
+    """Of each image, the placeholders that it gets and the budget that the encoder is told."""
+
+    num_placeholders: list[int]
+    codes: list[int]
+
+
+def image_arguments(mm_processor_kwargs: Mapping[str, Any]) -> tuple[Budget | Sequence[Budget], dict[str, Any]]:
+    """`vtc_budget`, and fields of the image processor, among the `mm_processor_kwargs` of a request.
+
+    Raises:
+        ValueError: an argument is none that changes an image.
+    """
+    given = {name: value for name, value in mm_processor_kwargs.items() if name not in _GROUPED}
+    for group in _GROUPED:
+        given.update(mm_processor_kwargs.get(group) or {})
+    # vLLM's own, for a text that is not used
+    given.pop("truncation", None)
+    refuse_unknown(given, _IMAGE_ARGUMENTS, "`mm_processor_kwargs`")
+    return given.pop("vtc_budget", None), given
+
+
+def planned(
+    processor: VtcProcessor,
+    image_sizes: Sequence[Sequence[int]],
+    vtc_budget: Budget | Sequence[Budget],
+    fields: Mapping[str, Any],
+    reason: str = "",
+) -> Planned:
+    """What the images of a request get.
+
+    Args:
+        image_sizes: as the image processor returns them.
+        vtc_budget: as the model takes it; None is `"auto"`.
+        fields: of the image processor, for this request.
+        reason (`str`): why the method's router cannot decide in an engine, for the message; empty if it has none.
+
+    Raises:
+        ValueError: nothing fits a budget, or only the pixels or the question could tell what does.
+    """
+    budgets = budgets_per_image(vtc_budget, len(image_sizes))
+    config = processor.model_config
+    if reason and "auto" in budgets and config.own_level([1]) == BY_SCORES:
+        raise ValueError(
+            f"`vtc_budget='auto'` cannot be served for {config.model_type}: {reason} Give a number of tokens, a share "
+            "of them or 'full' in `mm_processor_kwargs`, of the request or of the server."
+        )
+    counts = processor.written_tokens(image_sizes, budgets, **fields)
+    words = {"auto": AUTO, "full": FULL}
+    codes = [words.get(budget, count) if isinstance(budget, str) else count for budget, count in zip(budgets, counts)]
+    return Planned(counts, codes)
+
+
+def budget_of_code(code: int) -> Budget:
+    """The budget that a code of `planned` stands for."""
+    return {AUTO: "auto", FULL: "full"}.get(code, code)
