@@ -164,7 +164,7 @@ HOST_NAMES = [
     ),
     # conversion
     *_rows("convert/__init__.py", "transformers:PreTrainedModel.from_pretrained(config)"),
-    *_rows("convert/__init__.py convert/plan.py report/measured.py", "config:_attn_implementation"),
+    *_rows("convert/__init__.py convert/plan.py report/measured.py models/host_vtc.py", "config:_attn_implementation"),
     # torch
     *_rows(
         "models/modeling_vico.py",

@@ -69,3 +69,13 @@ def position_axes(config: PretrainedConfig) -> tuple[int, ...]:
     # under its name of 4.57, or that of 5.x
     rope = vars(config).get("rope_parameters") or vars(config).get("rope_scaling") or {}
     return (3,) if "mrope_section" in rope else ()
+
+
+# what engines that run stock models call their own attention: vLLM 0.32, and SGLang by its documentation
+_ENGINES = ("vllm", "sglang")
+
+
+def engine_of(text_config: PretrainedConfig) -> str | None:
+    """The engine whose backend for models of transformers builds a decoder, None for transformers itself."""
+    attention = text_config._attn_implementation
+    return attention if attention in _ENGINES else None

@@ -27,7 +27,7 @@ from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
 from .head_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast, full_length_logits, predicting_states
 from .host_decoder_vtc import may_be_shortened, past_length, run_segments
-from .host_vtc import FORWARD_ARGUMENTS, HEAD_TP_PLAN, cache_of, given_cache, named_cache
+from .host_vtc import FORWARD_ARGUMENTS, HEAD_TP_PLAN, cache_of, engine_of, given_cache, named_cache
 from .layout_vtc import Layout, layout_of_images, layout_of_prompt
 from .packing_vtc import (
     DecodePlan,
@@ -66,6 +66,7 @@ class VtcModel(VtcVision):
     reads_padding_mask = False
 
     def make_decoder(self, config: VtcConfig) -> None:
+        _refuse_engines(config)
         self.language_model = AutoModel.from_config(config.text_config)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -459,6 +460,23 @@ class VtcModel(VtcVision):
             return layout.num_leaving
         choice, _ = self.compress(vision, layout, embeds)
         return choice.num_kept
+
+
+def _refuse_engines(config: VtcConfig) -> None:
+    """Raise where an engine builds the model that asks for all visual tokens, and the model could do with fewer."""
+    engine = engine_of(config.text_config)
+    if engine is None:
+        return
+    # an engine builds on the meta device
+    one, size = torch.ones(1, dtype=torch.long, device="cpu"), torch.tensor([config.smallest_image], device="cpu")
+    (counts,) = config.levels(config.sizes_of(one, size))
+    if min(counts) < counts[0]:
+        raise ValueError(
+            f"{engine} would serve this {config.model_type} model uncompressed without saying so: its backend for "
+            "models of transformers fixes the placeholders of an image, and asks for all of its visual tokens. Install "
+            "hf_vtc beside vLLM, whose plugin serves the model with its tokens saved, or use `generate` or "
+            "`hf-vtc serve`."
+        )
 
 
 class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
