@@ -68,6 +68,11 @@ class VtcServed(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
+    def embed_input_ids(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # a placeholder that no image stands behind may have no row in the embeddings
+        known = input_ids < self.config.text_config.vocab_size
+        return super().embed_input_ids(input_ids.where(known, 0), *args, **kwargs)
+
     @torch.no_grad()
     def embed_multimodal(
         self,
@@ -123,14 +128,16 @@ class VtcServed(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         missing = [name for name in vision if _VISION + name not in loaded]
         if missing:
             raise ValueError(
-                f"The checkpoint lacks {len(missing)} weights of the vision part, such as {missing[0]!r}. Serve a folder "
-                "that `save_pretrained` of the whole model wrote."
+                f"The checkpoint lacks {len(missing)} weights of the vision part, such as {missing[0]!r}. Serve a "
+                "folder that `save_pretrained` of the whole model wrote."
             )
         return loaded | decoder
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(
-            language_model="language_model", connector="vision.multi_modal_projector", tower_model="vision.vision_tower"
+            language_model="language_model",
+            connector="vision.multi_modal_projector",
+            tower_model="vision.vision_tower",
         )
 
 

@@ -7,9 +7,7 @@ from .base import VtcServed
 from .processing import VtcDummyInputs, VtcMultiModalProcessor, VtcProcessingInfo
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    VtcMultiModalProcessor, info=VtcProcessingInfo, dummy_inputs=VtcDummyInputs
-)
+@MULTIMODAL_REGISTRY.register_processor(VtcMultiModalProcessor, info=VtcProcessingInfo, dummy_inputs=VtcDummyInputs)
 class ConvllavaForConditionalGeneration(VtcServed):
     """A tower that compresses, and the engine's decoder."""
 

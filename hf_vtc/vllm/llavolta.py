@@ -8,9 +8,7 @@ from .base import VtcServed
 from .processing import VtcDummyInputs, VtcMultiModalProcessor, VtcProcessingInfo
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    VtcMultiModalProcessor, info=VtcProcessingInfo, dummy_inputs=VtcDummyInputs
-)
+@MULTIMODAL_REGISTRY.register_processor(VtcMultiModalProcessor, info=VtcProcessingInfo, dummy_inputs=VtcDummyInputs)
 class LlavoltaForConditionalGeneration(VtcServed):
     """Images shortened behind the projector, and the engine's decoder."""
 
@@ -23,8 +21,9 @@ class LlavoltaForConditionalGeneration(VtcServed):
             raise ValueError(
                 f"`compress_layer_idx` must be -1 to be served by vLLM, got {layer_idx}: images that get shorter at a "
                 "decoder layer need layers with caches of two lengths, or positions with gaps, which the engine does "
-                "not have. Serve it with `--hf-overrides '{\"compress_layer_idx\": -1}'`, which shortens images before "
-                "the sequence is built (measure the answers: it is another model), or use `generate` or `hf-vtc serve`."
+                "not have. Serve it with `--hf-overrides '{\"compress_layer_idx\": -1}'`, which shortens images "
+                "before the sequence is built (measure the answers: it is another model), or use `generate` or "
+                "`hf-vtc serve`."
             )
         # what an operator overrides was checked by nobody
         config.set_compression(layer_idx, config.compress_stride)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature
 from vllm.inputs import MultiModalDataDict
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
@@ -19,9 +20,6 @@ from vllm.multimodal.processing import (
 
 from ..models.processing_vtc import VtcProcessor
 from .budgets import Planned, image_arguments, planned
-
-# sides in tiles of images among which the one with the most visual tokens is looked for
-_LONGEST = 40
 
 
 class VtcProcessingInfo(BaseProcessingInfo):
@@ -40,8 +38,10 @@ class VtcProcessingInfo(BaseProcessingInfo):
     def largest_image(self) -> tuple[int, int]:
         """(height, width) in pixels of an image with the most visual tokens."""
         processor = self.get_hf_processor()
-        tile = processor.image_processor.size["height"]
-        sides = [tile * count for count in range(1, _LONGEST + 1)]
+        settings = processor.image_processor
+        tile = settings.size["height"]
+        # square ones, and rows and columns of as many tiles as there may be
+        sides = [tile * count for count in range(1, settings.max_tiles + 1)]
         sizes = [(side, side) for side in sides] + [(tile, side) for side in sides] + [(side, tile) for side in sides]
         return max(sizes, key=lambda size: processor.reserved_tokens(*size))
 
@@ -58,13 +58,10 @@ class VtcDummyInputs(BaseDummyInputsBuilder[VtcProcessingInfo]):
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> MultiModalDataDict:
         height, width = self.info.largest_image()
-        images = self._get_dummy_images(
-            width=width,
-            height=height,
-            num_images=mm_counts.get("image", 0),
-            overrides=mm_options.get("image"),
-        )
-        return {"image": images}
+        bounds = mm_options.get("image")
+        if bounds is not None:
+            height, width = min(height, bounds.height or height), min(width, bounds.width or width)
+        return {"image": [Image.new("RGB", (width, height))] * mm_counts.get("image", 0)}
 
 
 class VtcMultiModalProcessor(BaseMultiModalProcessor[VtcProcessingInfo]):
@@ -77,6 +74,16 @@ class VtcMultiModalProcessor(BaseMultiModalProcessor[VtcProcessingInfo]):
         inputs = super().get_dummy_inputs(*args, **kwargs)
         inputs.hf_processor_mm_kwargs = {"vtc_budget": "full"}
         return inputs
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        image_id, num_images = self.info.get_hf_processor().image_token_id, len(inputs.mm_data_items.get("image", ()))
+        written = inputs.prompt.count(image_id)
+        if written != num_images:
+            raise ValueError(
+                f"The prompt has {written} image placeholders but {num_images} images were given. Give each image one "
+                "content item in the chat, and leave the placeholder token out of texts."
+            )
+        return super().apply(inputs, timing_ctx)
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         processor = self.info.get_hf_processor()
@@ -102,7 +109,9 @@ class VtcMultiModalProcessor(BaseMultiModalProcessor[VtcProcessingInfo]):
     ) -> Mapping[str, MultiModalFieldConfig]:
         # nothing is left of a request whose images are all in the cache
         fields = {
-            name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in hf_inputs if name != "pixel_values"
+            name: MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+            for name in hf_inputs
+            if name != "pixel_values"
         }
         if "num_tiles" in hf_inputs:
             fields["pixel_values"] = MultiModalFieldConfig.flat_from_sizes("image", hf_inputs["num_tiles"])
