@@ -17,6 +17,7 @@ MODEL_SOURCES = sorted(MODELS.glob("*.py"))
 # a part of the package imports parts of its own rank or below, never above; `models` imports itself alone
 RANK = {
     "hub": 4,
+    "vllm": 4,
     "trainers": 3,
     "convert": 3,
     "lora": 3,

@@ -473,8 +473,8 @@ def _refuse_engines(config: VtcConfig) -> None:
     if min(counts) < counts[0]:
         raise ValueError(
             f"{engine} would serve this {config.model_type} model uncompressed without saying so: its backend for "
-            "models of transformers fixes the placeholders of an image, and asks for all of its visual tokens. Install "
-            "hf_vtc beside vLLM, whose plugin serves the model with its tokens saved, or use `generate` or "
+            "models of transformers fixes the placeholders of an image, and asks for all of its visual tokens. "
+            "Install hf_vtc beside vLLM, whose plugin serves the model with its tokens saved, or use `generate` or "
             "`hf-vtc serve`."
         )
 

@@ -1,10 +1,10 @@
 """ViCO in vLLM: a budget says how many tiles of an image are compressed, and the router in the encoder which.
 
 `"auto"` asks the router how many, which an engine wants to know before its encoder runs. Where the environment
-variable `HF_VTC_VLLM_AUTO` is 1, tower and router run a second time, in the process that prepares images: it costs the
-memory of a second tower there, on the CPU, and the time of a forward pass of it per image that is not in the cache. The
-quantile of the rule then spans the tiles of an image, since an engine prepares images one by one; the model's own spans
-those of a sample. Prompts of one image give the same tokens.
+variable `HF_VTC_VLLM_AUTO` is 1, tower and router run a second time, in the process that prepares images. It costs the
+memory of a second tower there, on the CPU, and the time of a forward pass of it per image that is not in the cache.
+The quantile of the rule then spans the tiles of an image, since an engine prepares images one by one; the model's own
+spans those of a sample. Prompts of one image give the same tokens.
 """
 
 import os
