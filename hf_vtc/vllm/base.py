@@ -26,13 +26,28 @@ from .budgets import budget_of_code
 _VISION = "vision."
 
 
+class VtcWeightsMapper(WeightsMapper):
+    """Names of our checkpoints and adapters to those of `VtcServed`."""
+
+    def _map_name(self, key: str) -> str | None:
+        name = super()._map_name(key)
+        if name is not None and name.startswith(_VISION) and ".lora_" in key:
+            # vLLM would leave it out without saying so
+            raise ValueError(
+                f"The adapter changes {key!r}, which is not of the decoder: vLLM applies adapters to that alone. Merge "
+                "it into the model (`merge_and_unload`) and serve that, or train one with "
+                "`default_lora_config(model, compressor=())`."
+            )
+        return name
+
+
 class VtcServed(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
     """A method of hf_vtc in vLLM. Abstract."""
 
     vision_class: ClassVar[type[VtcVision]]
 
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-    hf_to_vllm_mapper = WeightsMapper(
+    hf_to_vllm_mapper = VtcWeightsMapper(
         orig_to_new_prefix={
             "model.language_model.": "language_model.model.",
             "lm_head.": "language_model.lm_head.",
