@@ -42,7 +42,9 @@ class Conversation:
     images: list[Any]
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], ignore_fields: Collection[str] = ()) -> "Conversation":
+    def from_record(
+        cls, record: Mapping[str, Any], ignore_fields: Collection[str] = (), needs_answer: bool = True
+    ) -> "Conversation":
         """Read and check one record; nothing is opened.
 
         - Messages in one of these formats: `messages` or `conversations`, a list of `role` and `content`, or of `from`
@@ -59,7 +61,7 @@ class Conversation:
         - `images`, `image` or `file_name`: one image or a list, for those places of the text that carry none. If the
           text has no place for any, they come before the text of the first user message. An empty string is no image.
         - An answer whose `weight`, `loss` or `loss_mask` is 0 or false is shown but not learned; with `mask_history`
-          true only the last one is learned. At least one must be.
+          true only the last one is learned. At least one must be, unless `needs_answer` is false.
 
         A single `<image>` at the end of a message goes to its front, as in LLaVA's own loader; others stay where they
         are. Fields that only describe a record (`formats.HARMLESS_FIELDS`) are ignored, and so are empty ones, with
@@ -68,6 +70,7 @@ class Conversation:
         Args:
             record (`Mapping`): the record.
             ignore_fields (`Collection[str]`): more fields of records that are ignored.
+            needs_answer (`bool`): whether there must be something to learn; a question alone can be evaluated.
 
         Raises:
             ValueError: the record breaks one of these rules; the message says which.
@@ -83,7 +86,7 @@ class Conversation:
             except ValueError as error:
                 raise ValueError(f"Message {idx}: {error}") from error
         _check_messages(read)
-        read = _in_turn(read)
+        read = _in_turn(read, needs_answer)
         surplus = len(list(left))
         if surplus and not images and read:
             first = next(idx for idx, message in enumerate(read) if message.role == "user")
@@ -253,11 +256,12 @@ def _check_messages(messages: list[Message]) -> None:
             raise ValueError(f"Message {idx}: there may be one system prompt, before all other messages.")
 
 
-def _in_turn(messages: list[Message]) -> list[Message]:
+def _in_turn(messages: list[Message], needs_answer: bool) -> list[Message]:
     """The messages with those of one role joined, and without an answer to nothing.
 
     Raises:
-        ValueError: answers would be joined of which some are learned and some are not, or nothing is learned.
+        ValueError: answers would be joined of which some are learned and some are not, or nothing is learned although
+            `needs_answer`.
     """
     joined: list[Message] = []
     for idx, message in enumerate(messages):
@@ -273,12 +277,12 @@ def _in_turn(messages: list[Message]) -> list[Message]:
             )
         joined[-1] = message._replace(content=_joined(joined[-1].content, message.content))
     answers = [message for message in joined if message.role == "assistant"]
-    if not answers:
+    if not answers and needs_answer:
         raise ValueError(
             "`messages` hold nothing to learn, since no message has the role `assistant` and a question before it. "
             "Add one."
         )
-    if not any(message.learned for message in answers):
+    if needs_answer and not any(message.learned for message in answers):
         raise ValueError("The messages hold nothing to learn, since every answer has weight 0. Leave the record out.")
     return joined
 

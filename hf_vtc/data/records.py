@@ -1,7 +1,7 @@
 """Data sets of chat records, checked before the first step: what is wrong is named, and never dropped silently."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,9 +54,10 @@ class ChatRecords(Dataset):
         check_images: str,
         collator: VtcCollator | None,
         ignore_fields: Collection[str] = (),
+        needs_answer: bool = True,
     ):
         self._sources, self._reader, self._check_images = sources, reader, check_images
-        self._ignore_fields = frozenset(ignore_fields)
+        self._ignore_fields, self._needs_answer = frozenset(ignore_fields), needs_answer
         # (source, row) of each usable record
         self._places: list[tuple[int, int]] = []
         self.errors: list[BadRecord] = []
@@ -78,6 +79,11 @@ class ChatRecords(Dataset):
                 remedy = "`load_records(..., check_images='pixels')` finds such images before training."
             raise RecordError(f"{looked.origin}: {looked.error} {remedy}") from looked.error
         return {"messages": looked.conversation.messages, "images": looked.images, "origin": looked.origin}
+
+    def fields(self, idx: int) -> Mapping[str, Any]:
+        """One record as it is written, with the fields that make no message."""
+        source_idx, row_idx = self._places[idx]
+        return self._sources[source_idx][row_idx]
 
     def to_dataset(self) -> Any:
         """The records as a `datasets.Dataset`, the only kind that TRL takes.
@@ -136,7 +142,7 @@ class ChatRecords(Dataset):
         try:
             record = source[row_idx]
             looked.origin = source.origin(row_idx, named(record))
-            looked.conversation = Conversation.from_record(record, self._ignore_fields)
+            looked.conversation = Conversation.from_record(record, self._ignore_fields, self._needs_answer)
             for image in looked.conversation.images:
                 if depth == "pixels":
                     decoded = self._reader.read(image)
@@ -217,6 +223,7 @@ def load_records(
     check_images: str = "pixels",
     collator: VtcCollator | None = None,
     ignore_fields: Collection[str] = (),
+    needs_answer: bool = True,
 ) -> ChatRecords:
     """Read chat records of any usual format, and check every one of them before training begins.
 
@@ -244,6 +251,8 @@ def load_records(
             size of every image, so that addresses are downloaded for it.
         ignore_fields (`Collection[str]`): fields of records that are not looked at. Without it a field is an error if
             it is neither read nor known to be harmless.
+        needs_answer (`bool`): whether a record must hold an answer to learn, as training needs it and a question to
+            evaluate does not.
 
     Returns:
         A data set for `transformers.Trainer` and `torch.utils.data.DataLoader` with a `VtcCollator`; TRL takes its
@@ -262,7 +271,7 @@ def load_records(
         raise ValueError(f"`check_images` must be one of {', '.join(_CHECKS)}, got {check_images!r}.")
     sources, folder = open_source(source)
     reader = ImageReader(folder if image_folder is None else image_folder, allow_urls, max_image_pixels)
-    records = ChatRecords(sources, reader, check_images, collator, ignore_fields)
+    records = ChatRecords(sources, reader, check_images, collator, ignore_fields, needs_answer)
     _report(records, on_error)
     return records
 
@@ -276,7 +285,7 @@ def _report(records: ChatRecords, on_error: str) -> None:
             raise RecordError(f"{found}\nRepair them, or leave them out by `on_error='skip'`.")
         logger.warning(f"{found}\nThey are left out; `errors` of the data set has all of them.")
     if not len(records):
-        raise RecordError(f"No usable record is left of {total}. Training needs at least one.")
+        raise RecordError(f"No usable record is left of {total}. At least one is needed.")
 
 
 def _listed(errors: list[BadRecord]) -> str:
