@@ -8,17 +8,17 @@ from .auto import AutoModelForVision2Seq, install_vision2seq
 from .version import __version__ as __version__
 
 # loaded on first use, so that loading a model costs neither peft, matplotlib nor the trainers
-_SUBMODULES = ("convert", "data", "hub", "lora", "plot", "report", "trainers")
-_REPORT_FUNCTIONS = ("bench", "estimate")
+_SUBMODULES = ("convert", "data", "evaluation", "hub", "lora", "plot", "report", "trainers")
+_FUNCTIONS = {"bench": ".report", "estimate": ".report", "evaluate": ".evaluation"}
 
-__all__ = ["AutoModelForVision2Seq", "install_vision2seq", "methods", "models", *_REPORT_FUNCTIONS, *_SUBMODULES]
+__all__ = ["AutoModelForVision2Seq", "install_vision2seq", "methods", "models", *_FUNCTIONS, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return import_module(f".{name}", __name__)
-    if name in _REPORT_FUNCTIONS:
-        return getattr(import_module(".report", __name__), name)
+    if name in _FUNCTIONS:
+        return getattr(import_module(_FUNCTIONS[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

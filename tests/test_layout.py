@@ -18,6 +18,7 @@ MODEL_SOURCES = sorted(MODELS.glob("*.py"))
 RANK = {
     "hub": 4,
     "vllm": 4,
+    "evaluation": 4,
     "trainers": 3,
     "convert": 3,
     "lora": 3,

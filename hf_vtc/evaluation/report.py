@@ -1,0 +1,188 @@
+"""What an evaluation found: rows, one sentence, and the files that hold them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..report.render import as_table, as_text
+from .recommendation import Recommendation
+from .running import write_atomically
+from .summary import ENOUGH_HARD, Row
+
+SCHEMA = 1
+JSON_FILE = "report.json"
+MARKDOWN_FILE = "report.md"
+_BASELINES_NOTE = "Baselines are not trained for this checkpoint; they spend as many tokens as the point beside them."
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """The lines of an evaluation, full length first, then the method's other points with baselines beside them.
+
+    `rows`: see [`Row`]; `recommendation`: which budget to take, and how sure that is; `facts`: everything that the
+    figures depend on; `notes`: what a reader must know, such as baselines that are not possible here.
+    """
+
+    rows: list[Row]
+    recommendation: Recommendation
+    facts: dict[str, Any]
+    notes: list[str]
+
+    def row(self, point: str) -> Row:
+        """The line of a point.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        found = next((row for row in self.rows if row.point == point), None)
+        if found is None:
+            raise KeyError(f"There is no line {point!r}, only {', '.join(row.point for row in self.rows)}.")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "schema": SCHEMA,
+            **self.facts,
+            "rows": [row.to_dict() for row in self.rows],
+            "recommendation": asdict(self.recommendation),
+            "notes": self.notes,
+        }
+
+    def to_markdown(self) -> str:
+        """Table, sentence and circumstances, ready for a model card."""
+        header, *lines = self._lines()
+        table = [header, tuple("---" if not idx else "---:" for idx in range(len(header))), *lines]
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)
+        kinds = self._kinds_markdown()
+        notes = "\n".join(f"- {note}" for note in self._notes())
+        return f"# {self._title()}\n\n{self.recommendation.sentence}\n\n{body}\n\n{kinds}{notes}\n"
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write `report.json`, `report.md`, and plots if matplotlib is there.
+
+        Returns:
+            The files that were written.
+        """
+        from .drawing import draw
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / JSON_FILE, folder / MARKDOWN_FILE]
+        write_atomically(files[0], json.dumps(self.to_dict(), indent=2) + "\n")
+        write_atomically(files[1], self.to_markdown())
+        return files + draw(self.rows, self.recommendation, self.facts, folder)
+
+    def __str__(self) -> str:
+        header, *lines = self._lines()
+        return as_text(self._title(), header, lines, [self.recommendation.sentence, *self._notes()])
+
+    def __rich__(self) -> Any:
+        header, *lines = self._lines()
+        return as_table(self._title(), header, lines, [self.recommendation.sentence, *self._notes()])
+
+    def _title(self) -> str:
+        facts = self.facts
+        return f"{Path(str(facts['model'])).name}: {facts['num_questions']:,} questions, metric {facts['metric']}"
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        with_hard = any(row.hard for row in self.rows)
+        with_time = any(row.speedup is not None for row in self.rows)
+        header = ["point", "tokens", "share", "score", "difference", "lost / gained", "same answer"]
+        header += (["on hard"] if with_hard else []) + (["answer time"] if with_time else [])
+        lines = [tuple(header)]
+        for row in self.rows:
+            cells = [row.point, f"{row.tokens:.1f}", f"{row.share:.1%}", _score(row), _difference(row), _counts(row)]
+            cells.append("" if row.same_answer is None else f"{row.same_answer:.1%}")
+            cells += [_hard(row)] if with_hard else []
+            cells += [_time(row)] if with_time else []
+            lines.append(tuple(cells))
+        return lines
+
+    def _kinds_markdown(self) -> str:
+        kinds = sorted({kind for row in self.rows for kind in row.kinds})
+        if not kinds or all(row.score is None for row in self.rows):
+            return ""
+        numbers = [self.rows[0].kinds[kind].num for kind in kinds]
+        header = ["point", *(f"{kind} (n = {num:,})" for kind, num in zip(kinds, numbers, strict=True)), "all"]
+        lines = [header, ["---", *["---:"] * (len(kinds) + 1)]]
+        for row in self.rows:
+            lines.append([row.point, *(_score(row.kinds[kind]) for kind in kinds), _score(row)])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
+
+    def _notes(self) -> list[str]:
+        facts = self.facts
+        confidence = f"{facts['confidence']:.0%}"
+        notes = [
+            f"Brackets: {confidence} intervals, two-sided; differences to full length on the same questions.",
+            f"Checkpoint {facts['checkpoint'][:12]}, data {facts['data'][:12]}, {facts['dtype']} on "
+            f"{facts['device']}, batches of {facts['batch_size']}, at most {facts['max_new_tokens']} new tokens, "
+            f"greedy, seed {facts['seed']}.",
+        ]
+        if any(row.beside for row in self.rows):
+            notes.append(_BASELINES_NOTE)
+        clipped = [f"{row.point}: {row.num_clipped}" for row in self.rows if row.num_clipped]
+        if clipped:
+            notes.append(f"Images that got more tokens than asked, since they admit no less: {', '.join(clipped)}.")
+        cut = [f"{row.point}: {row.truncated}" for row in self.rows if row.truncated]
+        if cut:
+            notes.append(f"Answers cut off at {facts['max_new_tokens']} tokens: {', '.join(cut)}.")
+        return notes + self.notes
+
+
+def _bounds(interval: Sequence[float]) -> str:
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _score(row: Row) -> str:
+    if row.score is None:
+        return "-"
+    draws = (
+        f" ({100 * min(row.draws):.1f} to {100 * max(row.draws):.1f} in {len(row.draws)} draws)" if row.draws else ""
+    )
+    return f"{100 * row.score:.2f} {_bounds(row.interval)}{draws}"
+
+
+def _difference(row: Row) -> str:
+    return "" if row.difference is None else f"{100 * row.difference.value:+.2f} {_bounds(row.difference.interval)}"
+
+
+def _counts(row: Row) -> str:
+    if row.difference is None or row.difference.counts is None:
+        return ""
+    return f"{row.difference.counts.lost} / {row.difference.counts.gained}"
+
+
+def _hard(row: Row) -> str:
+    if row.hard is None:
+        return ""
+    num, right = row.hard
+    return f"{right} of {num}" + (f" ({right / num:.1%})" if num >= ENOUGH_HARD else "")
+
+
+def _time(row: Row) -> str:
+    if row.seconds is None:
+        return ""
+    times = f"{1e3 * row.seconds:.1f} ms"
+    if row.speedup is None:
+        return times
+    return f"{times}, {row.speedup:.2f}x [{row.speedup_interval.low:.2f}, {row.speedup_interval.high:.2f}]"
+
+
+def versions() -> Mapping[str, str]:
+    """Of what decides about figures."""
+    import platform
+
+    import torch
+    import transformers
+
+    from ..version import __version__
+
+    return {
+        "hf_vtc": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,353 @@
+"""Asking: batches of questions, each answered at every point in turn, the tower run once for all of them.
+
+Points take turns within a batch, so that a machine that slows down slows all of them. What is answered stands in a
+file at once; a run that was ended goes on behind it, and comes to the same answers, since batches are the same.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..data import ChatRecords
+from ..methods import record_of
+from ..models.prompt_vtc import VisionInputs
+from ..models.vision_vtc import Choice, TextStates, VisualTokens
+from .points import Point, clipped_budget
+from .questions import Question
+
+logger = logging.get_logger(__name__)
+
+ANSWERS_FILE = "samples.jsonl"
+TIMES_FILE = "times.jsonl"
+RUN_FILE = "run.json"
+
+
+@dataclass
+class Answer:
+    """What one point answered to one question: text, score, visual tokens kept and reserved, and whether it is cut."""
+
+    key: str
+    point: str
+    answer: str
+    score: float | None
+    tokens: int
+    reserved: int
+    num_images: int = 1
+    num_clipped: int = 0
+    truncated: bool = False
+    decisions: list | None = None
+
+    @classmethod
+    def from_line(cls, line: str) -> "Answer":
+        return cls(**json.loads(line))
+
+    def to_line(self) -> str:
+        return json.dumps(vars(self), ensure_ascii=False) + "\n"
+
+
+class AnswerFile:
+    """The answers of a run, in memory, and in a folder if there is one.
+
+    Args:
+        folder (`Path`, *optional*): of this run; what an earlier one has answered there is read.
+        run (`Mapping`): what answers depend on. A folder of another run is refused.
+
+    Raises:
+        ValueError: the folder's answers were given under other circumstances; the message names them.
+    """
+
+    def __init__(self, folder: Path | None, run: Mapping[str, Any]):
+        self.folder = folder
+        self.answers: dict[tuple[str, str], Answer] = {}
+        self.seconds: dict[tuple[str, str], float] = {}
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._claim(dict(run))
+        for file, read in ((ANSWERS_FILE, self._read_answer), (TIMES_FILE, self._read_time)):
+            self._recover(folder / file, read)
+
+    def _claim(self, run: dict[str, Any]) -> None:
+        file = self.folder / RUN_FILE
+        run = json.loads(json.dumps(run))
+        if not file.exists():
+            write_atomically(file, json.dumps(run, indent=2) + "\n")
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = sorted(name for name in {*before, *run} if before.get(name) != run.get(name))
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"`output` {str(self.folder)!r} holds answers of another run: `{'`, `'.join(changed)}` changed "
+                f"({name}: {before.get(name)!r} before, {run.get(name)!r} now). Give another folder, or remove this "
+                "one."
+            )
+
+    def _recover(self, file: Path, read: Any) -> None:
+        """Read the whole lines of a file, and cut off what a killed process left unfinished behind them."""
+        if not file.exists():
+            return
+        content = file.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        for line in content[:whole].decode("utf-8").splitlines():
+            read(line)
+        if whole < len(content):
+            with file.open("r+b") as stream:
+                stream.truncate(whole)
+
+    def _read_answer(self, line: str) -> None:
+        answer = Answer.from_line(line)
+        self.answers[answer.point, answer.key] = answer
+
+    def _read_time(self, line: str) -> None:
+        point, key, seconds = json.loads(line)
+        self.seconds[point, key] = seconds
+
+    def has(self, point: Point, questions: Sequence[Question]) -> bool:
+        """Whether all of these questions are answered."""
+        return all((point.name, question.key) in self.answers for question in questions)
+
+    def add(self, answers: Sequence[Answer], seconds: float | None) -> None:
+        """Keep answers, and write those that are new."""
+        new = [answer for answer in answers if (answer.point, answer.key) not in self.answers]
+        self.answers.update({(answer.point, answer.key): answer for answer in new})
+        times = {} if seconds is None else {(each.point, each.key): seconds / len(answers) for each in new}
+        self.seconds.update(times)
+        if self.folder is None:
+            return
+        _append(self.folder / TIMES_FILE, "".join(json.dumps([*name, value]) + "\n" for name, value in times.items()))
+        _append(self.folder / ANSWERS_FILE, "".join(answer.to_line() for answer in new))
+
+
+def _append(file: Path, text: str) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file so that nobody finds a part of it."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+@dataclass
+class Compressed:
+    """Images of a batch at one point of the method: what was chosen, and the visual tokens."""
+
+    choice: Choice
+    visual: VisualTokens
+
+
+@dataclass
+class Batch:
+    """Some questions as model inputs, their images through the tower."""
+
+    questions: list[Question]
+    inputs: dict[str, torch.Tensor]
+    rows: list[int] = field(default_factory=list)
+    counts: list[Sequence[int]] = field(default_factory=list)
+    features: Any = None
+    seconds: float = 0.0
+
+    @property
+    def num_images(self) -> int:
+        return len(self.counts)
+
+    def per_question(self, values: Sequence[int]) -> list[int]:
+        """Sums over the images of each question."""
+        sums = [0] * len(self.questions)
+        for row, value in zip(self.rows, values, strict=True):
+            sums[row] += int(value)
+        return sums
+
+
+class Asker:
+    """Answers batches of questions greedily.
+
+    Args:
+        model (`PreTrainedModel`): of hf_vtc, or with adapters of PEFT around it.
+        processor (`VtcProcessor`): of this model.
+        records ([`ChatRecords`]): that hold the images of the questions.
+        max_new_tokens (`int`): longest answer.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, records: ChatRecords, max_new_tokens: int):
+        self.model, self.processor, self.records = model, processor, records
+        self.max_new_tokens = max_new_tokens
+        self.head = bare_model(model)
+        self.config = self.head.config
+
+    def inputs_of(
+        self, questions: Sequence[Question], images: Sequence[Sequence[Any]], **image_options: Any
+    ) -> dict[str, torch.Tensor]:
+        """Model inputs of some prompts, padded, on the model's device."""
+        texts = [
+            self.processor.apply_chat_template(
+                [{"role": each["role"], "content": _with_parts(each["content"])} for each in question.messages],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for question in questions
+        ]
+        tokenizer = self.processor.tokenizer
+        # as `apply_chat_template(tokenize=True)` does: no first token twice
+        if tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token):
+            image_options["add_special_tokens"] = False
+        inputs = self.processor(
+            text=texts,
+            images=[list(each) for each in images] if any(images) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **image_options,
+        )
+        return dict(inputs.to(self.model.device))
+
+    def images_of(self, questions: Sequence[Question]) -> list[list[Any]]:
+        """The images of each question's prompt, decoded."""
+        return [self.records[each.record_idx]["images"][: each.num_images] for each in questions]
+
+    @torch.no_grad()
+    def batch_of(self, questions: Sequence[Question], budgets: Sequence[Any]) -> Batch:
+        """Questions as inputs, and their images through the tower, once for all points that show these pixels.
+
+        Args:
+            budgets: of all points: what the tower must do is decided by the first that compresses.
+        """
+        batch = Batch(list(questions), self.inputs_of(questions, self.images_of(questions)))
+        if "pixel_values" not in batch.inputs:
+            return batch
+        wanted = next((budget for budget in budgets if budget != "full"), "full")
+        embeds, layout = self._layout(batch, VisionInputs(batch.inputs["pixel_values"], **self._sizes(batch)))
+        batch.rows, batch.counts = layout.rows, layout.counts
+        vision = VisionInputs(
+            batch.inputs["pixel_values"], **self._sizes(batch), vtc_budget=self._budgets(batch, wanted)[0]
+        )
+        _, layout = self._layout(batch, vision)
+        start = self._now()
+        batch.features = self.head.model.encode(batch.inputs.pop("pixel_values"), layout)
+        batch.seconds = self._now() - start
+        return batch
+
+    def _sizes(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {name: batch.inputs[name] for name in ("num_tiles", "image_sizes") if name in batch.inputs}
+
+    def _layout(self, batch: Batch, vision: VisionInputs) -> Any:
+        base = self.head.model
+        embeds, mask = base.find_placeholders(batch.inputs["input_ids"], None)
+        return TextStates(embeds, mask), base.layout_of(mask, batch.inputs.get("attention_mask"), vision)
+
+    def _budgets(self, batch: Batch, budget: Any) -> tuple[Any, int]:
+        """What is given as `vtc_budget`, and how many images got more than was asked for."""
+        each = [clipped_budget(budget, counts) for counts in batch.counts]
+        num_clipped = sum(changed for _, changed in each)
+        return ([own for own, _ in each] if num_clipped else budget), num_clipped
+
+    @torch.no_grad()
+    def compressed(self, batch: Batch, budget: Any) -> Compressed:
+        """What the method makes of the images of a batch within a budget."""
+        vision = VisionInputs(None, batch.features, **self._sizes(batch), vtc_budget=self._budgets(batch, budget)[0])
+        (embeds, mask), layout = self._layout(batch, vision)
+        real = batch.inputs["attention_mask"].bool() & ~mask
+        choice, visual = self.head.model.compress(vision, layout, TextStates(embeds, real))
+        return Compressed(choice, visual)
+
+    def answer(self, batch: Batch, point: Point) -> tuple[list[Answer], float]:
+        """Answers of a point of the method, and seconds, the tower's included."""
+        if batch.features is None:
+            texts, truncated, seconds = self.generate(batch.inputs)
+            none = [0] * len(batch.questions)
+            return self.as_answers(batch, point, texts, truncated, none, none), seconds
+        budget, _ = self._budgets(batch, point.budget)
+        found = self.compressed(batch, point.budget)
+        inputs = {**batch.inputs, "image_features": batch.features, "vtc_budget": budget}
+        texts, truncated, seconds = self.generate(inputs)
+        kept = batch.per_question(found.choice.num_kept.tolist())
+        reserved = batch.per_question([counts[0] for counts in batch.counts])
+        clipped = [int(clipped_budget(point.budget, counts)[1]) for counts in batch.counts]
+        answers = self.as_answers(batch, point, texts, truncated, kept, reserved, batch.per_question(clipped))
+        return answers, seconds + batch.seconds
+
+    @torch.no_grad()
+    def generate(self, inputs: Mapping[str, Any]) -> tuple[list[str], list[bool], float]:
+        """Greedy answers, whether each was cut off, and seconds."""
+        start = self._now()
+        out = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+        seconds = self._now() - start
+        new = out if "input_ids" not in inputs else out[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        ends = self._end_tokens()
+        truncated = [not any(int(token) in ends for token in row) for row in new]
+        return [text.strip() for text in texts], truncated, seconds
+
+    def _end_tokens(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return {*ends, self.processor.tokenizer.eos_token_id} - {None}
+
+    def as_answers(
+        self,
+        batch: Batch,
+        point: Point,
+        texts: Sequence[str],
+        truncated: Sequence[bool],
+        kept: Sequence[int],
+        reserved: Sequence[int],
+        clipped: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        clipped = [0] * len(texts) if clipped is None else clipped
+        return [
+            Answer(
+                question.key,
+                point.name,
+                text,
+                question.score(text),
+                tokens,
+                most,
+                question.num_images,
+                changed,
+                cut,
+            )
+            for question, text, cut, tokens, most, changed in zip(
+                batch.questions, texts, truncated, kept, reserved, clipped, strict=True
+            )
+        ]
+
+    def _now(self) -> float:
+        if self.model.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def _with_parts(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def bare_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model of hf_vtc that PEFT may have wrapped.
+
+    Raises:
+        ValueError: it is none.
+    """
+    from peft import PeftModel
+
+    found = model.get_base_model() if isinstance(model, PeftModel) else model
+    record_of(found.config)
+    return found
+
+
+def batches_of(questions: Sequence[Question], batch_size: int, order: Sequence[int]) -> Iterator[list[Question]]:
+    """Questions in batches, in a given order."""
+    for start in range(0, len(order), batch_size):
+        yield [questions[idx] for idx in order[start : start + batch_size]]

@@ -1,0 +1,211 @@
+"""`evaluate`: from a model and records to a report."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..models.prompt_vtc import Budget
+from .points import Point, method_points
+from .questions import Question, read_questions, records_to_ask, refuse_training_images
+from .recommendation import recommend
+from .report import EvalReport, versions
+from .running import AnswerFile, Asker, batches_of
+from .summary import FULL, Arm, Settings, row_of
+
+BASELINES = ()
+# tokens that an answer may be longer than the longest reference, and how long it may be where none is known
+_MORE_TOKENS = 8
+_TOKENS_WITHOUT_REFERENCE = 64
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: Any,
+    records: Any,
+    *,
+    image_folder: Any = None,
+    budgets: Sequence[Budget] | None = None,
+    metric: Any = "auto",
+    baselines: Sequence[str] = BASELINES,
+    tolerance: float = 0.01,
+    relative: bool = False,
+    confidence: float = 0.95,
+    seeds: int = 5,
+    seed: int = 0,
+    group_by: str = "kind",
+    turns: str = "last",
+    limit: int | None = None,
+    clip: bool = False,
+    holdout: bool | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    train_records: Any = None,
+    output: Any = None,
+) -> EvalReport:
+    """Ask a model every question at every budget, and say what compression costs.
+
+    Args:
+        model (`PreTrainedModel`): of hf_vtc, on its device, or with adapters of PEFT around it.
+        processor (`VtcProcessor`): of this model.
+        records: whatever `load_records` reads, or what `records_to_ask` gave. Fields `answers`, `kind`, `choices` and
+            `metric` are read too.
+        image_folder: where paths of images start, see `load_records`.
+        budgets: `vtc_budget` of each point; full length is always measured. Default: auto and three shares, as far as
+            all images admit them.
+        metric: `"auto"`, a name of `METRICS`, `"module:function"`, or a function of answer and references.
+        baselines (`Sequence[str]`): what stands beside each budget with as many tokens.
+        tolerance (`float`): by how much the score may fall for a budget to be recommended.
+        relative (`bool`): whether that is a share of the score at full length; else it is a difference of scores.
+        confidence (`float`): of intervals and of the recommendation.
+        seeds (`int`): draws of a baseline by lot.
+        seed (`int`): of everything that is drawn.
+        group_by (`str`): field of records whose values are reported apart.
+        turns (`str`): `"last"` or `"all"`, see `read_questions`.
+        limit (`int`, *optional*): ask so many questions, drawn from all.
+        clip (`bool`): whether a budget that is too small for an image becomes the smallest that it admits.
+        holdout (`bool`, *optional*): see `recommend`.
+        batch_size (`int`): questions in a batch.
+        max_new_tokens (`int`, *optional*): longest answer. Default: that of the longest reference and 8 more.
+        train_records: what the model was trained on; a question about one of its images is an error.
+        output (`str` or `os.PathLike`, *optional*): folder in which answers are written as they come. A run that was
+            ended goes on there.
+
+    Returns:
+        [`EvalReport`]
+
+    Raises:
+        ValueError: an argument is outside of its range, a budget cannot be met, or `output` belongs to another run.
+        RecordError: a record cannot be used.
+    """
+    _check(tolerance, confidence, seeds, batch_size, limit, max_new_tokens)
+    records = records_to_ask(records, image_folder, group_by)
+    questions = read_questions(records, metric, group_by, turns)
+    if train_records is not None:
+        refuse_training_images(records, questions, records_to_ask(train_records, image_folder, group_by))
+    questions = _drawn(questions, limit, seed)
+    max_new_tokens = max_new_tokens or _longest_answer(processor, questions)
+    asker = Asker(model.eval(), processor, records, max_new_tokens)
+    points = method_points(processor, asker.config, questions, budgets, clip)
+    settings = Settings(tolerance, confidence, relative, seed)
+    run = {
+        "model": asker.config.name_or_path,
+        "checkpoint": checkpoint_digest(asker.head),
+        "data": data_digest(questions),
+        "metric": ", ".join(sorted({question.metric.name for question in questions})),
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "seed": seed,
+        "clip": clip,
+        "versions": dict(versions()),
+    }
+    answers = AnswerFile(None if output is None else Path(output), run)
+    ask(asker, questions, points, answers, batch_size, seed)
+
+    arms = {point.name: Arm([point], questions, answers.answers, answers.seconds) for point in points}
+    rows = [row_of(arm, arms[FULL], settings) for arm in arms.values()]
+    facts = {
+        **run,
+        "num_questions": len(questions),
+        "num_images": len({question.image for question in questions}),
+        "tolerance": tolerance,
+        "relative": relative,
+        "confidence": confidence,
+        "seeds": seeds,
+    }
+    return EvalReport(rows, recommend(arms, rows, settings, holdout), facts, [])
+
+
+def ask(
+    asker: Asker,
+    questions: Sequence[Question],
+    points: Sequence[Point],
+    answers: AnswerFile,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Answer what is not answered yet."""
+    # in an order by lot, so that what stands in a batch together says nothing
+    order = np.random.default_rng(seed).permutation(len(questions)).tolist()
+    with logging.tqdm(total=len(questions) * len(points), desc="Answering", delay=5) as progress:
+        for chosen in batches_of(questions, batch_size, order):
+            missing = [point for point in points if not answers.has(point, chosen)]
+            progress.update(len(chosen) * (len(points) - len(missing)))
+            if not missing:
+                continue
+            batch = asker.batch_of(chosen, [point.budget for point in points])
+            for point in missing:
+                answers.add(*asker.answer(batch, point))
+                progress.update(len(chosen))
+
+
+def _check(
+    tolerance: float, confidence: float, seeds: int, batch_size: int, limit: int | None, max_new_tokens: int | None
+) -> None:
+    if not 0 < tolerance < 1:
+        raise ValueError(f"`tolerance` must lie between 0 and 1, got {tolerance}. 0.01 is one point of a hundred.")
+    if not 0.5 < confidence < 1:
+        raise ValueError(f"`confidence` must lie between 0.5 and 1, got {confidence}.")
+    for name, value in (
+        ("seeds", seeds),
+        ("batch_size", batch_size),
+        ("limit", limit),
+        ("max_new_tokens", max_new_tokens),
+    ):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+
+
+def _drawn(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
+    if limit is None or limit >= len(questions):
+        return questions
+    chosen = np.random.default_rng(seed).permutation(len(questions))[:limit]
+    return [questions[idx] for idx in sorted(chosen.tolist())]
+
+
+def _longest_answer(processor: Any, questions: Sequence[Question]) -> int:
+    references = sorted({each for question in questions for each in question.references})
+    if not references:
+        return _TOKENS_WITHOUT_REFERENCE
+    ids = processor.tokenizer(references, add_special_tokens=False)["input_ids"]
+    return max(map(len, ids)) + _MORE_TOKENS
+
+
+def checkpoint_digest(model: PreTrainedModel) -> str:
+    """What a model's weights and settings are known by, wherever they came from."""
+    digest = hashlib.sha256()
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _OF_THE_PLACE}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# of a configuration, what says where it was read or by which version
+_OF_THE_PLACE = ("_name_or_path", "transformers_version", "auto_map")
+
+
+def data_digest(questions: Sequence[Question]) -> str:
+    """What the questions are known by: prompts, pictures, references, kinds and metrics."""
+    digest = hashlib.sha256()
+    for question in questions:
+        fields = [
+            question.key,
+            question.messages,
+            question.references,
+            question.choices,
+            question.kind,
+            question.metric.name,
+            question.image,
+        ]
+        digest.update(json.dumps(fields, sort_keys=True).encode())
+    return digest.hexdigest()
