@@ -8,6 +8,7 @@ from .bench import bench
 from .convert import convert
 from .errors import reporting_errors
 from .estimate import estimate
+from .evaluate import evaluate
 from .export import export, push
 from .package import module_alone
 from .run import run
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 for command in (run, convert, export, push, estimate, bench):
     app.command()(reporting_errors(command))
+app.command(name="eval")(reporting_errors(evaluate))
 app.command(context_settings=SERVE_SETTINGS)(reporting_errors(serve))
 
 

@@ -18,7 +18,13 @@ from .package import module_alone
 _BAD_INPUT = 2
 _INPUT_ERRORS = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
 # arguments of Python that bear another name on the command line
-_OPTIONS_OF = {"vtc_budget": "budget", "save_code": "code", "folder": "dst"}
+_OPTIONS_OF = {
+    "vtc_budget": "budget",
+    "save_code": "code",
+    "folder": "dst",
+    "output": "save",
+    "train_records": "train_data",
+}
 _COMMANDS_OF = {"hf_vtc.convert.load_official": "hf-vtc convert", "hf_vtc.hub.export": "hf-vtc export"}
 
 

@@ -155,8 +155,9 @@ def _nothing(row: Row, num: int, margin: float, needed: int, settings: Settings)
         f"as {_points_of(found.lower)}."
     )
     if found.value > -margin:
+        changed = f"{found.discordance:.1%}" if found.discordance else f"fewer than one in {num:,}"
         return text + (
-            f" The answers of {found.discordance:.1%} of the questions change their score; about {needed:,} questions "
-            "would show it if nothing is lost in truth."
+            f" The scores of {changed} of the questions change; about {needed:,} questions would show it if nothing "
+            "is lost in truth."
         )
     return text + " It loses more than that here."

@@ -168,7 +168,10 @@ def _time(row: Row) -> str:
     times = f"{1e3 * row.seconds:.1f} ms"
     if row.speedup is None:
         return times
-    return f"{times}, {row.speedup:.2f}x [{row.speedup_interval.low:.2f}, {row.speedup_interval.high:.2f}]"
+    text = f"{times}, {row.speedup:.2f}x"
+    if row.speedup_interval is not None:
+        text += f" [{row.speedup_interval.low:.2f}, {row.speedup_interval.high:.2f}]"
+    return text
 
 
 def versions() -> Mapping[str, str]:

@@ -67,7 +67,8 @@ class AnswerFile:
     def __init__(self, folder: Path | None, run: Mapping[str, Any]):
         self.folder = folder
         self.answers: dict[tuple[str, str], Answer] = {}
-        self.seconds: dict[tuple[str, str], float] = {}
+        # per question, and the batch in which it was measured
+        self.seconds: dict[tuple[str, str], tuple[float, int]] = {}
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,22 +109,22 @@ class AnswerFile:
         self.answers[answer.point, answer.key] = answer
 
     def _read_time(self, line: str) -> None:
-        point, key, seconds = json.loads(line)
-        self.seconds[point, key] = seconds
+        point, key, seconds, batch_idx = json.loads(line)
+        self.seconds[point, key] = (seconds, batch_idx)
 
     def has(self, point: Point, questions: Sequence[Question]) -> bool:
         """Whether all of these questions are answered."""
         return all((point.name, question.key) in self.answers for question in questions)
 
-    def add(self, answers: Sequence[Answer], seconds: float | None) -> None:
-        """Keep answers, and write those that are new."""
+    def add(self, answers: Sequence[Answer], seconds: float, batch_idx: int) -> None:
+        """Keep the answers of a batch, and write those that are new."""
         new = [answer for answer in answers if (answer.point, answer.key) not in self.answers]
         self.answers.update({(answer.point, answer.key): answer for answer in new})
-        times = {} if seconds is None else {(each.point, each.key): seconds / len(answers) for each in new}
+        times = {(each.point, each.key): (seconds / len(answers), batch_idx) for each in new}
         self.seconds.update(times)
         if self.folder is None:
             return
-        _append(self.folder / TIMES_FILE, "".join(json.dumps([*name, value]) + "\n" for name, value in times.items()))
+        _append(self.folder / TIMES_FILE, "".join(json.dumps([*name, *value]) + "\n" for name, value in times.items()))
         _append(self.folder / ANSWERS_FILE, "".join(answer.to_line() for answer in new))
 
 
@@ -157,12 +158,21 @@ class Batch:
     inputs: dict[str, torch.Tensor]
     rows: list[int] = field(default_factory=list)
     counts: list[Sequence[int]] = field(default_factory=list)
+    num_tiles: list[int] = field(default_factory=list)
     features: Any = None
     seconds: float = 0.0
+    # what the method made of the images at each budget
+    found: dict[str, Compressed] = field(default_factory=dict)
 
     @property
-    def num_images(self) -> int:
-        return len(self.counts)
+    def sizes(self) -> dict[str, torch.Tensor]:
+        """What says which tiles and pixels are whose."""
+        return {name: self.inputs[name] for name in ("num_tiles", "image_sizes") if name in self.inputs}
+
+    @property
+    def num_reserved(self) -> list[int]:
+        """Visual tokens of each question without compression."""
+        return self.per_question([counts[0] for counts in self.counts])
 
     def per_question(self, values: Sequence[int]) -> list[int]:
         """Sums over the images of each question."""
@@ -219,49 +229,45 @@ class Asker:
         return [self.records[each.record_idx]["images"][: each.num_images] for each in questions]
 
     @torch.no_grad()
-    def batch_of(self, questions: Sequence[Question], budgets: Sequence[Any]) -> Batch:
+    def batch_of(self, questions: Sequence[Question], budgets: Sequence[Any], **image_options: Any) -> Batch:
         """Questions as inputs, and their images through the tower, once for all points that show these pixels.
 
         Args:
             budgets: of all points: what the tower must do is decided by the first that compresses.
+            **image_options: fields of the image processor for this call.
         """
-        batch = Batch(list(questions), self.inputs_of(questions, self.images_of(questions)))
+        batch = Batch(list(questions), self.inputs_of(questions, self.images_of(questions), **image_options))
         if "pixel_values" not in batch.inputs:
             return batch
         wanted = next((budget for budget in budgets if budget != "full"), "full")
-        embeds, layout = self._layout(batch, VisionInputs(batch.inputs["pixel_values"], **self._sizes(batch)))
+        _, layout = self._layout(batch, VisionInputs(batch.inputs["pixel_values"], **batch.sizes, vtc_budget="full"))
         batch.rows, batch.counts = layout.rows, layout.counts
-        vision = VisionInputs(
-            batch.inputs["pixel_values"], **self._sizes(batch), vtc_budget=self._budgets(batch, wanted)[0]
-        )
+        # images that are encoded whole have no tiles
+        whole = layout.sizes.num_tiles is None
+        batch.num_tiles = [1] * len(batch.rows) if whole else layout.sizes.num_tiles.tolist()
+        vision = VisionInputs(batch.inputs["pixel_values"], **batch.sizes, vtc_budget=_admitted(batch, wanted))
         _, layout = self._layout(batch, vision)
         start = self._now()
         batch.features = self.head.model.encode(batch.inputs.pop("pixel_values"), layout)
         batch.seconds = self._now() - start
         return batch
 
-    def _sizes(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return {name: batch.inputs[name] for name in ("num_tiles", "image_sizes") if name in batch.inputs}
-
     def _layout(self, batch: Batch, vision: VisionInputs) -> Any:
         base = self.head.model
         embeds, mask = base.find_placeholders(batch.inputs["input_ids"], None)
         return TextStates(embeds, mask), base.layout_of(mask, batch.inputs.get("attention_mask"), vision)
 
-    def _budgets(self, batch: Batch, budget: Any) -> tuple[Any, int]:
-        """What is given as `vtc_budget`, and how many images got more than was asked for."""
-        each = [clipped_budget(budget, counts) for counts in batch.counts]
-        num_clipped = sum(changed for _, changed in each)
-        return ([own for own, _ in each] if num_clipped else budget), num_clipped
-
     @torch.no_grad()
     def compressed(self, batch: Batch, budget: Any) -> Compressed:
-        """What the method makes of the images of a batch within a budget."""
-        vision = VisionInputs(None, batch.features, **self._sizes(batch), vtc_budget=self._budgets(batch, budget)[0])
+        """What the method makes of the images of a batch within a budget, found once."""
+        if str(budget) in batch.found:
+            return batch.found[str(budget)]
+        vision = VisionInputs(None, batch.features, **batch.sizes, vtc_budget=_admitted(batch, budget))
         (embeds, mask), layout = self._layout(batch, vision)
         real = batch.inputs["attention_mask"].bool() & ~mask
         choice, visual = self.head.model.compress(vision, layout, TextStates(embeds, real))
-        return Compressed(choice, visual)
+        batch.found[str(budget)] = Compressed(choice, visual)
+        return batch.found[str(budget)]
 
     def answer(self, batch: Batch, point: Point) -> tuple[list[Answer], float]:
         """Answers of a point of the method, and seconds, the tower's included."""
@@ -269,14 +275,12 @@ class Asker:
             texts, truncated, seconds = self.generate(batch.inputs)
             none = [0] * len(batch.questions)
             return self.as_answers(batch, point, texts, truncated, none, none), seconds
-        budget, _ = self._budgets(batch, point.budget)
-        found = self.compressed(batch, point.budget)
+        found, budget = self.compressed(batch, point.budget), _admitted(batch, point.budget)
         inputs = {**batch.inputs, "image_features": batch.features, "vtc_budget": budget}
         texts, truncated, seconds = self.generate(inputs)
         kept = batch.per_question(found.choice.num_kept.tolist())
-        reserved = batch.per_question([counts[0] for counts in batch.counts])
-        clipped = [int(clipped_budget(point.budget, counts)[1]) for counts in batch.counts]
-        answers = self.as_answers(batch, point, texts, truncated, kept, reserved, batch.per_question(clipped))
+        clipped = batch.per_question([int(clipped_budget(point.budget, counts)[1]) for counts in batch.counts])
+        answers = self.as_answers(batch, point, texts, truncated, kept, batch.num_reserved, clipped)
         return answers, seconds + batch.seconds
 
     @torch.no_grad()
@@ -328,6 +332,12 @@ class Asker:
         if self.model.device.type != "cpu":
             torch.accelerator.synchronize()
         return time.perf_counter()
+
+
+def _admitted(batch: Batch, budget: Any) -> Any:
+    """What is given as `vtc_budget`: the budget, or one for each image where some admit no less than another."""
+    each = [clipped_budget(budget, counts) for counts in batch.counts]
+    return [own for own, _ in each] if any(changed for _, changed in each) else budget
 
 
 def _with_parts(content: Any) -> list[dict[str, Any]]:

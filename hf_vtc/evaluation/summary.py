@@ -14,6 +14,8 @@ from .statistics import Difference, Interval, bootstrap, design_effect, differen
 # hard questions below which no share of them is given
 ENOUGH_HARD = 30
 FULL = "full"
+# batches below which nothing is said of how well a time is known
+_ENOUGH_BATCHES = 5
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,16 @@ class Arm:
         points: Sequence[Point],
         questions: Sequence[Question],
         answers: Mapping[tuple[str, str], Answer],
-        seconds: Mapping[tuple[str, str], float],
+        seconds: Mapping[tuple[str, str], tuple[float, int]],
     ):
         self.points, self.questions = points, list(questions)
         self.answers = [[answers[point.name, question.key] for question in questions] for point in points]
-        self.seconds = [
+        timed = [
             [seconds[point.name, question.key] for point in points if (point.name, question.key) in seconds]
             for question in questions
         ]
+        self.seconds = [[value for value, _ in each] for each in timed]
+        self.batches = [str(each[0][1]) if each else "" for each in timed]
 
     @property
     def is_drawn(self) -> bool:
@@ -107,6 +111,7 @@ class Arm:
         part.questions = [self.questions[idx] for idx in chosen]
         part.answers = [[each[idx] for idx in chosen] for each in self.answers]
         part.seconds = [self.seconds[idx] for idx in chosen]
+        part.batches = [self.batches[idx] for idx in chosen]
         return part
 
 
@@ -136,7 +141,7 @@ def row_of(arm: Arm, full: Arm, settings: Settings, with_kinds: bool = True, sma
             hard = _hard(scores, full.scores(), smaller)
     speedup, speedup_interval = _speedup(arm, full, settings)
     return Row(
-        point=_line_name(point),
+        point=line_name(point),
         family=point.family,
         beside=point.beside,
         num=len(questions),
@@ -162,8 +167,9 @@ def row_of(arm: Arm, full: Arm, settings: Settings, with_kinds: bool = True, sma
     )
 
 
-def _line_name(point: Point) -> str:
-    return point.name if not point.beside else f"{point.family} beside {point.beside}"
+def line_name(point: Point) -> str:
+    """What the line of a point is called; all draws of a baseline share one."""
+    return f"{point.family} beside {point.beside}" if point.draw or point.name.endswith("#1") else point.name
 
 
 def _same_answers(arm: Arm, full: Arm) -> float:
@@ -180,15 +186,17 @@ def _hard(scores: np.ndarray, full: np.ndarray, smaller: Arm | None) -> tuple[in
 
 
 def _speedup(arm: Arm, full: Arm, settings: Settings) -> tuple[float | None, Interval | None]:
-    """How many times faster than full length, and the interval of it over questions."""
+    """How many times faster than full length, and the interval of it over batches, if there are enough."""
     own, its = arm.mean_seconds(), full.mean_seconds()
     if own is None or its is None or arm.points[0].name == FULL:
         return None, None
-    images = [question.image for question in arm.questions]
     # of logarithms, since it is a ratio
     ratios = np.log(its / own)
-    interval = bootstrap(ratios, images, settings.confidence, settings.seed)
-    return float(np.exp(ratios.mean())), Interval(*(float(np.exp(bound)) for bound in interval))
+    speedup, interval = float(np.exp(ratios.mean())), None
+    if len(set(arm.batches)) >= _ENOUGH_BATCHES:
+        found = bootstrap(ratios, arm.batches, settings.confidence, settings.seed)
+        interval = Interval(*(float(np.exp(bound)) for bound in found))
+    return speedup, interval
 
 
 def _rows_of_kinds(arm: Arm, full: Arm, settings: Settings, smaller: Arm | None) -> dict[str, Row]:

@@ -4,6 +4,7 @@ import torch
 
 from ..models.configuration_avg_llava import AvgLlavaConfig
 from ..models.modeling_avg_llava import AvgLlavaForConditionalGeneration, AvgLlavaModel
+from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload, linear_flops
 from .drawing import Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
 from .record import Base, Costs, Record, Sharding, connect_all, register
@@ -40,6 +41,47 @@ def draw(kept: Kept) -> Drawing:
     return Drawing([Tile(colour, each, label) for each in cells], legend)
 
 
+def granularities_of(met: Met) -> list[int]:
+    """The granularity of each image at a point, coarse first, by what it keeps."""
+    return [len(counts) - 1 - counts.index(kept) for counts, kept in zip(met.counts, met.num_kept, strict=True)]
+
+
+def exchanged(met: Met) -> Instead:
+    """The granularities of a batch, shared out among its images by lot: of each as many as at the point.
+
+    An image of which newlines make a coarse map longer than the finest one keeps its own.
+    """
+    own = granularities_of(met)
+    shared = [own[idx] for idx in torch.randperm(len(own), generator=met.generator).tolist()]
+    return _at(met, [new if _kept(each, new) <= each[0] else old for each, new, old in zip(met.counts, shared, own)])
+
+
+def one_granularity(idx: int) -> Baseline:
+    """Every image at one granularity, the finest where newlines make its map longer than that."""
+
+    def make(met: Met) -> Instead:
+        return _at(met, [idx if _kept(counts, idx) <= counts[0] else len(counts) - 1 for counts in met.counts])
+
+    return Baseline(make)
+
+
+def _kept(counts: tuple[int, ...], idx: int) -> int:
+    return counts[len(counts) - 1 - idx]
+
+
+def _at(met: Met, decisions: list[int]) -> Instead:
+    kept = [_kept(counts, idx) for counts, idx in zip(met.counts, decisions, strict=True)]
+    return Instead(kept, {"router_decisions": torch.tensor(decisions, dtype=torch.long)})
+
+
+BASELINES = Baselines(
+    random=Baseline(exchanged, is_drawn=True, of_choice=True),
+    pool_problem="the method itself pools, so that its fixed granularities are that baseline: ask for `fixed`",
+    fixed=lambda config: {
+        f"{scale} per tile": one_granularity(idx) for idx, scale in enumerate(config.all_granularities)
+    },
+)
+
 RECORD = register(
     Record(
         AvgLlavaConfig,
@@ -48,6 +90,7 @@ RECORD = register(
         costs=Costs(compressor_flops),
         oracle=connect_all,
         draw=draw,
+        baselines=BASELINES,
         compressor=lambda config: ("model.multi_modal_projector", "model.router"),
         untaught=("model.router",),
         base=Base(

@@ -4,6 +4,7 @@ import numpy as np
 
 from ..models.configuration_convllava import ConvllavaConfig
 from ..models.modeling_convllava import ConvllavaForConditionalGeneration, ConvllavaModel
+from .baselines import Baselines
 from .costs import Workload
 from .drawing import FULL_COLOUR, Drawing, Kept, Tile
 from .record import Base, Costs, Record, Sharding, connect_all, register
@@ -48,6 +49,7 @@ RECORD = register(
         costs=Costs(compressor_flops),
         oracle=connect_all,
         draw=draw,
+        baselines=Baselines(),
         compressor=compressor,
         # its tower is another one
         base=Base(kinds=()),

@@ -9,6 +9,7 @@ import torch
 from ..models.configuration_llavolta import LlavoltaConfig
 from ..models.modeling_compressors_llavolta import consecutive_windows, square_windows, strided_picks
 from ..models.modeling_llavolta import LlavoltaForConditionalGeneration, LlavoltaModel
+from .baselines import Baseline, Baselines, Instead, Met, between
 from .costs import Workload
 from .drawing import Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
 from .record import Base, Costs, Record, Sharding, connect_all, register
@@ -68,6 +69,33 @@ def official_fields(config: Mapping[str, Any], num_layers: int) -> dict[str, Any
     return fields
 
 
+def by_random_tokens(met: Met) -> Instead:
+    """As many tokens of each image as its compressor leaves, at the same layer, whichever they are."""
+    return Instead(met.num_kept, {"vtc_budget": list(met.num_kept)}, {"compressor": "random"})
+
+
+def by_windows(met: Met) -> Instead:
+    """Means of square windows, at the same layer; of the two nearest sizes by lot, so that as many are expected."""
+    side, kept = math.isqrt(met.config.image_seq_length), []
+    for num_tiles, wanted in zip(met.num_tiles, met.num_kept, strict=True):
+        options = [num_tiles * (side // edge) ** 2 for edge in range(1, side + 1)]
+        kept.append(between(wanted, options, met.generator))
+    return Instead(kept, {"vtc_budget": list(kept)}, {"compressor": "avgpool2d"})
+
+
+def windows_problem(config: LlavoltaConfig) -> str:
+    """Why tokens have no square windows, empty if they do."""
+    if math.isqrt(config.image_seq_length) ** 2 != config.image_seq_length:
+        return f"the {config.image_seq_length} tokens of a tile are no square"
+    return "" if config.mm_patch_merge_type == "flat" else "rows of joined tiles have no one length"
+
+
+BASELINES = Baselines(
+    # its draw follows from the lengths alone
+    random=Baseline(by_random_tokens),
+    pool=Baseline(by_windows, is_drawn=True, problem=windows_problem),
+)
+
 RECORD = register(
     Record(
         LlavoltaConfig,
@@ -76,6 +104,7 @@ RECORD = register(
         costs=Costs(compressor_flops, layers),
         oracle=connect_all,
         draw=draw,
+        baselines=BASELINES,
         compressor=lambda config: ("model.multi_modal_projector",),
         base=Base(kinds=("internvl", "llava", "llava_next"), official_fields=official_fields),
         sharding=Sharding(),

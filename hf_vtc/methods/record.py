@@ -27,6 +27,7 @@ from ..auto import AutoModelForVision2Seq
 from ..models.configuration_vtc import VtcConfig
 from ..models.image_processing_vtc import VtcImageProcessor
 from ..models.processing_vtc import VtcProcessor
+from .baselines import Baselines
 from .costs import Workload
 from .drawing import Drawing, Kept
 from .names import PREFIX, is_method
@@ -116,6 +117,7 @@ class Record:
         base ([`Base`]): for conversion.
         sharding ([`Sharding`]): for FSDP and ZeRO.
         trainers (`tuple[str, ...]`): names of those classes of `hf_vtc.trainers` that are for this method alone.
+        baselines ([`Baselines`]): what an evaluation compares the method with.
         processor, image_processor (`type`): what prepares its prompts and images.
     """
 
@@ -130,6 +132,7 @@ class Record:
     base: Base | None = None
     sharding: Sharding | None = None
     trainers: tuple[str, ...] | None = None
+    baselines: Baselines | None = None
     processor: type[ProcessorMixin] = VtcProcessor
     image_processor: type[BaseImageProcessor] = VtcImageProcessor
 

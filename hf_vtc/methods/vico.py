@@ -9,6 +9,7 @@ import torch
 
 from ..models.configuration_vico import VicoConfig
 from ..models.modeling_vico import VicoForConditionalGeneration, VicoModel
+from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload, linear_flops
 from .drawing import Drawing, Kept, Tile, colour_of, kept_line
 from .record import Base, Costs, Record, Sharding, register
@@ -66,6 +67,33 @@ def draw(kept: Kept) -> Drawing:
     return Drawing(tiles, legend)
 
 
+def tiles_by_lot(met: Met) -> Instead:
+    """As many tiles of each image compressed, whichever they are."""
+    saved, decisions = met.config.image_seq_length - met.config.compressed_seq_length, []
+    for num_tiles, counts, kept in zip(met.num_tiles, met.counts, met.num_kept, strict=True):
+        order = torch.randperm(num_tiles, generator=met.generator)
+        decisions.append(order < (counts[0] - kept) // saved)
+    return Instead(met.num_kept, {"router_decisions": torch.cat(decisions)})
+
+
+def all_tiles(compressed: bool) -> Baseline:
+    """Every tile alike."""
+
+    def make(met: Met) -> Instead:
+        decisions = torch.full((sum(met.num_tiles),), compressed)
+        return Instead([counts[-1 if compressed else 0] for counts in met.counts], {"router_decisions": decisions})
+
+    return Baseline(make)
+
+
+BASELINES = Baselines(
+    random=Baseline(tiles_by_lot, is_drawn=True),
+    fixed=lambda config: {
+        f"{config.image_seq_length} per tile": all_tiles(False),
+        f"{config.compressed_seq_length} per tile": all_tiles(True),
+    },
+)
+
 RECORD = register(
     Record(
         VicoConfig,
@@ -86,5 +114,6 @@ RECORD = register(
         # in evaluation a connector runs only if a tile needs it
         sharding=Sharding(left_out=lambda model: {"Connector"}),
         trainers=("VicoConsistencyTrainer", "VicoRouterTrainer"),
+        baselines=BASELINES,
     )
 )

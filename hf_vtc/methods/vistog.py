@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..models.configuration_vistog import VistogConfig
 from ..models.modeling_vistog import VistogForConditionalGeneration, VistogModel
+from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload, linear_flops
 from .drawing import Drawing, Kept, Tile, colour_of, kept_line
 from .record import Base, Costs, Record, Sharding, register
@@ -67,6 +68,25 @@ def layers_of_the_tower(model: PreTrainedModel) -> set[str]:
     return {type(module).__name__ for module in model.model.vision_tower.modules()}
 
 
+def groups_by_lot(met: Met) -> Instead:
+    """The patches of each tile shared out by lot among groups of the same sizes."""
+    order = torch.stack([torch.randperm(len(tile), generator=met.generator) for tile in met.decisions])
+    return Instead(met.num_kept, {"router_decisions": met.decisions.gather(1, order)})
+
+
+def grid_cells(met: Met) -> Instead:
+    """The patches of each tile in equal cells of a grid, as nearly square as their number allows."""
+    side, groups = met.config.patches_per_side, met.config.num_semantic_tokens
+    rows = max(divisor for divisor in range(1, math.isqrt(groups) + 1) if groups % divisor == 0)
+    places = torch.arange(side)
+    cells = (places * rows // side)[:, None] * (groups // rows) + places * (groups // rows) // side
+    whole = (met.decisions < 0).all(1, keepdim=True)
+    decisions = torch.where(whole, met.decisions, cells.flatten())
+    return Instead(met.num_kept, {"router_decisions": decisions})
+
+
+BASELINES = Baselines(random=Baseline(groups_by_lot, is_drawn=True), pool=Baseline(grid_cells))
+
 RECORD = register(
     Record(
         VistogConfig,
@@ -75,6 +95,7 @@ RECORD = register(
         costs=Costs(compressor_flops),
         oracle=oracle,
         draw=draw,
+        baselines=BASELINES,
         compressor=lambda config: ("model.semantic_tokens", "model.grouping", "model.multi_modal_projector"),
         base=Base(
             kinds=("internvl", "llava"),

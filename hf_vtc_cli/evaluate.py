@@ -1,0 +1,125 @@
+"""`hf-vtc eval`: what compression costs on your own questions."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .options import DebugOption, DeviceOption, DtypeOption, JsonOption, check_dtype, parse_budget, print_json, status
+from .package import checkpoint_path
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Model of hf_vtc: a folder, or an id of the Hub.")
+    ],
+    data: Annotated[Path, typer.Option(help="Held-out records: .json, .jsonl, .parquet, or a folder of them.")],
+    image_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where paths of images start. Default: where the data is.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Such as full,auto,0.5,64. Default: auto and three shares, where images admit.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="exact, contains, choice, anls, relaxed, vqa, f1, iou@0.5, module:function, or auto.")
+    ] = "auto",
+    baselines: Annotated[
+        str, typer.Option(help="Beside each budget: random, pool, smaller, subset, fixed, or none.")
+    ] = "random,pool,smaller",
+    keep: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the score that a budget must keep, such as 0.99.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Or by how much the score may fall. Default: 0.01, one point.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of intervals and of the recommendation.")] = 0.95,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of a baseline by lot.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    group_by: Annotated[str, typer.Option(metavar="FIELD", help="Field whose values are reported apart.")] = "kind",
+    turns: Annotated[str, typer.Option(help="Ask for the last answer of a conversation, or all.")] = "last",
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask so many questions, drawn from all.")] = None,
+    clip: Annotated[bool, typer.Option("--clip", help="Give images more where they admit no less.")] = False,
+    holdout: Annotated[
+        bool | None,
+        typer.Option("--holdout/--no-holdout", help="Choose on one half, vouch by the other. Default: from 1,000 on."),
+    ] = None,
+    train_data: Annotated[
+        Path | None, typer.Option(help="Training records; a question about one of their images is an error.")
+    ] = None,
+    train_image_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where paths of training images start.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions in a batch.")] = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer. Default: the longest reference and 8 tokens more.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Answers as they come, report and plots; an ended run goes on.")
+    ] = None,
+    json_output: JsonOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Measure what compression costs on your own questions, and recommend a budget.
+
+    Each question is asked at full length, at each budget, and of baselines that spend as many visual tokens.
+    """
+    check_dtype(dtype)
+    points = None if budgets is None else [parse_budget(text.strip()) for text in budgets.split(",")]
+    rivals = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
+    if keep is not None and tolerance is not None:
+        raise ValueError("Give `--keep` or `--tolerance`, not both: each says how much of the score may be lost.")
+    if keep is None:
+        margin = 0.01 if tolerance is None else tolerance
+    else:
+        margin = round(1 - keep, 12)
+    if train_image_folder is not None and train_data is None:
+        raise ValueError("`--train-image-folder` says where the images of `--train-data` are, which is not given.")
+    path = checkpoint_path(model)
+
+    from hf_vtc.evaluation import evaluate as measure
+    from hf_vtc.evaluation import records_to_ask
+
+    from .answers import find_device, load, working_with
+
+    find_device(device)
+    on_error = "skip" if skip_bad else "raise"
+    with status("Reading records ..."):
+        records = records_to_ask(data, image_folder, group_by, on_error=on_error)
+        trained = None if train_data is None else records_to_ask(train_data, train_image_folder, group_by)
+    with status(f"Loading {path} ..."):
+        loaded, processor = load(path, device, dtype)
+    with working_with(path):
+        report = measure(
+            loaded,
+            processor,
+            records,
+            budgets=points,
+            metric=metric,
+            baselines=rivals,
+            tolerance=margin,
+            relative=keep is not None,
+            confidence=confidence,
+            seeds=seeds,
+            seed=seed,
+            group_by=group_by,
+            turns=turns,
+            limit=limit,
+            clip=clip,
+            holdout=holdout,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            train_records=trained,
+            output=save,
+        )
+    files = [] if save is None else report.save(save)
+    if json_output:
+        print_json(report.to_dict())
+        return
+    console = Console()
+    console.print(report)
+    if files:
+        console.print(f"Written: {', '.join(map(str, files))}", markup=False)
