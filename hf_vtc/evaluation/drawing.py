@@ -31,6 +31,7 @@ def draw(rows: Sequence[Row], recommendation: Recommendation, facts: Mapping[str
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     except ImportError:
         logger.warning("No plot was drawn, since matplotlib is missing: `pip install matplotlib`.")
         return []
@@ -41,7 +42,12 @@ def draw(rows: Sequence[Row], recommendation: Recommendation, facts: Mapping[str
     for name, (label, value_of) in values.items():
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
-        _plot(figure.add_subplot(), scored, recommendation, facts, label, value_of)
+        axes = figure.add_subplot()
+        _plot(axes, scored, recommendation, facts, label, value_of)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         for suffix in _SUFFIXES:
             file = folder / f"{name}{suffix}"
             # without its date, so that the same figures give the same file
@@ -83,7 +89,6 @@ def _plot(
             if row.point == recommendation.point:
                 ring = {"marker": "o", "markersize": 16, "markerfacecolor": "none", "color": "black"}
                 axes.plot([value_of(row)], [100 * row.score], linestyle="", label="recommended", **ring)
-    axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.set_ylabel(f"score ({facts['metric']}), {facts['confidence']:.0%} intervals")
     axes.set_title(f"{Path(str(facts['model'])).name}, {facts['num_questions']:,} questions")

@@ -76,12 +76,20 @@ class EvalReport:
         return files + draw(self.rows, self.recommendation, self.facts, folder)
 
     def __str__(self) -> str:
-        header, *lines = self._lines()
-        return as_text(self._title(), header, lines, [self.recommendation.sentence, *self._notes()])
+        return as_text(self._title(), *self._narrow(), [self.recommendation.sentence, *self._notes()])
 
     def __rich__(self) -> Any:
-        header, *lines = self._lines()
-        return as_table(self._title(), header, lines, [self.recommendation.sentence, *self._notes()])
+        return as_table(self._title(), *self._narrow(), [self.recommendation.sentence, *self._notes()])
+
+    def _narrow(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and lines for a terminal, which has no room for all that the files say."""
+        lines = []
+        for row in self.rows:
+            point = f"  {row.point.removesuffix(f' beside {row.beside}')}" if row.beside else row.point
+            score = "-" if row.score is None else f"{100 * row.score:.2f}"
+            faster = "" if row.speedup is None else f"{row.speedup:.2f}x"
+            lines.append((point, f"{row.tokens:.1f}", score, _difference(row), _counts(row), faster))
+        return ("point", "tokens", "score", "difference to full", "lost / gained", "faster"), lines
 
     def _title(self) -> str:
         facts = self.facts
@@ -116,7 +124,7 @@ class EvalReport:
         facts = self.facts
         confidence = f"{facts['confidence']:.0%}"
         notes = [
-            f"Brackets: {confidence} intervals, two-sided; differences to full length on the same questions.",
+            f"Scores of 100; brackets: {confidence} intervals, two-sided, of differences on the same questions.",
             f"Checkpoint {facts['checkpoint'][:12]}, data {facts['data'][:12]}, {facts['dtype']} on "
             f"{facts['device']}, batches of {facts['batch_size']}, at most {facts['max_new_tokens']} new tokens, "
             f"greedy, seed {facts['seed']}.",

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .points import Point, method_points
 from .questions import Question, read_questions, records_to_ask, refuse_training_images
 from .recommendation import recommend
 from .report import EvalReport, versions
-from .running import AnswerFile, Asker, batches_of
+from .running import Answer, AnswerFile, Asker, batches_of
 from .summary import FULL, Arm, Settings, line_name, row_of
 
 BASELINES = ("random", "pool", "smaller")
@@ -111,6 +111,7 @@ def evaluate(
     }
     answers = AnswerFile(None if output is None else Path(output), run)
     ask(asker, questions, [*points, *beside], answers, batch_size, seed)
+    refuse_other_scores(questions, answers.answers.values())
 
     arms = arms_of([*points, *beside], questions, answers)
     rows = [
@@ -160,6 +161,24 @@ def ask(
                 respond = asker.answer if point.family == "method" else rival.answer
                 answers.add(*respond(batch, point), batch_idx)
                 progress.update(len(chosen))
+
+
+def refuse_other_scores(questions: Sequence[Question], answers: Iterable[Answer]) -> None:
+    """Raise if an answer has another score than its question gives it: somebody changed one of the two.
+
+    Raises:
+        ValueError: naming question and point.
+    """
+    known = {question.key: question for question in questions}
+    for answer in answers:
+        question = known.get(answer.key)
+        if question is None or question.score(answer.answer) != answer.score:
+            raise ValueError(
+                f"The answers do not belong to these questions: {answer.answer!r} to {answer.key!r} at {answer.point} "
+                f"has the score {answer.score} in the file"
+                + (f", but {question.score(answer.answer)} by its references." if question else ", but is not asked.")
+                + " Remove the folder, and ask again."
+            )
 
 
 def arms_of(points: Sequence[Point], questions: Sequence[Question], answers: AnswerFile) -> dict[str, Arm]:
