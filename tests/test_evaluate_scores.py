@@ -96,6 +96,8 @@ def test_anls_is_that_of_the_reference():
     for _ in range(300):
         answer, *wanted = ("".join(drawn.choices("ab c", k=drawn.randrange(1, 9))).strip() or "a" for _ in range(3))
         expected = reference.anls_score(tuple(wanted), answer)
+        # where just half of the characters differ it gives a half; the definition of DocVQA gives nothing
+        expected = 0 if expected == 0.5 else expected
         assert math.isclose(METRICS["anls"].score(answer, wanted), expected, abs_tol=1e-12)
 
 

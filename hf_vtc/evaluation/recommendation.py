@@ -90,7 +90,8 @@ def recommend(
         discordance = max(hoped.difference.discordance, 1 / len(scored))
         needed = questions_needed(discordance, margin, settings.confidence) * (2 if holdout else 1)
         return Recommendation(None, _nothing(hoped, len(scored), margin, needed, settings), **sizes, needed=needed)
-    sentence = _sentence(vouched, margin, settings) + _worst_kind(vouched) + _better_baseline(vouched, rows, arms)
+    own = next(row for row in method if row.point == best.point)
+    sentence = _sentence(vouched, margin, settings) + _worst_kind(vouched) + better_baseline(own, rows)
     if holdout:
         sentence += f" It was chosen on the other {sizes['num_chosen_on']:,} questions."
     return Recommendation(best.point, sentence, **sizes)
@@ -136,11 +137,9 @@ def _worst_kind(row: Row) -> str:
     )
 
 
-def _better_baseline(row: Row, rows: Sequence[Row], arms: Mapping[str, Arm]) -> str:
-    """What stands beside the point and does better with as many tokens."""
-    better = [
-        each for each in rows if each.beside == row.point and each.score > float(arms[row.point].scores().mean())
-    ]
+def better_baseline(row: Row, rows: Sequence[Row]) -> str:
+    """What stands beside a point and does better with as many tokens, on all questions; empty for nothing."""
+    better = [each for each in rows if each.beside == row.point and each.score > row.score]
     if not better:
         return ""
     best = max(better, key=lambda each: each.score)
