@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digit_forms import EVALUATED_KINDS, EvaluationItem, draw_page, evaluation_set, page_rng
-from digit_forms.measure import Measurement, answer, as_table
+from digit_forms import EVALUATED_KINDS, draw_page, evaluation_set, page_rng
+from digit_forms.measure import Measurement, as_table, measure
 from digit_forms.training import save_rounded, training_arguments
 from rich.console import Console
 from train_vico import EVALUATION_SEED, PageDataset, build_processor, load, run_stage
@@ -136,12 +136,6 @@ def timed_stage(trainer, console: Console, stage: str, steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def tokens_by_kind(items: list[EvaluationItem], counts: list[int]) -> dict[str, float]:
-    """Mean visual tokens per image for each kind of question."""
-    kinds = np.array([item.kind for item in items])
-    return {kind: float(np.mean(np.array(counts)[kinds == kind])) for kind in EVALUATED_KINDS}
-
-
 @torch.no_grad()
 def choices_on_same_pages(model, processor, num_pages: int) -> tuple[np.ndarray, np.ndarray]:
     """Granularity indices that the router chooses for a coarse and for a fine question about each of some pages."""
@@ -161,24 +155,18 @@ def evaluate(model, processor, num_questions: int, console: Console) -> dict:
     """Measure, print the table and the paper's claims beside it, and return all numbers."""
     items = evaluation_set(num_questions, EVALUATION_SEED)
     scales = model.config.vis_token_granularity
-
-    def forced(indices) -> tuple[list[str], list[int]]:
-        return answer(model, processor, items, decisions=[torch.tensor([int(idx)]) for idx in indices])
-
-    full = answer(model, processor, items, budget="full")
-    auto = answer(model, processor, items, budget="auto")
+    report = measure(model, processor, items, baselines=("random", "fixed"))
+    auto = [answer for (point, _), answer in report.answers.items() if point == "auto"]
     # tokens per tile that each image got, which no two granularities share
-    tiles = np.array(full[1]) // scales[-1]
-    chosen = np.searchsorted(scales, np.array(auto[1]) // tiles)
-    results = {"full": full, "auto": auto}
-    results["random choice"] = forced(np.random.default_rng(0).permutation(chosen))
-    for idx, scale in enumerate(scales[:-1]):
-        results[f"{scale} per tile"] = forced([idx] * len(items))
-    rows = [Measurement.of(name, items, result) for name, result in results.items()]
+    chosen = np.array([scales.index(answer.tokens * scales[-1] // answer.reserved) for answer in auto])
+    # the finest granularity is full length
+    points = {"full": "full", "auto": "auto", "random beside auto": "random choice"}
+    points |= {f"{scale} per tile": f"{scale} per tile" for scale in scales[:-1]}
+    rows = [Measurement.of(name, report.row(point)) for point, name in points.items()]
     console.print(as_table(rows, num_questions))
+    console.print(report.recommendation.sentence)
 
-    kept, reserved = tokens_by_kind(items, auto[1]), tokens_by_kind(items, full[1])
-    fewer = {kind: 1 - kept[kind] / reserved[kind] for kind in EVALUATED_KINDS}
+    fewer = {kind: 1 - report.row("auto").kinds[kind].share for kind in EVALUATED_KINDS}
     coarse, fine = choices_on_same_pages(model, processor, min(num_questions, 300))
     shares = {str(scale): float(np.mean(chosen == idx)) for idx, scale in enumerate(scales)}
     console.print(f"accuracy of auto: full {rows[0].accuracy['all']:.2%}, here {rows[1].accuracy['all']:.2%}")

@@ -28,12 +28,11 @@ from digit_forms import (
     FIELD_SIZE,
     PATCH_LABELS,
     PATCH_SIZE,
-    EvaluationItem,
     PagePool,
     evaluation_set,
     score,
 )
-from digit_forms.measure import Measurement, answer, as_table
+from digit_forms.measure import Measurement, as_table, measure
 from digit_forms.training import training_arguments
 from rich.console import Console
 from torch import nn
@@ -283,17 +282,6 @@ def train_stage(model, processor, folder: Path, stage: int, steps: int, seed: in
     console.print(f"stage {stage}: {(time.perf_counter() - start) / steps:.2f} s per step of {BATCH_SIZE} pages")
 
 
-def answer_all(model, processor, items: Sequence[EvaluationItem], **image_options: int) -> tuple[list[str], list[int]]:
-    """Greedy answers and visual tokens of each item; `digit_forms` encodes batches whose pages have one size."""
-    answers, counts = [""] * len(items), [0] * len(items)
-    for size in sorted({item.image.size for item in items}):
-        members = [idx for idx, item in enumerate(items) if item.image.size == size]
-        found = answer(model, processor, [items[idx] for idx in members], budget="full", **image_options)
-        for idx, text, count in zip(members, *found, strict=True):
-            answers[idx], counts[idx] = text, count
-    return answers, counts
-
-
 def evaluate(folder: str | Path, base_folder: str | Path, num_questions: int, console: Console) -> dict:
     """Measure, print the table and the paper's claim beside it, and return both."""
     model, processor = load(str(folder))
@@ -306,7 +294,8 @@ def evaluate(folder: str | Path, base_folder: str | Path, num_questions: int, co
 
     rows = [Measurement("ViT base", score(items, base_answers), base_tokens)]
     for name, size in (("ConvLLaVA", SHORT_SIDE), ("half the resolution", SHORT_SIDE // 2)):
-        rows.append(Measurement.of(name, items, answer_all(model, processor, items, size=size)))
+        report = measure(model, processor, items, budgets=["full"], size={"height": size, "width": size})
+        rows.append(Measurement.of(name, report.row("full")))
     console.print(as_table(rows, num_questions))
     stride_16 = float(np.mean(fields)) * (FIELD_SIZE * ZOOM // 16) ** 2
     facts = {

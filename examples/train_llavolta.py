@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from digit_forms import evaluation_set
-from digit_forms.measure import Measurement, answer, as_table
+from digit_forms.measure import Measurement, as_table, measure
 from digit_forms.training import comparison_parser, run_comparison, save_rounded, training_arguments
 from rich.console import Console
 from train_vico import EVALUATION_SEED, PageDataset, build_processor, load, run_stage
@@ -89,18 +89,17 @@ def evaluate(args: argparse.Namespace, staged: str, uncompressed: str, console: 
     (model, processor), (plain, plain_processor) = load(staged), load(uncompressed)
     items = evaluation_set(args.questions, EVALUATION_SEED)
     inference = (model.config.compress_layer_idx, model.config.compress_stride)
-    results = {
-        "uncompressed training": answer(plain, plain_processor, items, budget="full"),
-        "staged training": answer(model, processor, items, budget="full"),
-    }
-    for layer_idx, stride in (inference, (2, 8), (1, 8)):
-        model.config.set_compression(layer_idx, stride)
-        name = f"staged, answers at layer {layer_idx}, stride {stride}"
-        results[name] = answer(model, processor, items, budget="auto")
     # without the training: what pooling costs a model that has never seen it
     plain.config.set_compression(2, 8)
-    results["uncompressed, answers at layer 2, stride 8"] = answer(plain, plain_processor, items)
-    rows = [Measurement.of(name, items, result) for name, result in results.items()]
+    report = measure(plain, plain_processor, items)
+    lines = {"uncompressed training": report.row("full")}
+    pooled = {"uncompressed, answers at layer 2, stride 8": report.row("auto")}
+    for layer_idx, stride in (inference, (2, 8), (1, 8)):
+        model.config.set_compression(layer_idx, stride)
+        report = measure(model, processor, items)
+        lines.setdefault("staged training", report.row("full"))
+        lines[f"staged, answers at layer {layer_idx}, stride {stride}"] = report.row("auto")
+    rows = [Measurement.of(name, row) for name, row in (lines | pooled).items()]
     console.print(as_table(rows, args.questions))
 
     seconds = seconds_per_step(model, processor, args.rounds)

@@ -26,7 +26,7 @@ from digit_forms import (
     evaluation_set,
     page_rng,
 )
-from digit_forms.measure import as_table, measure
+from digit_forms.measure import Measurement, as_table, measure
 from digit_forms.training import training_arguments
 from rich.console import Console
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
@@ -175,9 +175,13 @@ def calibrate(model, processor, saving: float) -> float:
 
 
 def evaluate(model, processor, num_questions: int, console: Console) -> list:
-    """Measure, print, and return the four rows of the card."""
-    rows = measure(model.eval(), processor, evaluation_set(num_questions, EVALUATION_SEED))
+    """Measure, print, and return the four rows of the card; two stand beside `auto` and spend as many tokens."""
+    items = evaluation_set(num_questions, EVALUATION_SEED)
+    report = measure(model.eval(), processor, items, baselines=("random", "smaller"))
+    points = {"random beside auto": "random tiles", "smaller beside auto": "smaller image"}
+    rows = [Measurement.of(points.get(row.point, row.point), row) for row in report.rows]
     console.print(as_table(rows, num_questions))
+    console.print(report.recommendation.sentence)
     return rows
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from digit_forms import FIELD_SIZE, MAX_TILES, evaluation_set
-from digit_forms.measure import MAX_ANSWER_TOKENS, Measurement, answer, as_table
+from digit_forms.measure import MAX_ANSWER_TOKENS, Measurement, as_table, measure
 from digit_forms.training import comparison_parser, run_comparison, save_rounded, training_arguments
 from rich.console import Console
 from train_vico import EVALUATION_SEED, PageDataset, load, run_stage
@@ -96,19 +96,6 @@ def train(args: argparse.Namespace, output: Path, grouping: bool, console: Conso
     save_rounded(model, processor, output, console)
 
 
-def random_groups(model, counts: list[int], seed: int = 0) -> list[torch.Tensor]:
-    """Patches of each image shared out by lot, `(tiles, N)` per image: what the semantic tokens alone would carry."""
-    generator, config = torch.Generator().manual_seed(seed), model.config
-    return [
-        torch.randint(
-            config.num_semantic_tokens,
-            (count // config.num_semantic_tokens, config.image_seq_length),
-            generator=generator,
-        )
-        for count in counts
-    ]
-
-
 @torch.no_grad()
 def seconds_to_answer(runs: dict[str, tuple], items, rounds: int = 5) -> dict[str, float]:
     """Median seconds to answer all of `items`, tower included, one after the other in each round.
@@ -138,15 +125,17 @@ def evaluate(args: argparse.Namespace, vistog: str, uncompressed: str, console: 
     """Measure, print the table and the paper's claims beside it, and return both."""
     (model, processor), (plain, plain_processor) = load(vistog), load(uncompressed)
     items = evaluation_set(args.questions, EVALUATION_SEED)
-    grouped = answer(model, processor, items, budget="auto")
-    results = {
-        "uncompressed": answer(plain, plain_processor, items, budget="full"),
-        "VisToG": grouped,
-        "random groups": answer(model, processor, items, decisions=random_groups(model, grouped[1])),
+    report = measure(model, processor, items, baselines=("random", "pool"))
+    lines = {
+        "uncompressed": measure(plain, plain_processor, items, budgets=["full"]).row("full"),
+        "VisToG": report.row("auto"),
+        # of the same sizes
+        "random groups": report.row("random beside auto"),
+        "equal cells of a grid": report.row("pool beside auto"),
         # one view of the whole page has about as many patches as VisToG has tokens
-        "smaller image": answer(plain, plain_processor, items, budget="full", max_tiles=1),
+        "smaller image": measure(plain, plain_processor, items, budgets=["full"], max_tiles=1).row("full"),
     }
-    rows = [Measurement.of(name, items, result) for name, result in results.items()]
+    rows = [Measurement.of(name, row) for name, row in lines.items()]
     console.print(as_table(rows, args.questions))
     runs = {"uncompressed": (plain, plain_processor, "full"), "VisToG": (model, processor, "auto")}
     seconds = seconds_to_answer(runs, items[:: max(len(items) // 48, 1)][:48])

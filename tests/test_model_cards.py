@@ -27,16 +27,15 @@ def test_folders_hold_weights_config_and_card_only(folder):
 
 @pytest.mark.window
 def test_vico_tiny_answers_held_out_questions():
-    from digit_forms import evaluation_set, score
-    from digit_forms.measure import answer
+    from digit_forms import evaluation_set
+    from digit_forms.measure import measure
 
     folder = ROOT / "model_cards" / "vico-tiny"
     model = hf_vtc.AutoModelForVision2Seq.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
     # a seed that neither training nor the card uses
     items = evaluation_set(90, seed=4321)
-    full, reserved = answer(model, processor, items, budget="full")
-    auto, kept = answer(model, processor, items, budget="auto")
-    assert score(items, full)["all"] > 0.9 and score(items, auto)["all"] > 0.9
-    assert sum(kept) < 0.5 * sum(reserved)
-    assert min(kept) < max(kept)
+    report = measure(model, processor, items)
+    assert report.row("full").score > 0.9 and report.row("auto").score > 0.9
+    assert report.row("auto").share < 0.5
+    assert report.row("auto").tokens_p10 < report.row("auto").tokens_p90

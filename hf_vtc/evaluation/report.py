@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..report.render import as_table, as_text
 from .recommendation import Recommendation
-from .running import write_atomically
+from .running import Answer, write_atomically
 from .summary import ENOUGH_HARD, Row
 
 SCHEMA = 1
@@ -22,13 +22,15 @@ class EvalReport:
     """The lines of an evaluation, full length first, then the method's other points with baselines beside them.
 
     `rows`: see [`Row`]; `recommendation`: which budget to take, and how sure that is; `facts`: everything that the
-    figures depend on; `notes`: what a reader must know, such as baselines that are not possible here.
+    figures depend on; `notes`: what a reader must know, such as baselines that are not possible here; `answers`: by
+    point and key of a question, which `samples.jsonl` holds.
     """
 
     rows: list[Row]
     recommendation: Recommendation
     facts: dict[str, Any]
     notes: list[str]
+    answers: Mapping[tuple[str, str], Answer] = field(default_factory=dict, repr=False)
 
     def row(self, point: str) -> Row:
         """The line of a point.

@@ -127,7 +127,7 @@ def evaluate(
         "confidence": confidence,
         "seeds": seeds,
     }
-    return EvalReport(rows, recommend(arms, rows, settings, holdout), facts, notes)
+    return EvalReport(rows, recommend(arms, rows, settings, holdout), facts, notes, answers.answers)
 
 
 def ask(
