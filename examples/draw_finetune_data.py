@@ -1,19 +1,26 @@
-"""Draw `examples/finetune_data`: ten records in LLaVA's format that teach a model to sum a form up.
+"""Draw records in LLaVA's format: `examples/finetune_data`, or as many as a fit of a tiny model needs.
 
-python examples/draw_finetune_data.py
+    python examples/draw_finetune_data.py
+    python examples/draw_finetune_data.py --pages 500 --output outputs/forms
 
-Most have one image and one turn; there are two turns, two images, a system prompt and a row without an image as well.
+Without options: ten records that teach a model to sum a form up. Most have one image and one turn; there are two turns,
+two images, a system prompt and a row without an image as well.
+
+With `--pages` every page is asked three questions that the shipped base can answer, one of each kind, which is also a
+field of the record: an evaluation reports kinds apart.
 """
 
+import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from digit_forms import draw_page, page_rng
+from digit_forms import EVALUATED_KINDS, draw_page, page_rng
 from digit_forms.pages import Page
 
 FOLDER = Path(__file__).parent / "finetune_data"
-# no page of any training or evaluation has it
-SEED = 77
+# no page of any training or evaluation has them
+SEED, SEED_OF_MANY = 77, 770
 NUM_PAGES = 10
 QUESTION = "Sum up the form."
 
@@ -28,13 +35,17 @@ def turn(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def main() -> None:
-    (FOLDER / "images").mkdir(parents=True, exist_ok=True)
+def write(folder: Path, records: list[dict[str, Any]]) -> None:
+    (folder / "records.json").write_text(json.dumps(records, indent=1) + "\n")
+
+
+def draw_sample(folder: Path) -> None:
+    """Ten records of several shapes."""
     pages, names = [], []
     for index in range(NUM_PAGES):
         pages.append(draw_page(page_rng(SEED, "train", index), "train"))
         names.append(f"images/page_{index + 1}.jpg")
-        pages[-1].image.save(FOLDER / names[-1], quality=85)
+        pages[-1].image.save(folder / names[-1], quality=85)
     records = [
         {"image": name, "conversations": turn(f"<image>\n{QUESTION}", summary(page))}
         for name, page in zip(names[:6], pages, strict=False)
@@ -54,7 +65,36 @@ def main() -> None:
     records.append({"image": [names[9]], "conversations": turn(f"<image>\n{QUESTION}", summary(pages[9]))})
     for index, record in enumerate(records):
         record["id"] = f"form_{index + 1}"
-    (FOLDER / "records.json").write_text(json.dumps(records, indent=1) + "\n")
+    write(folder, records)
+
+
+def draw_many(folder: Path, num_pages: int) -> None:
+    """A record of each kind for every page."""
+    records = []
+    for index in range(num_pages):
+        rng = page_rng(SEED_OF_MANY, "train", index)
+        page, name = draw_page(rng, "train"), f"images/page_{index + 1}.png"
+        page.image.save(folder / name)
+        for kind in EVALUATED_KINDS:
+            asked = [question for question in page.questions if question.kind == kind]
+            chosen = asked[rng.integers(len(asked))]
+            messages = turn(f"<image>\n{chosen.text}", chosen.answer)
+            records.append({"id": f"page_{index + 1}_{kind}", "image": name, "kind": kind, "conversations": messages})
+    write(folder, records)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pages", type=int, help="draw so many pages with three questions each")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write")
+    args = parser.parse_args()
+    if args.pages is not None and args.output == FOLDER:
+        parser.error("--pages needs an --output of its own")
+    (args.output / "images").mkdir(parents=True, exist_ok=True)
+    if args.pages is None:
+        draw_sample(args.output)
+    else:
+        draw_many(args.output, args.pages)
 
 
 if __name__ == "__main__":

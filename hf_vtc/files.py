@@ -21,7 +21,7 @@ except ImportError:
     # Windows: what a killed run left behind is not told from what a running one builds, and stays
     fcntl = None
 
-__all__ = ["blaming", "read_json", "read_text", "replacing_folder", "require_own_files"]
+__all__ = ["blaming", "locked", "read_json", "read_text", "replacing_folder", "require_own_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def _build_folder(parent: Path) -> Iterator[Path]:
         _remove_if_abandoned(abandoned)
     while True:
         build = Path(tempfile.mkdtemp(prefix=_BUILD_PREFIX, dir=parent))
-        with _locked(build, wait=True):
+        with locked(build, wait=True):
             if not build.exists():
                 # taken for abandoned before it was locked
                 continue
@@ -252,12 +252,12 @@ def _build_folder(parent: Path) -> Iterator[Path]:
 def _remove_if_abandoned(build: Path) -> None:
     if fcntl is None or build.is_symlink() or not build.is_dir():
         return
-    with suppress(OSError), _locked(build, wait=False):
+    with suppress(OSError), locked(build, wait=False):
         shutil.rmtree(build, ignore_errors=True)
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[None]:
+def locked(folder: Path, wait: bool) -> Iterator[None]:
     """Hold the lock of a folder, which ends with the process at the latest.
 
     Raises:

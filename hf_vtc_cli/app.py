@@ -10,6 +10,7 @@ from .errors import reporting_errors
 from .estimate import estimate
 from .evaluate import evaluate
 from .export import export, push
+from .fit import fit
 from .package import module_alone
 from .run import run
 from .serve import SERVE_SETTINGS, serve
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, convert, export, push, estimate, bench):
+for command in (run, convert, fit, export, push, estimate, bench):
     app.command()(reporting_errors(command))
 app.command(name="eval")(reporting_errors(evaluate))
 app.command(context_settings=SERVE_SETTINGS)(reporting_errors(serve))

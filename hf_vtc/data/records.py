@@ -66,6 +66,12 @@ class ChatRecords(Dataset):
     def __len__(self) -> int:
         return len(self._places)
 
+    def origin(self, idx: int) -> str:
+        """Where a record comes from, as messages name it; no image is opened."""
+        source_idx, row_idx = self._places[idx]
+        source = self._sources[source_idx]
+        return source.origin(row_idx, named(source[row_idx]))
+
     def __getitem__(self, idx: int) -> dict[str, Any]:
         """Read one record and decode its images.
 

@@ -36,6 +36,7 @@ def complete_card(
     title: str,
     base_model: str | None = None,
     license: str | None = None,
+    sections: str = "",
 ) -> ModelCard:
     """The given card, or a new one, with the metadata that the Hub needs.
 
@@ -45,9 +46,10 @@ def complete_card(
         title (`str`): name of the folder or repository, for a new card.
         base_model (`str`, *optional*): repository that the weights come from; replaces what the card says.
         license (`str`, *optional*): identifier of the weights' licence; replaces what the card says.
+        sections (`str`): Markdown that stands in a new card between example and token counts: what was measured.
     """
     if card is None:
-        card = _new_card(model, processor, title, base_model, license)
+        card = _new_card(model, processor, title, base_model, license, sections)
     elif isinstance(card, os.PathLike) or (isinstance(card, str) and "\n" not in card):
         card = read_text(Path(card))
     card = _parsed(_stating_versions(str(card)))
@@ -102,7 +104,12 @@ def _versions() -> str:
 
 
 def _new_card(
-    model: PreTrainedModel, processor: ProcessorMixin, title: str, base_model: str | None, license: str | None
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    title: str,
+    base_model: str | None,
+    license: str | None,
+    sections: str,
 ) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     origin = f", made from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
@@ -134,7 +141,7 @@ print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_spe
 
 `vtc_budget` is `"auto"` (the method's own decision), `"full"` (no compression), a share of the reserved tokens such as
 `0.5`, or the largest number of visual tokens per image.
-
+{sections and f"{chr(10)}{sections}{chr(10)}"}
 ## Tokens
 
 {_token_table(model, processor)}

@@ -104,5 +104,7 @@ RECORD = register(
         ),
         sharding=Sharding(),
         trainers=("AvgLlavaGranularityTrainer", "AvgLlavaRouterTrainer"),
+        # of the paper's four: a base has been through the first two
+        recipes=("avg_llava_stage3", "avg_llava_stage4"),
     )
 )

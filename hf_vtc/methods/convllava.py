@@ -59,5 +59,7 @@ RECORD = register(
             "wait for each other for ever. Use FSDP2 (examples/accelerate/fsdp2.yaml), DDP, or `zero_stage: 2`."
         ),
         trainers=("ConvllavaTrainer",),
+        # what it starts from has been through the paper's first two
+        recipes=("convllava_stage3",),
     )
 )

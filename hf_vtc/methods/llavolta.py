@@ -109,5 +109,7 @@ RECORD = register(
         base=Base(kinds=("internvl", "llava", "llava_next"), official_fields=official_fields),
         sharding=Sharding(),
         trainers=("LlavoltaTrainer",),
+        # a base's projector is no fresh one, which is what the paper's pretraining is for
+        recipes=("llavolta_finetune",),
     )
 )

@@ -118,6 +118,7 @@ class Record:
         sharding ([`Sharding`]): for FSDP and ZeRO.
         trainers (`tuple[str, ...]`): names of those classes of `hf_vtc.trainers` that are for this method alone.
         baselines ([`Baselines`]): what an evaluation compares the method with.
+        recipes (`tuple[str, ...]`): names of the recipes in `hf_vtc/fit/recipes` that `hf-vtc fit` runs in turn.
         processor, image_processor (`type`): what prepares its prompts and images.
     """
 
@@ -133,6 +134,7 @@ class Record:
     sharding: Sharding | None = None
     trainers: tuple[str, ...] | None = None
     baselines: Baselines | None = None
+    recipes: tuple[str, ...] | None = None
     processor: type[ProcessorMixin] = VtcProcessor
     image_processor: type[BaseImageProcessor] = VtcImageProcessor
 

@@ -115,5 +115,6 @@ RECORD = register(
         sharding=Sharding(left_out=lambda model: {"Connector"}),
         trainers=("VicoConsistencyTrainer", "VicoRouterTrainer"),
         baselines=BASELINES,
+        recipes=("vico_consistency", "vico_router"),
     )
 )

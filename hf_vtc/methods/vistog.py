@@ -107,5 +107,6 @@ RECORD = register(
         ),
         sharding=Sharding(left_out=layers_of_the_tower),
         trainers=("VistogTrainer",),
+        recipes=("vistog_stage1", "vistog_stage2"),
     )
 )
