@@ -3,8 +3,8 @@
     python examples/draw_finetune_data.py
     python examples/draw_finetune_data.py --pages 500 --output outputs/forms
 
-Without options: ten records that teach a model to sum a form up. Most have one image and one turn; there are two turns,
-two images, a system prompt and a row without an image as well.
+Without options: ten records that teach a model to sum a form up. Most have one image and one turn; there are two
+turns, two images, a system prompt and a row without an image as well.
 
 With `--pages` every page is asked three questions that the shipped base can answer, one of each kind, which is also a
 field of the record: an evaluation reports kinds apart.

@@ -1,4 +1,4 @@
-"""`examples/train_stage.py` and its recipes: every stage takes a step, and says where its values are from."""
+"""`examples/train_stage.py` and the recipes: every stage takes a step, and says where its values are from."""
 
 import importlib.util
 import re
@@ -10,10 +10,13 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText
 
+from hf_vtc.fit.recipe import RECIPES as RECIPE_FOLDER
+from hf_vtc.fit.recipe import RunOptions, read_recipe, recipe_file, trainer_class, training_arguments
+from hf_vtc.methods import RECORDS
 from hf_vtc.trainers import VtcTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+RECIPES = sorted(RECIPE_FOLDER.glob("*.yaml"))
 DATA = ROOT / "examples" / "finetune_data" / "records.json"
 
 # of the log of a step, beside the loss
@@ -60,7 +63,7 @@ def script():
 
 def tiny(recipe_name: str, seed: int = 0):
     """A tiny model that the recipe can start from."""
-    method = yaml.safe_load((ROOT / "examples" / "recipes" / f"{recipe_name}.yaml").read_text())["method"]
+    method = yaml.safe_load(recipe_file(recipe_name).read_text(encoding="utf-8"))["method"]
     overrides = {}
     if method == "llavolta":
         # enough layers for four stages to differ
@@ -79,7 +82,7 @@ def arguments_for(name: str, folder: Path, *overrides: str) -> list[str]:
     model, processor = tiny(name)
     model.save_pretrained(folder / "start", save_code=False)
     processor.save_pretrained(folder / "start", save_code=False)
-    found = [str(ROOT / "examples" / "recipes" / f"{name}.yaml"), "--model", str(folder / "start")]
+    found = [name, "--model", str(folder / "start")]
     if name == "vico_router":
         tiny(name, seed=1)[0].save_pretrained(folder / "reference", save_code=False)
         found += ["--reference", str(folder / "reference")]
@@ -91,6 +94,12 @@ def arguments_for(name: str, folder: Path, *overrides: str) -> list[str]:
 
 def test_every_recipe_is_tested():
     assert {file.stem for file in RECIPES} == set(METRICS)
+
+
+def test_every_method_names_recipes_of_its_own():
+    for record in RECORDS.values():
+        assert record.recipes
+        assert {read_recipe(recipe_file(name))["method"] for name in record.recipes} == {record.name}
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
@@ -118,13 +127,12 @@ def test_recipe_takes_a_step(script, file, tmp_path):
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_recipe_fits_its_trainer(script, file):
-    recipe = script.read_recipe(file, [])
-    trainer = script.trainer_class(recipe)
+def test_recipe_fits_its_trainer(file, tmp_path):
+    recipe = read_recipe(file)
+    trainer = trainer_class(recipe)
     assert trainer is VtcTrainer or recipe["method"].split("_")[0] in trainer.__name__.lower()
     # as on 8 devices, where the papers were trained
-    arguments = script.parse_arguments([str(file), "--model", "x", "--data", "x", "--output", "x"])
-    training = script.training_arguments(recipe, arguments, 8)
+    training = training_arguments(recipe, RunOptions(tmp_path), 8)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * 8
     assert batch == recipe["batch_size"]
 
@@ -138,7 +146,7 @@ def test_recipe_says_where_each_value_is_from(file):
         found = re.match(r"( *)(\w+):(.*)", line)
         if found and not found[1]:
             section = found[2]
-        if found and section in ("options", "batch_size", "max_length", "training") and found[3]:
+        if found and section in ("options", "batch_size", "max_length", "training", "config", "lora") and found[3]:
             assert general or " # " in found[3], line
     assert "arXiv" in text
 
@@ -163,14 +171,14 @@ def test_what_a_recipe_must_not_say_is_an_error(script, tmp_path, override, mess
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_a_section_that_nobody_reads_is_an_error(script, tmp_path):
+def test_a_section_that_nobody_reads_is_an_error(tmp_path):
     text = RECIPES[0].read_text(encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text(f"{text}\nschedule: cosine\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"unknown sections \['schedule'\]"):
-        script.read_recipe(tmp_path / "recipe.yaml", [])
+        read_recipe(tmp_path / "recipe.yaml")
     (tmp_path / "recipe.yaml").write_text("method: vico\n", encoding="utf-8")
     with pytest.raises(ValueError, match="lacks .*trainer"):
-        script.read_recipe(tmp_path / "recipe.yaml", [])
+        read_recipe(tmp_path / "recipe.yaml")
 
 
 def test_resume_goes_on_where_it_was(script, tmp_path):

@@ -192,9 +192,11 @@ def with_lora(recipe: Recipe) -> Recipe:
     """The recipe as it trains adapters: at their learning rate.
 
     Raises:
-        ValueError: the recipe does not say how.
+        ValueError: the recipe does not say at which.
     """
     lora = dict(recipe["lora"])
+    if "learning_rate" not in lora:
+        raise ValueError("`lora` of a recipe must have a `learning_rate`: the language model's own is far lower.")
     return {**recipe, "training": {**recipe["training"], "learning_rate": lora.pop("learning_rate")}, "lora": lora}
 
 

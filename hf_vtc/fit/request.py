@@ -1,7 +1,7 @@
 """What a fit is asked for, and the stages that follow from it: everything that can be refused before work begins."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,16 @@ import yaml
 from ..convert.folders import local_folder
 from ..files import read_json
 from ..methods import Record, find_record, record_named
-from .recipe import Recipe, RunOptions, read_recipe, recipe_file, trainer_class, training_arguments, with_lora
+from .recipe import (
+    Recipe,
+    RunOptions,
+    parse_override,
+    read_recipe,
+    recipe_file,
+    trainer_class,
+    training_arguments,
+    with_lora,
+)
 from .split import check_held_out
 
 PRESETS = Path(__file__).parent / "presets"
@@ -34,7 +43,7 @@ class FitRequest:
         image_folder (`str`, *optional*): where paths of images start. Default: the folder of the data.
         stages (`tuple[str, ...]`, *optional*): recipes by their name or file, in turn. Default: those of the method.
         preset (`str`, *optional*): values for a kind of machine or model, by its name or file: `"tiny"`.
-        overrides (`tuple[str, ...]`): `[recipe.]section.name=value`; without a recipe for each of them.
+        overrides (`tuple[str, ...]`): `[recipe.]section.name=value`; without a recipe for all that have the section.
         config (`Mapping`): fields of the config of the converted model.
         lora (`bool`): adapters in place of the language model in those stages that train it.
         reference (`str`, *optional*): frozen model that stages compare with. Default: what the first one starts from.
@@ -218,13 +227,10 @@ def _recipes(
     files = {file.stem: file for file in map(recipe_file, names)}
     if len(files) != len(names):
         raise ValueError(f"`stages` must name different recipes, got {', '.join(map(str, names))}.")
-    own, common = {name: [] for name in files}, []
-    for override in request.overrides:
-        name, _, rest = override.partition(".")
-        (own[name] if name in files else common).append(rest if name in files else override)
+    overrides = _overrides_of(files, request.overrides, presets)
     recipes = {}
     for name, file in files.items():
-        recipe = read_recipe(file, [*common, *own[name]], presets.get(name))
+        recipe = read_recipe(file, overrides[name], presets.get(name))
         if recipe["method"] != record.name:
             raise ValueError(f"Stage {name} is of the method {recipe['method']}, but the model of {record.name}.")
         if recipe.get("reference") == "earlier" and not recipes and request.reference is None:
@@ -236,3 +242,34 @@ def _recipes(
     if request.lora and not any("lora" in recipe for recipe in recipes.values()):
         raise ValueError(f"`lora` has no effect: no language model trains in {', '.join(recipes)}. Leave it out.")
     return recipes
+
+
+def _overrides_of(
+    files: Mapping[str, Path], overrides: Sequence[str], presets: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """The overrides of each recipe: its own, and those for all that have the section.
+
+    Raises:
+        ValueError: no recipe has the section of one.
+    """
+    found: dict[str, list[str]] = {name: [] for name in files}
+    sections = {name: read_recipe(file, (), presets.get(name)).keys() for name, file in files.items()}
+    own = []
+    for override in overrides:
+        first, _, rest = override.partition(".")
+        if first in files:
+            own.append((first, rest))
+            continue
+        section, *_ = parse_override(override)
+        takers = [name for name in files if section in sections[name]]
+        if not takers:
+            name = next(iter(files))
+            raise ValueError(
+                f"`overrides` {override!r} has no effect, since no stage has {section!r}. Say which is meant: "
+                f"{name}.{override}."
+            )
+        for name in takers:
+            found[name].append(override)
+    for name, override in own:
+        found[name].append(override)
+    return found
