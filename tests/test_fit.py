@@ -136,13 +136,10 @@ def test_records_that_are_skipped_are_named_and_train_nowhere(data, tmp_path, se
     start = write_model("llavolta", tmp_path / "start")
     bad = data.parent / "bad.json"
     with pytest.raises(ValueError, match=r"bad.json, line \d+ \(record 3, id 'r3'\): .*missing.png"):
-        fit(request)
+        fit(small_request(start, bad, tmp_path / "out", "llavolta"))
     assert not (tmp_path / "out" / "fit" / "split.json").exists()
-    lines, skipping = (
-        [],
-        small_request(start, data.parent / "bad.json", tmp_path / "other", "llavolta", on_error="skip"),
-    )
-    fit(skipping, lines.append)
+    lines = []
+    fit(small_request(start, bad, tmp_path / "other", "llavolta", on_error="skip"), lines.append)
     split = Split.load(tmp_path / "other" / "fit" / "split.json")
     assert len(split.left_out) == 1 and "id 'r3'" in split.left_out[0]
     assert split.num_training + len(split.held_out) == NUM_PICTURES

@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 # PIL's own limit, above which it warns
 MAX_IMAGE_PIXELS = 89_478_485
-_POLICIES = ("raise", "skip")
+POLICIES = ("raise", "skip")
 _CHECKS = ("header", "pixels")
 _PROGRESS = {
     "header": "Checking records",
@@ -269,8 +269,8 @@ def load_records(
         RecordError: there are bad records and none may be skipped, no record is left, or a file is damaged.
         ValueError: an argument is outside of its range.
     """
-    if on_error not in _POLICIES:
-        raise ValueError(f"`on_error` must be one of {', '.join(_POLICIES)}, got {on_error!r}.")
+    if on_error not in POLICIES:
+        raise ValueError(f"`on_error` must be one of {', '.join(POLICIES)}, got {on_error!r}.")
     if isinstance(ignore_fields, str):
         raise ValueError(f"`ignore_fields` must be a list of names, got the string {ignore_fields!r}.")
     if check_images not in _CHECKS:

@@ -24,7 +24,7 @@ from ..hub.source import load_model, load_processor
 from ..models.prompt_vtc import Budget
 from .card import score_text, sections_of
 from .folder import FitFolder, wait_for
-from .measure import Measured, is_measured, measure, progress_bars
+from .measure import Measured, check_budgets, is_measured, measure, progress_bars
 from .request import FitRequest, Plan, plan
 from .split import Split, split_records, write_held_out
 from .stage import Data, Report, Stage, run_stage
@@ -59,7 +59,9 @@ def fit(request: FitRequest, report: Report = lambda line: None) -> Measured | N
             run.train()
         return None
     with run.folder.alone(), progress_bars(False):
-        if run.folder.adopt(planned.settings()):
+        # asked at the end only, when it may turn out that some image does not admit one
+        free = () if is_measured(run.folder.after) else ("budgets",)
+        if run.folder.adopt(planned.settings(), free):
             report(f"{request.output}: goes on with what is there")
         run.convert()
         run.split()
@@ -121,6 +123,7 @@ class _Run:
     def measure_before(self) -> None:
         """What training starts from, with all visual tokens: its compression has learned nothing yet."""
         if self._split().held_out and not is_measured(self.folder.before):
+            check_budgets(self.start, self.folder.held_out, self.image_folder, self.request.budgets)
             self._measure(self.start, self.request.model, "auto", ("full",), self.folder.before)
 
     def train(self) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,12 @@ class FitFolder:
         """Whether the result is there as a whole; its config comes last."""
         return (self.output / "config.json").is_file()
 
-    def adopt(self, settings: Mapping[str, Any]) -> bool:
+    def adopt(self, settings: Mapping[str, Any], free: Collection[str] = ()) -> bool:
         """Begin, or go on with what was begun with the same settings; whether it goes on.
+
+        Args:
+            settings (`Mapping`): what the result depends on, ready for JSON.
+            free (`Collection[str]`): those of them that nothing depends on yet: they may be others than before.
 
         Raises:
             ValueError: the folder holds a fit with other settings.
@@ -61,12 +65,13 @@ class FitFolder:
         if self.settings.is_file():
             before = read_json(self.settings)
             for name in sorted({*before, *settings}):
-                if before.get(name) != settings.get(name):
+                if name not in free and before.get(name) != settings.get(name):
                     raise ValueError(
                         f"`output` {self.output} holds a fit with other settings: "
                         f"{_difference(name, before.get(name), settings.get(name))}. Give another folder, or remove "
                         "this one to begin anew."
                     )
+            write_whole(self.settings, json.dumps(settings, indent=1) + "\n")
             return True
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise FileExistsError(f"`output` {self.output} holds something that is no fit. Give another folder.")

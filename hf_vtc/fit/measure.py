@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import AutoConfig
 from transformers.utils import logging
 
-from ..evaluation import evaluate
+from ..evaluation import evaluate, read_questions, records_to_ask
+from ..evaluation.points import method_points
 from ..files import read_json
 from ..hub.source import load_model, load_processor
 from ..models.prompt_vtc import Budget
@@ -48,6 +50,17 @@ def progress_bars(wanted: bool) -> Iterator[None]:
         yield
     finally:
         (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
+def check_budgets(model_folder: Path, questions: Path, image_folder: Path, budgets: Sequence[Budget] | None) -> None:
+    """Refuse budgets that some image does not admit before they are asked for, which is after training.
+
+    Raises:
+        ValueError: naming one, and what all images admit.
+    """
+    config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
+    asked = read_questions(records_to_ask(questions, image_folder))
+    method_points(load_processor(model_folder), config, asked, budgets)
 
 
 def is_measured(folder: Path) -> bool:

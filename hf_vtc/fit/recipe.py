@@ -1,6 +1,7 @@
 """Recipes: stages of the papers as YAML files that say where each value is from, and the trainers that they become."""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ SECTIONS = {
     "lora": False,
     "data": True,
 }
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _REFERENCES = (None, "first", "earlier")
 # decided by the command line or by the recipe's `batch_size`
 _NOT_IN_RECIPES = {"output_dir", "gradient_accumulation_steps", "resume_from_checkpoint", "report_to"}
@@ -119,7 +121,8 @@ def parse_override(override: str) -> tuple[str, str, Any]:
     place, separator, text = override.partition("=")
     section, _, name = place.partition(".")
     try:
-        value = yaml.safe_load(text)
+        # which YAML takes for text without a point: 1e-5
+        value = float(text) if _NUMBER.fullmatch(text) else yaml.safe_load(text)
     except yaml.YAMLError:
         separator = ""
     if not separator or section not in SECTIONS:
@@ -156,6 +159,10 @@ def training_arguments(recipe: Recipe, run: RunOptions, num_processes: int) -> T
         raise ValueError(
             f"`training` of the recipe has {unknown}, which `TrainingArguments` does not take from there."
         )
+    for name, value in fields.items():
+        default = TrainingArguments.__dataclass_fields__[name].default
+        if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
+            raise ValueError(f"training.{name} must be a number such as {default}, got {value!r}.")
     per_pass = fields.get("per_device_train_batch_size", 8) * num_processes
     if recipe["batch_size"] % per_pass:
         raise ValueError(

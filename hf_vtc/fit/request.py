@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from ..convert.folders import local_folder
+from ..data.records import POLICIES
+from ..evaluation.scores import find_metric
 from ..files import read_json
 from ..methods import Record, find_record, record_named
 from .recipe import (
@@ -146,6 +148,10 @@ def plan(request: FitRequest, num_processes: int) -> Plan:
         ValueError, FileNotFoundError: an argument is outside of its range, or names what is not there.
     """
     check_held_out(request.held_out)
+    if request.metric != "auto":
+        find_metric(request.metric)
+    if request.on_error not in POLICIES:
+        raise ValueError(f"`on_error` must be one of {', '.join(POLICIES)}, got {request.on_error!r}.")
     if not Path(request.data).exists():
         raise FileNotFoundError(f"`data` must be an existing file or folder, got {request.data!r}.")
     if request.image_folder is not None and not Path(request.image_folder).is_dir():
