@@ -1,0 +1,155 @@
+"""Write the tables of README.md and docs that come from the model cards and from `estimate`.
+
+python examples/report_results.py            # replace the tables
+python examples/report_results.py --check    # only say which ones are old
+
+A page says where a table stands by `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hf_vtc
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/measured.md", "docs/choose.md")
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+# which rows of a card's table hold the uncompressed model, the method, and as many tokens chosen by lot
+CARD_ROWS = {
+    "vico": ("full", "auto", "random tiles"),
+    "avg-llava": ("full, 16 per tile", "auto", "as many of each granularity, by lot"),
+    "llavolta": ("tuned without compression", "tuned in stages, layer 2, stride 2 (as shipped)", None),
+    "vistog": ("uncompressed", "VisToG", "random groups"),
+    "convllava": ("`base-tiny`: ViT, tiles of a field each", "this model", None),
+}
+TITLES = {
+    "vico": "ViCO",
+    "avg-llava": "AVG-LLaVA",
+    "llavolta": "LLaVolta",
+    "vistog": "VisToG",
+    "convllava": "ConvLLaVA",
+}
+
+_CLIP_L = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+_INTERN_VIT = {**_CLIP_L, "model_type": "internvl_vision", "image_size": [448, 448], "patch_size": [14, 14]}
+_VICUNA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+}
+_QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+_QWEN3_600M = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+_QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+# name -> the parts of its config.json that costs depend on, and how many tiles of an image it sees
+SHAPES = {
+    "LLaVA-1.5-7B": ({"model_type": "llava", "vision_config": _CLIP_L, "text_config": _VICUNA}, 1),
+    "LLaVA-NeXT-7B": ({"model_type": "llava_next", "vision_config": _CLIP_L, "text_config": _VICUNA}, 5),
+    "InternVL3.5-1B": (
+        {
+            "model_type": "internvl",
+            "vision_config": _INTERN_VIT,
+            "text_config": {**_QWEN3, **_QWEN3_600M},
+            "downsample_ratio": 0.5,
+        },
+        7,
+    ),
+    "InternVL3.5-8B": (
+        {
+            "model_type": "internvl",
+            "vision_config": _INTERN_VIT,
+            "text_config": {**_QWEN3, **_QWEN3_8B},
+            "downsample_ratio": 0.5,
+        },
+        7,
+    ),
+}
+SHARES = (0.5, 0.25, 0.1)
+
+
+def card_rows(name: str) -> dict[str, dict[str, str]]:
+    """The table of a card that holds accuracies: row -> column -> cell."""
+    text = (ROOT / "model_cards" / f"{name}-tiny" / "README.md").read_text(encoding="utf-8")
+    lines = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in line] for line in lines]
+    header = next(line for line in lines if "coarse" in line)
+    return {line[0]: dict(zip(header[1:], line[1:])) for line in lines if len(line) == len(header) and "%" in line[1]}
+
+
+def results_table() -> str:
+    """Per method what its card measured: all tokens, its own choice, and as many tokens chosen by lot."""
+    header = ("method", "uncompressed", "compressed", "of the accuracy", "visual tokens", "fewer", "as many, by lot")
+    rows = []
+    for name, (full, own, by_lot) in CARD_ROWS.items():
+        table = card_rows(name)
+        (tokens,) = [column for column in table[own] if column.startswith("visual tokens")]
+        before, after = (float(table[row][tokens]) for row in (full, own))
+        accuracy, kept_accuracy = (float(table[row]["all"].removesuffix("%")) for row in (full, own))
+        link = f"[{TITLES[name]}]({{to_root}}model_cards/{name}-tiny/README.md)"
+        # the card's own figures where it has them, which were rounded once
+        shares = [cell for column, cell in table[own].items() if column.startswith("of ")]
+        share = shares[0] if shares else f"{100 * kept_accuracy / accuracy:.2f} %"
+        fewer = table[own].get("fewer", f"{100 * (1 - after / before):.1f} %")
+        chance = table[by_lot]["all"] if by_lot else "-"
+        rows.append((link, table[full]["all"], table[own]["all"], share, f"{table[full][tokens]} -> {table[own][tokens]}", fewer, chance))
+    return _markdown(header, rows)
+
+
+def ideal_table() -> str:
+    """Per base what `estimate` says can be gained at most, arithmetic alone."""
+    header = ("base", "visual tokens", *(f"{share:.0%} kept: first token".replace("%", " %") for share in SHARES))
+    rows = []
+    for name, (config, num_tiles) in SHAPES.items():
+        found = [hf_vtc.estimate(config, vtc_budget=share, num_tiles=num_tiles) for share in SHARES]
+        gains = [f"{each.ttft_speedup:.2f} (prefill {each.prefill_speedup:.2f})" for each in found]
+        rows.append((name, str(found[0].num_reserved), *gains))
+    return _markdown(header, rows)
+
+
+def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+TABLES: dict[str, Callable[[], str]] = {"results": results_table, "ideal": ideal_table}
+
+
+def with_tables(page: str, text: str) -> str:
+    """The text of a page with its tables as they come out now."""
+    to_root = "../" * page.count("/")
+    return _TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]().format(to_root=to_root)}\n\n{found[3]}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is old")
+    options = parser.parse_args()
+    old_pages = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        new = with_tables(page, text)
+        if new != text:
+            old_pages.append(page)
+            if not options.check:
+                (ROOT / page).write_text(new, encoding="utf-8")
+    if options.check and old_pages:
+        sys.stderr.write(f"{', '.join(old_pages)}: old tables, run python examples/report_results.py\n")
+    return int(options.check and bool(old_pages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
