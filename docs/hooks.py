@@ -26,6 +26,7 @@ OUTSIDE = {
 MESSAGES_MARK = "<!-- every error message -->"
 # models have no `__all__`, since they are reached through the Auto classes; these methods are called by users
 _MODEL_METHODS = ("forward", "generate", "count_visual_tokens", "get_image_features")
+_ERRORS = re.compile(r"(Error|Exception|OpsUnavailable|UntrustedPlace)$")
 _OF_ALL_METHODS = {
     "configuration_vtc": ("VtcConfig",),
     "modeling_vtc": ("VtcForConditionalGeneration",),
@@ -106,7 +107,8 @@ def api_pages(package: griffe.Module) -> dict[str, str]:
         pages[f"api/{module.removeprefix('hf_vtc.')}.md"] = "\n\n".join(
             [f"# {module}", own.docstring.value if own.docstring else "", *(f"::: {module}.{name}" for name in names)]
         )
-    return {**pages, "api/models.md": _models_page(package)}
+    pages["api/models.md"] = _models_page(package)
+    return dict(sorted(pages.items()))
 
 
 def _models_page(package: griffe.Module) -> str:
@@ -145,8 +147,9 @@ def error_messages() -> dict[str, list[str]]:
 
 def _messages_of(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            text = " ".join(_text_of(node.exc.args[0]).split())
+        # also where an error is made in one function and raised in another
+        if isinstance(node, ast.Call) and node.args and _ERRORS.search(ast.unparse(node.func)):
+            text = " ".join(_text_of(node.args[0]).split())
             # a message that is made elsewhere, or by the host
             if len(re.findall(r"[a-zA-Z]{2,}", text)) > 2:
                 yield text
@@ -204,6 +207,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if MESSAGES_MARK in markdown:
         markdown = markdown.replace(MESSAGES_MARK, messages_as_markdown())
     return re.sub(r"(\]\()([^)#\s]+)", lambda found: found[1] + _address(found[2], source, here), markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    # types stand in backticks in docstrings, and would show them
+    return re.sub(r"<code>(`[^<]*)</code>", lambda found: f"<code>{re.sub('[`*]', '', found[1])}</code>", html)
 
 
 def _address(link: str, source: Path, here: str) -> str:

@@ -7,7 +7,7 @@
 
 Each part runs in a process of its own and is killed at its time box, so that none can hang the run. DIR/results.json
 and DIR/results.md are written after every part and while one runs: a run that is cut off still counts. DIR/log.txt has
-all that was printed. A results.json that is copied to docs/results appears in the README (gpu_proof_table.py).
+all that was printed. A results.json that is copied to docs/results appears in docs/gpu.md (gpu_proof_table.py).
 
 Needs Python 3.10, torch 2.10 with CUDA and what hf_vtc needs; nvcc for the ops, and compute-sanitizer and ncu for part
 g, from the PATH or the CUDA toolkit.

@@ -106,7 +106,8 @@ def results_table() -> str:
         share = shares[0] if shares else f"{100 * kept_accuracy / accuracy:.2f} %"
         fewer = table[own].get("fewer", f"{100 * (1 - after / before):.1f} %")
         chance = table[by_lot]["all"] if by_lot else "-"
-        rows.append((link, table[full]["all"], table[own]["all"], share, f"{table[full][tokens]} -> {table[own][tokens]}", fewer, chance))
+        counts = f"{table[full][tokens]} -> {table[own][tokens]}"
+        rows.append((link, table[full]["all"], table[own]["all"], share, counts, fewer, chance))
     return _markdown(header, rows)
 
 

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # languages of blocks that hold no code
 DATA = {"text", "json", "yaml"}
-_BLOCK = re.compile(r"^(?:<!-- (?P<mark>[\w ]+): (?P<note>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+_BLOCK = re.compile(
+    r"^(?:<!-- (?P<mark>[\w ]+): (?P<note>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
+)
 _FENCES = re.compile(r"^\s*```", re.M)
 
 
@@ -102,7 +104,7 @@ def _problem_of_hf_vtc(arguments: list[str]) -> str | None:
         command.make_context(arguments[0], arguments[1:])
     except Exception as error:
         # typer's errors are those of click, or of a copy of it in newer versions
-        return getattr(error, "message", None) or str(error)
+        return error.format_message() if hasattr(error, "format_message") else repr(error)
     return None
 
 

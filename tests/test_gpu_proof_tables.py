@@ -1,4 +1,4 @@
-"""The README's GPU table, and the wheels for a machine without network."""
+"""The GPU table of docs/gpu.md, and the wheels for a machine without network."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ sys.path.append(str(ROOT / "examples"))
 import gpu_proof_table  # noqa: E402
 import gpu_proof_wheels  # noqa: E402
 from gpu_proof_parts import PARTS  # noqa: E402
-from gpu_proof_parts.report import NOT_RUN, as_markdown, read_results, readme_table  # noqa: E402
+from gpu_proof_parts.report import NOT_RUN, as_markdown, read_results, results_table  # noqa: E402
 
 
 def finished(**overrides) -> dict:
@@ -42,22 +42,22 @@ def finished(**overrides) -> dict:
     }
 
 
-def test_without_runs_the_readme_says_so_of_every_part():
-    lines = readme_table([]).splitlines()[2:]
+def test_without_runs_the_page_says_so_of_every_part():
+    lines = results_table([]).splitlines()[2:]
     assert len(lines) == len(PARTS) and all(line.endswith(f"| {NOT_RUN} |") for line in lines)
 
 
-def test_the_readme_shows_the_last_run_that_reached_a_part(tmp_path):
+def test_the_page_shows_the_last_run_that_reached_a_part(tmp_path):
     later = finished(started="2026-03-01T00:00:00Z", commit="e" * 40)
     later["parts"] = [{**part, "status": "not started"} for part in later["parts"]]
     later["parts"][1] |= {"status": "done", "headline": "8 of 8 checks hold"}
     (tmp_path / "z.json").write_text(json.dumps(finished()))
     (tmp_path / "a.json").write_text(json.dumps(later))
-    header, _, *lines = readme_table(read_results(tmp_path)).splitlines()
+    header, _, *lines = results_table(read_results(tmp_path)).splitlines()
     assert header == "| part | shows | NVIDIA H100 |"
-    assert lines[0].endswith("| 19 of 19 checks hold ([2026-01-02](docs/results/z.json), ffffffffff) |")
-    assert lines[1].endswith("| 8 of 8 checks hold ([2026-03-01](docs/results/a.json), eeeeeeeeee) |")
-    own = readme_table([finished(file="x.json")]).splitlines()[3]
+    assert lines[0].endswith("| 19 of 19 checks hold ([2026-01-02](results/z.json), ffffffffff) |")
+    assert lines[1].endswith("| 8 of 8 checks hold ([2026-03-01](results/a.json), eeeeeeeeee) |")
+    own = results_table([finished(file="x.json")]).splitlines()[3]
     assert "1 of 2 checks hold; cut off at its time box after 3 results (" in own
     assert "FAILED after 0 results (OutOfMemoryError: too much)" in lines[2]
     assert lines[3].endswith(f"| {NOT_RUN} |")
@@ -72,9 +72,9 @@ def test_a_dry_run_is_no_result(tmp_path):
         read_results(tmp_path)
 
 
-def test_the_readme_shows_the_results_that_are_kept():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert gpu_proof_table.with_table(text, readme_table(read_results(ROOT / "docs" / "results"))) == text
+def test_the_page_shows_the_results_that_are_kept():
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert gpu_proof_table.with_table(text, results_table(read_results(ROOT / "docs" / "results"))) == text
     with pytest.raises(ValueError, match="once each"):
         gpu_proof_table.with_table("no marks", "table")
 

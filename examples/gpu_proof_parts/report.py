@@ -1,4 +1,4 @@
-"""Results as Markdown: the whole of one run, and the table of the README from all runs that are kept."""
+"""Results as Markdown: the whole of one run, and the table of docs/gpu.md from all runs that are kept."""
 
 import json
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def outcome(part: dict[str, Any] | None) -> str:
-    """What the README says of one part of one run."""
+    """What docs/gpu.md says of one part of one run."""
     if part is None or part["status"] == "not started":
         return NOT_RUN
     checks = [row["ok"] for row in part["rows"] if row.get("ok") is not None]
@@ -110,7 +110,7 @@ def outcome(part: dict[str, Any] | None) -> str:
     return "; ".join(said) or f"done, {len(part['rows'])} results"
 
 
-def readme_table(runs: Sequence[dict[str, Any]]) -> str:
+def results_table(runs: Sequence[dict[str, Any]]) -> str:
     """One line per part, one column per device: of each device the last run that reached the part."""
     devices = list(dict.fromkeys(run["machine"]["device"] for run in runs if "device" in run.get("machine", {})))
     rows = []
@@ -122,9 +122,7 @@ def readme_table(runs: Sequence[dict[str, Any]]) -> str:
             reached = [(run, entry) for run, entry in entries if entry["status"] != "not started"]
             if reached:
                 run, entry = reached[-1]
-                cells.append(
-                    f"{outcome(entry)} ([{run['started'][:10]}](docs/results/{run['file']}), {commit_of(run)})"
-                )
+                cells.append(f"{outcome(entry)} ([{run['started'][:10]}](results/{run['file']}), {commit_of(run)})")
             else:
                 cells.append(NOT_RUN)
         rows.append([part.letter, part.title, *(cells or [NOT_RUN])])

@@ -83,7 +83,7 @@ class Proof:
             free()
 
     def headline(self, text: str = "") -> None:
-        """One sentence for the README, how many checks held so far comes first; the last one counts."""
+        """One sentence for docs/gpu.md, how many checks held so far comes first; the last one counts."""
         held = f"{self.checked - self.wrong} of {self.checked} checks hold" if self.checked else ""
         self._write({"headline": "; ".join(each for each in (held, text) if each)})
 

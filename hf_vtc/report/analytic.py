@@ -80,6 +80,7 @@ class Estimate:
         return self.num_reserved / self.num_kept
 
     def to_dict(self) -> dict[str, Any]:
+        """Every figure, for JSON."""
         return {**asdict(self), "compression_ratio": self.compression_ratio}
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -103,6 +104,7 @@ class Estimate:
         return rows
 
     def title(self) -> str:
+        """What was estimated, in a line."""
         height, width = self.image_size
         return (
             f"{self.model_type}: batch {self.batch_size}, {height} x {width} px in {self.num_tiles} tiles, "

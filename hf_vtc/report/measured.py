@@ -96,6 +96,7 @@ class BenchReport:
         return (self.full.median - self.measured.median) / possible
 
     def to_dict(self) -> dict[str, Any]:
+        """Every figure and all that follows from them, for JSON."""
         derived = ("eta", "paired_eta", "speedup", "oracle_speedup", "phi")
         content = {**asdict(self), **{name: getattr(self, name) for name in derived}}
         for name in ("full", "measured", "oracle"):
@@ -115,6 +116,7 @@ class BenchReport:
         return [*rows, ("ideal (FLOPs)", "", "", f"{self.ideal_speedup:.2f}")]
 
     def title(self) -> str:
+        """What was measured, in a line."""
         reserved, kept = sum(self.num_reserved), sum(self.num_kept)
         return (
             f"Time to first token: batch {self.batch_size}, {self.num_tiles} tiles, {kept} of {reserved} visual "
@@ -122,6 +124,7 @@ class BenchReport:
         )
 
     def notes(self) -> list[str]:
+        """What a reader of the figures should know, in words."""
         phi = "not defined, since the oracle gains nothing" if self.phi is None else f"{self.phi:.2f}"
         notes = [
             f"eta = oracle / measured = {self.eta:.3f} (median of rounds {self.paired_eta:.3f}); phi = {phi}",

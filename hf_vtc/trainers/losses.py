@@ -202,7 +202,7 @@ def best_granularity_loss(
     """RGLF, first part: cross-entropy of the router with the granularity of the smallest loss.
 
     Args:
-        router_logits (`torch.Tensor` of shape `(num_images, E)`).
+        router_logits (`torch.Tensor` of shape `(num_images, E)`): of the E granularities, coarse first.
         losses (`torch.Tensor` of shape `(num_images, E)`): of the answers at each granularity, mean over their tokens.
             Of equal ones the first, which is the coarsest, is the best.
         num_items (`torch.Tensor` or `int`, *optional*): images of the whole accumulated batch; see `mean_over_items`.
@@ -229,7 +229,7 @@ def granularity_ranking_loss(
     `i < j` costs `max(0, s_j - s_i + lambda_ij)`.
 
     Args:
-        router_logits (`torch.Tensor` of shape `(num_images, E)`).
+        router_logits (`torch.Tensor` of shape `(num_images, E)`): of the E granularities, coarse first.
         losses (`torch.Tensor` of shape `(num_images, E)`): as above; no gradient reaches them.
         margin (`float`): m.
         rule (`str`): `"released"`: `lambda_ij = m (j - i) (l_j - l_i)`, and for each gap `j - i` the mean over its
