@@ -24,7 +24,8 @@ OUTSIDE = {
     **{f"cards/{name}.md": path for name, path in CARDS.items()},
 }
 MESSAGES_MARK = "<!-- every error message -->"
-# models have no `__all__`, since they are reached through the Auto classes; these methods are called by users
+_WITHOUT_ALL = ("auto", "lora")
+# models have no `__all__` either, since they are reached through the Auto classes; these methods are called by users
 _MODEL_METHODS = ("forward", "generate", "count_visual_tokens", "get_image_features")
 _ERRORS = re.compile(r"(Error|Exception|OpsUnavailable|UntrustedPlace)$")
 _OF_ALL_METHODS = {
@@ -52,6 +53,12 @@ def public_modules(package: griffe.Module) -> dict[str, list[str]]:
     return found
 
 
+def _functions_and_classes(module: griffe.Module) -> list[str]:
+    """Of a module without `__all__`: what it defines under a name that is no private one."""
+    members = (member for name, member in module.members.items() if not name.startswith("_"))
+    return [member.name for member in members if not member.is_alias and (member.is_function or member.is_class)]
+
+
 def undocumented(package: griffe.Module) -> list[str]:
     """Public names without a docstring, and public methods of public classes without one."""
     return [path for names in public_names(package).values() for path in names if not _documented(package, path)]
@@ -60,9 +67,9 @@ def undocumented(package: griffe.Module) -> list[str]:
 def public_names(package: griffe.Module) -> dict[str, list[str]]:
     """Page of the API -> what it must document, by its path."""
     pages: dict[str, list[str]] = {}
-    for module, names in public_modules(package).items():
-        if module == "hf_vtc":
-            continue
+    modules = {path: names for path, names in public_modules(package).items() if path != "hf_vtc"}
+    modules |= {f"hf_vtc.{name}": _functions_and_classes(package[name]) for name in _WITHOUT_ALL}
+    for module, names in modules.items():
         pages[module] = []
         for name in names:
             member = _target(package[f"{module}.{name}".removeprefix("hf_vtc.")])

@@ -15,6 +15,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 LINKED = [*PAGES, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("model_cards/*/README.md"))]
 
+# shares that the papers claim: ViCO, AVG-LLaVA, VisToG (two), LLaVolta
+PAPERS = {"100", "85.3", "98.1", "27", "16"}
+
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
@@ -55,6 +58,17 @@ def test_tables_are_those_of_the_cards_and_of_estimate():
         assert report_results.with_tables(page, text) == text, "run python examples/report_results.py"
 
 
+def test_shares_in_the_prose_are_those_of_the_cards_or_of_a_paper():
+    """What is written by hand about measurements must not outlive them."""
+    cards = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("model_cards/*/README.md"))
+    measured = {float(share) for share in re.findall(r"(\d+(?:\.\d+)?) ?%", cards)}
+    for name in ("README.md", "docs/choose.md", "docs/measured.md"):
+        text = re.sub(r"<!-- table: .*?<!-- end of table -->", "", (ROOT / name).read_text(), flags=re.DOTALL)
+        for share in re.findall(r"(\d+(?:\.\d+)?) %", text):
+            places = len(share.partition(".")[2])
+            assert share in PAPERS or any(f"{each:.{places}f}" == share for each in measured), f"{name}: {share} %"
+
+
 def test_troubleshooting_quotes_messages_that_exist():
     hooks = hooks_of_the_site()
     texts = [text for found in hooks.error_messages().values() for text in found]
@@ -88,7 +102,12 @@ def test_every_public_name_has_a_docstring():
     package = griffe.load("hf_vtc", search_paths=[ROOT])
     assert hooks.undocumented(package) == []
     names = {path for page in hooks.public_names(package).values() for path in page}
-    assert {"hf_vtc.data.records.load_records", "hf_vtc.report.analytic.estimate", "hf_vtc.hub.push"} <= names
+    assert {
+        "hf_vtc.data.records.load_records",
+        "hf_vtc.report.analytic.estimate",
+        "hf_vtc.hub.push",
+        "hf_vtc.lora.default_lora_config",
+    } <= names
 
 
 def build(root: Path, site: Path) -> subprocess.CompletedProcess:

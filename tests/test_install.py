@@ -16,7 +16,7 @@ import hf_vtc
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
-# bytes of a wheel that the README promises at most
+# bytes of a wheel that docs/quickstart.md promises at most
 LARGEST_WHEEL = 12e6
 
 
