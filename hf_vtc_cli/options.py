@@ -7,11 +7,14 @@ import re
 import stat
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -26,6 +29,10 @@ QuestionOption = Annotated[str | None, typer.Option("--question", help="Asked ab
 BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", help="Share of visual tokens (0.5 or 50%), tokens per image (256), auto, or full."),
+]
+BudgetsOption = Annotated[
+    list[str] | None,
+    typer.Option("--budget", help="Share (0.5 or 50%), tokens per image (256), auto, or full; may be repeated."),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Such as cpu, cuda:0. Default: the fastest here.")]
 DtypeOption = Annotated[
@@ -104,6 +111,24 @@ def require_writable_picture(path: Path) -> None:
 def status(message: str) -> Any:
     """A line that shows what is going on: on standard error, and only where someone watches."""
     return Console(stderr=True).status(message)
+
+
+@contextmanager
+def progress(message: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar of what is done: on standard error, and only where someone watches.
+
+    Yields:
+        What moves it, called with what is done and, where that has changed, the total.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(message, total=total)
+
+        def move(num_done: int, new_total: int = total) -> None:
+            bar.update(task, completed=num_done, total=new_total)
+
+        yield move
 
 
 def print_json(content: dict[str, Any]) -> None:

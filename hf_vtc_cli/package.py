@@ -57,6 +57,11 @@ def shipped_models() -> list[str]:
     return folders
 
 
+def is_shipped(path: str) -> bool:
+    """Whether a model is one of those that come with hf_vtc."""
+    return Path(path).resolve().parent == SHIPPED_MODELS.resolve()
+
+
 def pages_of(images: Sequence[str] | None, question: str | None) -> list[dict[str, Any]]:
     """The images of the command line with its question, or the shipped pages with theirs."""
     if images:

@@ -19,10 +19,11 @@ from .options import (
     check_dtype,
     parse_budget,
     print_json,
+    progress,
     require_writable_picture,
     status,
 )
-from .package import checkpoint_path, pages_of, shipped_models
+from .package import checkpoint_path, is_shipped, pages_of, shipped_models
 
 
 def run(
@@ -33,12 +34,16 @@ def run(
     budget: BudgetOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     save: Annotated[Path, typer.Option(metavar="PNG", help="Picture of what was kept.")] = Path("vtc_run.png"),
+    gain: Annotated[
+        bool,
+        typer.Option(help="Measure what the method gains here at a size where tokens cost, if the model is tiny."),
+    ] = True,
     json_output: JsonOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Answer questions about images, uncompressed and compressed, and draw what was kept.
+    """Answer questions about images, uncompressed and compressed, draw what was kept, and measure the gain.
 
     Without options: questions about pages of real handwriting, answered by the checkpoint that comes with hf_vtc, with
     budget auto and, where the method can, 0.5.
@@ -63,11 +68,11 @@ def run(
     for path in paths:
         with status(f"Loading {path} ..."):
             loaded = load(path, device, dtype)
-        with working_with(path), status(f"Page 1 of {len(pages)} ...") as shown:
+        with working_with(path), progress(f"Asking {Path(path).name}, by page", len(pages)) as move:
             budgets = _budgets(chosen, compare, loaded, pages[0])
 
-            def on_page(num_done: int, name: str, answers: list[dict[str, Any]], shown: Any = shown) -> None:
-                shown.update(f"Page {num_done + 1} of {len(pages)} ...")
+            def on_page(num_done: int, name: str, answers: list[dict[str, Any]], move: Any = move) -> None:
+                move(num_done)
                 if not json_output and not compare:
                     console.print(tables.page_table(name, answers))
 
@@ -77,12 +82,49 @@ def run(
             row += page_pictures
 
     stack(pictures).save(save)
+    notes = [_NOTE_ON_TINY_MODELS] if image and any(map(is_shipped, paths)) else []
+    if not json_output:
+        for table in tables.closing_tables(contents, compare):
+            console.print(table)
+        console.print(Text(f"What was kept: {save}"))
+    measured, reason = _gain_or_reason(loaded[0], gain, compare)
+    notes += [reason] if reason else []
     if json_output:
-        print_json({"picture": str(save), "models": contents} if compare else contents[0])
+        extra = {"gain": None if measured is None else measured.to_dict(), "notes": notes}
+        print_json({"picture": str(save), "models": contents, **extra} if compare else {**contents[0], **extra})
         return
-    for table in tables.closing_tables(contents, compare):
-        console.print(table)
-    console.print(Text(f"What was kept: {save}"))
+    for line in [*(tables.gain_lines(measured) if measured else ()), *map(Text, notes)]:
+        console.print(line)
+
+
+# of a model that has seen nothing but what examples/digit_forms draws
+_NOTE_ON_TINY_MODELS = (
+    "This model reads drawn forms only: pages of coloured boxes with handwritten digits, as in examples/images. What "
+    "it says about any other picture means nothing. A model that reads photographs: hf-vtc convert "
+    "OpenGVLab/InternVL3_5-1B-Flash my-flash (downloads about 2 GB), then hf-vtc run --model my-flash --image "
+    "photo.jpg"
+)
+
+
+def _gain_or_reason(model: Any, wanted: bool, compare: bool) -> tuple[Any, str]:
+    """What a tiny model's method gains at a size where tokens cost, or why that is not measured."""
+    from hf_vtc.report import measure_gain, shape_of_gain
+
+    from .tables import is_small
+
+    if not wanted or not is_small(model.num_parameters()):
+        # not asked for, or to be seen in the table above
+        return None, ""
+    if compare:
+        return None, "`hf-vtc run --model FOLDER` measures what one method gains here at a size where tokens cost."
+    shape = shape_of_gain(model)
+    if shape is None:
+        return None, (
+            "No gain is measured for this method: an image has one count of visual tokens, or its record names no "
+            "shape `100m`. `hf-vtc estimate` counts what models of every shape cost."
+        )
+    with progress(f"Measuring {shape}, in rounds", 2) as move:
+        return measure_gain(shape, model.device, model.dtype, on_round=move), ""
 
 
 def _budgets(

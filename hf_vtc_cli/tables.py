@@ -8,7 +8,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["closing_tables", "comparison_table", "page_table", "ranking_table", "summary_table"]
+__all__ = [
+    "bench_table",
+    "closing_tables",
+    "comparison_table",
+    "gain_lines",
+    "is_small",
+    "page_table",
+    "ranking_table",
+    "summary_table",
+]
 
 # parameters below which a first token costs about the same however many tokens there are
 _SMALL_MODEL = 50e6
@@ -84,6 +93,60 @@ def closing_tables(contents: Sequence[Mapping[str, Any]], compare: bool) -> list
     return [comparison_table(contents), ranking_table(contents)] if compare else [summary_table(contents[0])]
 
 
+def bench_table(source: str, reports: Sequence[Any]) -> Group:
+    """Several measurements of one model, a line each.
+
+    Args:
+        reports (`Sequence[BenchReport]`): of `hf_vtc.report.bench`.
+    """
+    numbers = ("batch", "tokens kept", "full", "ours", "oracle", "faster", "possible", "eta", "phi")
+    table = _table(("budget",), numbers)
+    for report in reports:
+        times = (f"{1e3 * timing.median:.1f}" for timing in (report.full, report.measured, report.oracle))
+        table.add_row(
+            str(report.vtc_budget),
+            str(report.batch_size),
+            f"{sum(report.num_kept)} of {sum(report.num_reserved)}",
+            *times,
+            f"{report.speedup:.2f}",
+            f"{report.oracle_speedup:.2f}",
+            f"{report.eta:.3f}",
+            "-" if report.phi is None else f"{report.phi:.2f}",
+        )
+    return Group(
+        Text(f"Time to first token of {Path(source).name}, medians in ms", style="bold"),
+        table,
+        *map(Text, (*_WORDS_OF_BENCH, reports[0].notes()[3])),
+    )
+
+
+_WORDS_OF_BENCH = (
+    "Faster: full / ours. Oracle: the same tower, the connectors that were needed, and the stock language model on "
+    "embeddings that are packed already; possible: full / oracle.",
+    "eta: oracle / ours, 1 if choosing and packing cost nothing. phi: share of the possible gain (full - oracle) that "
+    "arrives, - where the oracle gains nothing.",
+)
+
+
+def gain_lines(gain: Any) -> list[Text]:
+    """What `hf-vtc run` measured beside the answers.
+
+    Args:
+        gain (`Gain`): of `hf_vtc.report.measure_gain`.
+    """
+    rounds = len(gain.full_seconds)
+    return [
+        Text("What compression gains on this machine", style="bold"),
+        Text(str(gain), style="green" if gain.speedup > 1 else ""),
+        Text(
+            f"Measured just now in turns, {rounds} round{'s' * (rounds > 1)}, on {gain.device} with {gain.threads} "
+            f"thread{'s' * (gain.threads > 1)}: the method of this checkpoint at a size where tokens cost, a language "
+            f"model of {gain.num_decoder_parameters / 1e6:.0f} M parameters. Its weights are random, which changes "
+            f"answers and not times. Again, with more figures: hf-vtc bench --random-weights {gain.shape}"
+        ),
+    ]
+
+
 def _name(content: Mapping[str, Any]) -> str:
     return Path(content["model"]).name
 
@@ -116,9 +179,14 @@ def _token_cells(line: Mapping[str, Any]) -> tuple[str, str, str]:
     return tokens, f"{line['compression_ratio']:.2f}", f"{line['ttft_ms']:.1f} ms"
 
 
+def is_small(num_parameters: int) -> bool:
+    """Whether a model spends a first token on fixed costs, and not on tokens."""
+    return num_parameters < _SMALL_MODEL
+
+
 def _note(contents: Sequence[Mapping[str, Any]]) -> str:
     largest = max(content["num_parameters"] for content in contents)
-    if largest >= _SMALL_MODEL:
+    if not is_small(largest):
         return _TIME_NOTE
     return (
         f"{_TIME_NOTE} A model of {largest / 1e6:.1f} M parameters spends it on fixed costs, not on tokens: "

@@ -3,7 +3,9 @@
 import configparser
 import json
 import os
+import re
 import shutil
+import statistics
 import struct
 import zlib
 from pathlib import Path
@@ -18,10 +20,15 @@ from typer.testing import CliRunner
 
 import hf_vtc.convert
 import hf_vtc.hub
+from hf_vtc.methods import costs
+from hf_vtc.methods.shapes import Shape
+from hf_vtc.models.tiling_vtc import TilingSettings
+from hf_vtc.report import HARDWARE_NAMES, gain, shapes
 from hf_vtc_cli import answers, package
 from hf_vtc_cli.app import app
 from hf_vtc_cli.convert import convert
 from hf_vtc_cli.errors import in_words_of
+from hf_vtc_cli.estimate import CARD_NAMES
 from hf_vtc_cli.export import export, push
 
 QUESTIONS = [
@@ -60,7 +67,9 @@ def shipped(model_cards, tmp_path, monkeypatch):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    # the gain, which takes seconds to measure, has tests of its own
+    quick = ("--no-gain",) if arguments[0] == "run" and "--gain" not in arguments else ()
+    return CliRunner().invoke(app, [str(argument) for argument in (*arguments, *quick)])
 
 
 @pytest.fixture(autouse=True)
@@ -292,6 +301,18 @@ def _write_what_is_refused(folder: Path) -> None:
         (["run", "--model", "."], "No config.json of a model can be read from ."),
         (["run", "--model", "owner/name"], "No config.json of a model can be read from owner/name"),
         (["run", "--budget", "half"], "got 'half'"),
+        (["estimate", "llava-7"], "none of the shapes llava-1.5-7b, "),
+        (["estimate", "--shape", "llava-7"], "none of the shapes llava-1.5-7b, "),
+        (["estimate", "vico-8b", "--shape", "vico-8b"], "MODEL_OR_SHAPE or `--shape`, not both"),
+        (["estimate", "--gpu", "b200"], "`--gpu` must be one of h100, a100, l4, rtx4090, cpu, got 'b200'"),
+        (["estimate", "--gpu", "l4", "--peak-flops", "1e12"], "not both"),
+        (["estimate", "--peak-flops", "1e12"], "belong together"),
+        (["estimate", "--peak-flops", "nan", "--bandwidth", "1"], "`--peak-flops` must be a number above 0"),
+        (["estimate", "--image-size", "0x5"], "got '0x5'"),
+        (["bench", "--random-weights", "llava-1.5-7b"], "does not compress, so that there is nothing to measure"),
+        (["bench", "--random-weights", "nope"], "'nope' is no shape. Give one of avg-llava-7b, "),
+        (["bench", "--random-weights", "vico-8b", "--model", "."], "`--random-weights` brings model"),
+        (["bench", "--budget", "0.5", "--budget", "half"], "got 'half'"),
         (["run", "--budget", "1.5"], "got '1.5'"),
         (["run", "--budget", "0"], "at least 1 without (256), got '0'"),
         (["run", "--budget", "nan"], "got 'nan'"),
@@ -428,14 +449,159 @@ def test_estimate_of_other_models(shipped):
 
 def test_bench_measures_one_page(shipped):
     content = json.loads(output_of("bench", "--json", "--repeats", 2, "--warmup", 0, "--batch-size", 3))
-    assert (content["batch_size"], content["num_tiles"], content["num_reserved"]) == (3, 9, [48] * 3)
-    assert len(content["measured"]["seconds"]) == 2
-    assert "eta = oracle / measured" in output_of("bench", "--repeats", 1, "--warmup", 0)
+    (report,) = content["reports"]
+    assert (report["batch_size"], report["num_tiles"], report["num_reserved"]) == (3, 9, [48] * 3)
+    assert len(report["measured"]["seconds"]) == 2
+    text = " ".join(output_of("bench", "--repeats", 1, "--warmup", 0).split())
+    assert all(word in text for word in ("eta = oracle / measured", "phi, the share", "Oracle: the same tower"))
 
 
 def test_bench_takes_several_images(shipped):
     arguments = ("--image", "a.png", "--image", "b.png", "--repeats", 1, "--warmup", 0)
-    assert json.loads(output_of("bench", "--json", *arguments))["num_reserved"] == [48, 16]
+    assert json.loads(output_of("bench", "--json", *arguments))["reports"][0]["num_reserved"] == [48, 16]
+
+
+def test_bench_takes_several_budgets_and_batches(shipped):
+    options = (
+        "--budget",
+        0.5,
+        "--budget",
+        "full",
+        "--batch-size",
+        1,
+        "--batch-size",
+        2,
+        "--repeats",
+        1,
+        "--warmup",
+        0,
+    )
+    reports = json.loads(output_of("bench", "--json", *options))["reports"]
+    assert [(report["batch_size"], report["vtc_budget"]) for report in reports] == [
+        (1, 0.5),
+        (1, "full"),
+        (2, 0.5),
+        (2, "full"),
+    ]
+    text = " ".join(output_of("bench", *options).split())
+    assert "24 of 48" in text and "96 of 96" in text
+    assert all(word in text for word in ("eta: oracle / ours", "phi: share of the possible gain", "Oracle: the same"))
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """Tiny shapes in the places of those of 100 M parameters."""
+    tiny = {}
+    for name, (record, _) in shapes.shapes_of_methods().items():
+        fields = dict(factories.TINY[record.name].config)
+        vision, text = fields.pop("vision_config"), fields.pop("text_config")
+        fields.pop("image_token_id", None)
+        tiling = {
+            key: value
+            for key, value in factories.TINY[record.name].processor.items()
+            if key in TilingSettings.__dataclass_fields__
+        }
+        if name.endswith("-100m"):
+            tiny[name] = record, Shape(vision, text, (64, 96), fields, tiling)
+    monkeypatch.setattr(shapes, "shapes_of_methods", lambda: tiny)
+    monkeypatch.setattr(gain, "shapes_of_methods", lambda: tiny)
+    return tiny
+
+
+@pytest.mark.parametrize("method", factories.METHODS)
+def test_bench_of_random_weights(small_shapes, method):
+    name = f"{method.replace('_', '-')}-100m"
+    if name not in small_shapes:
+        pytest.skip(f"the record of {method} names no shape")
+    content = json.loads(output_of("bench", "--random-weights", name, "--json", "--repeats", 1, "--warmup", 0))
+    assert content["source"] == name
+    (report,) = content["reports"]
+    assert report["num_text_tokens"] == 64
+    assert report["num_kept"] <= report["num_reserved"] and report["num_reserved"][0] > 0
+
+
+def test_run_measures_a_gain(shipped, small_shapes):
+    arguments = ("run", "--gain", "--image", "b.png", "--max-new-tokens", 1)
+    content = json.loads(output_of(*arguments, "--json"))["gain"]
+    assert content["shape"] == "vico-100m" and content["num_kept"] < content["num_reserved"]
+    assert len(content["full_seconds"]) == len(content["kept_seconds"]) == 7
+    ratios = [full / kept for full, kept in zip(content["full_seconds"], content["kept_seconds"])]
+    assert content["speedup"] == statistics.median(ratios)
+    text = " ".join(output_of(*arguments).split())
+    assert "What compression gains on this machine" in text and "Its weights are random" in text
+    assert f"{content['num_reserved']} visual tokens" in text and "times faster" in text
+    assert json.loads(output_of("run", "--json", "--max-new-tokens", 1))["gain"] is None
+
+
+def test_run_says_why_there_is_no_gain(shipped, small_shapes, model_cards):
+    # an image has one count of visual tokens
+    arguments = ("--gain", "--image", "b.png", "--max-new-tokens", 1, "--model", model_cards / "convllava-tiny")
+    content = json.loads(output_of("run", "--json", *arguments))
+    assert content["gain"] is None and "an image has one count of visual tokens" in content["notes"][-1]
+    compared = json.loads(output_of("run", "--json", "--all", "--gain", "--max-new-tokens", 1))
+    assert compared["gain"] is None and "hf-vtc run --model FOLDER" in compared["notes"][-1]
+
+
+def test_run_says_what_its_model_reads(shipped, folder, tmp_path):
+    note = "reads drawn forms only"
+    arguments = ("--image", "b.png", "--max-new-tokens", 1)
+    text = output_of("run", *arguments)
+    assert note in text and "hf-vtc convert OpenGVLab/" in text
+    # not of pages that come with it, and not of a model of one's own
+    assert note not in output_of("run", "--max-new-tokens", 1)
+    shutil.copytree(folder, tmp_path / "own")
+    assert note not in output_of("run", *arguments, "--model", tmp_path / "own")
+
+
+# every shape can be estimated, and is of the size that its name says
+@pytest.mark.parametrize("name", shapes.shape_names())
+def test_estimate_of_shapes(name):
+    content = json.loads(output_of("estimate", name, "--json"))
+    assert content == json.loads(output_of("estimate", "--shape", name, "--json"))
+    assert content["num_reserved"] >= 576 and content["ttft_seconds"] > 0
+    config, _ = shapes.config_of_shape(name)
+    billions = costs.decoder_of(config).params / 1e9
+    told = float(re.search(r"-(\d+(?:\.\d+)?)[bm]$", name)[1]) / (1000 if name.endswith("m") else 1)
+    # a name counts embeddings and tower too, which weigh more the smaller a model is
+    assert 0.4 * told <= billions <= 1.05 * told
+
+
+@pytest.mark.parametrize("gpu, words", [("h100", "NVIDIA H100 SXM"), ("l4", "NVIDIA L4"), ("rtx4090", "RTX 4090")])
+def test_estimate_names_its_hardware(gpu, words):
+    assert words in output_of("estimate", "vico-1b", "--gpu", gpu)
+    assert words in json.loads(output_of("estimate", "vico-1b", "--gpu", gpu, "--json"))["hardware"]["name"]
+
+
+def test_estimate_offers_the_hardware_that_is_known():
+    assert CARD_NAMES == HARDWARE_NAMES
+
+
+def test_estimate_of_other_hardware():
+    slow = ("--peak-flops", 1e12, "--bandwidth", 1e11)
+    content = json.loads(output_of("estimate", "vico-1b", "--json", *slow))
+    assert (content["hardware"]["peak_flops"], content["hardware"]["bandwidth"]) == (1e12, 1e11)
+    fast = json.loads(output_of("estimate", "vico-1b", "--json", "--gpu", "a100"))
+    assert content["ttft_seconds"] > fast["ttft_seconds"]
+    assert "1 TFLOP/s, 100 GB/s" in output_of("estimate", "vico-1b", *slow)
+
+
+def test_estimate_measures_this_cpu():
+    hardware = json.loads(output_of("estimate", "vico-1b", "--json", "--gpu", "cpu"))["hardware"]
+    assert "this machine's CPU" in hardware["name"] and hardware["bytes_per_value"] == 4
+    # any machine of this century
+    assert 1e8 < hardware["peak_flops"] < 1e15 and 1e8 < hardware["bandwidth"] < 1e13
+
+
+def test_estimate_of_a_folder_with_a_config_alone(shipped, folder):
+    (shipped / "alone").mkdir()
+    shutil.copy(folder / "config.json", shipped / "alone")
+    assert json.loads(output_of("estimate", "alone", "--json", "--num-tiles", 2))["num_reserved"] == 32
+
+
+def test_estimate_prefers_a_folder_to_a_shape(shipped, folder):
+    shutil.copytree(folder, shipped / "vico-8b")
+    assert json.loads(output_of("estimate", "vico-8b", "--json", "--num-tiles", 1))["num_reserved"] == 16
+    assert json.loads(output_of("estimate", "--shape", "vico-8b", "--json", "--num-tiles", 1))["num_reserved"] == 256
 
 
 def test_convert_writes_a_model(shipped):

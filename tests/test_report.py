@@ -10,10 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vtc import bench, estimate
+from hf_vtc.methods import record_of
+from hf_vtc.methods.costs import tower_of
 from hf_vtc.models.configuration_llavolta import LlavoltaConfig
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
 from hf_vtc.models.prompt_vtc import VisionInputs
-from hf_vtc.report import ConvTowerShape, DecoderShape, TowerShape, measured, printed_flops
+from hf_vtc.report import ConvTowerShape, DecoderShape, Hardware, TowerShape, measured, printed_flops
+from hf_vtc.report.analytic import _workload, decoder_parts
 from hf_vtc.report.measured import plain_features
 
 INTERNVIT = {
@@ -76,13 +79,21 @@ def test_estimate_cache_and_tower():
     assert round(result.full_kv_cache_bytes / 2**20) == 261 and round(result.kv_cache_bytes / 2**20) == 135
     assert round(result.tower_flops / 7e12, 2) == 0.72
     batch = estimate(internvl("8B"), image_size=(896, 1344), batch_size=4)
-    for name in ("kv_cache_bytes", "prefill_flops", "printed_prefill_flops", "tower_flops"):
+    for name in ("kv_cache_bytes", "prefill_flops", "printed_prefill_flops", "tower_flops", "compressor_flops"):
+        if name == "printed_prefill_flops":
+            assert batch.printed_prefill_flops == {
+                key: 4 * value for key, value in result.printed_prefill_flops.items()
+            }
+            continue
         assert getattr(batch, name) == pytest.approx(4 * getattr(result, name))
 
 
 def test_both_conventions_of_flops():
     assert round(vicuna().prefill_flops(640) / 1e12, 2) == 8.40
     assert round(printed_flops(vicuna(), 640) / 1e12, 2) == 3.33
+    assert round(printed_flops(vicuna(), 640, "pyramiddrop") / 1e12, 2) == 4.25
+    with pytest.raises(ValueError, match="one of fastv, pyramiddrop, got 'exact'"):
+        printed_flops(vicuna(), 640, "exact")
     assert round(vicuna().params / 1e9, 2) == 6.48
     assert vicuna().kv_cache_bytes(1) == 524288
 
@@ -97,18 +108,19 @@ def test_estimate_by_hand():
     }
     vision = {"hidden_size": 2, "intermediate_size": 4, "num_hidden_layers": 1, "image_size": 4, "patch_size": 2}
     config = {"model_type": "llava", "vision_config": vision, "text_config": text, "image_seq_length": 4}
-    result = estimate(
-        config, (4, 4), num_text_tokens=1, max_new_tokens=2, peak_flops=100.0, bandwidth=1000.0, bytes_per_value=2
-    )
+    hardware = Hardware("by hand", 100.0, 1000.0)
+    result = estimate(config, (4, 4), num_text_tokens=1, max_new_tokens=2, hardware=hardware)
     # 4 attention matrices of 2 x 2 and 3 of 2 x 3 are 34 weights
     assert result.full_prefill_flops == 2 * 34 * 5 + 2 * 5**2 * 2
     assert result.prefill_flops == 2 * 34 * 3 + 2 * 3**2 * 2
-    assert result.printed_prefill_flops == 4 * 3 * 4 + 2 * 9 * 2 + 2 * 3 * 2 * 3
-    # 4 of 2 x 2 and 2 of 2 x 4 are 32 weights; 5 tokens with the class token
-    assert result.tower_flops == 2 * 32 * 5 + 4 * 25 * 2
+    printed = 4 * 3 * 4 + 2 * 9 * 2 + 2 * 3 * 2 * 3
+    assert result.printed_prefill_flops == {"fastv": printed, "pyramiddrop": printed + 3 * 2 * 3}
+    # 4 of 2 x 2 and 2 of 2 x 4 are 32 weights; 5 tokens with the class token; 4 patches of 3 colours and 2 x 2 pixels
+    assert result.tower_flops == 2 * 32 * 5 + 4 * 25 * 2 + 2 * 4 * 12 * 2
     # 34 weights and 5 x 2 of `lm_head` at 2 bytes; keys and values of 2 numbers at 2 bytes
     decode = [(2 * 44 + 2 * 2 * 2 * length) / 1000 for length in (5, 3)]
     first = [(result.tower_flops + flops) / 100 for flops in (result.full_prefill_flops, result.prefill_flops)]
+    assert (result.full_ttft_seconds, result.ttft_seconds) == pytest.approx(tuple(first))
     assert result.end_to_end_speedup == pytest.approx((first[0] + decode[0]) / (first[1] + decode[1]))
     assert result.decode_share == pytest.approx(decode[1] / (first[1] + decode[1]))
 
@@ -130,6 +142,9 @@ def test_tower_reads_up_to_the_feature_layer():
     config = {"hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 24, "image_size": 28, "patch_size": 14}
     layers = [TowerShape.from_config(config, layer).num_layers for layer in (-1, -2, 20)]
     assert layers == [24, 23, 20]
+    # of several the last one, whichever end they are counted from
+    several = tower_of({"vision_config": config, "vision_feature_layer": [-2, 5, 20]})
+    assert several.num_layers == 23
 
 
 # tokens of official AVG-LLaVA at 36, 72, 144, 288 and 576 per tile, base view and newlines included
@@ -234,7 +249,9 @@ def test_estimate_says_when_there_is_little_to_gain():
     assert sum("below 1.1" in note for note in small.notes) == 2
     assert all(note in str(small) for note in small.notes)
     large = estimate(internvl("8B"), num_tiles=13, vtc_budget=0.25, max_new_tokens=1, batch_size=8)
-    assert large.ttft_speedup > 1.1 and large.end_to_end_speedup > 1.1 and not large.notes
+    assert large.ttft_speedup > 1.1 and large.end_to_end_speedup > 1.1
+    # how FLOPs are counted is always said
+    assert len(large.notes) == 1 and "2 per multiply-accumulate" in large.notes[0]
 
 
 def image_of(config, batch) -> dict:
@@ -262,6 +279,11 @@ def test_estimate_keeps_what_the_model_keeps(method, seed):
         json.dumps(result.to_dict())
 
 
+def workload_of(config, batch):
+    image = image_of(config, batch)
+    return _workload(config.to_dict(), image.get("image_size", (32, 32)), image.get("num_tiles"))
+
+
 def test_estimate_uses_the_given_tiling():
     config = tiny_config("vico")
     assert estimate(config, (64, 96)).num_tiles == 7
@@ -285,20 +307,66 @@ def flops_of(run) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_estimate_counts_what_the_model_computes(method):
+@pytest.mark.parametrize("budget", ("full", 1.0, "some"))
+def test_estimate_counts_what_the_model_computes(method, budget):
     model = tiny_model(method).requires_grad_(False)
     config = model.config
     batch = random_batch(config, torch.Generator().manual_seed(1), num_rows=1, images_per_row=[1])
+    if budget == "some":
+        # a router runs for a given count only where it says which tokens stay
+        budget = int(model.count_visual_tokens(**batch)[0])
     vision = VisionInputs(
-        **{name: batch.get(name) for name in ("pixel_values", "num_tiles", "image_sizes")}, vtc_budget="auto"
+        **{name: batch.get(name) for name in ("pixel_values", "num_tiles", "image_sizes")}, vtc_budget=budget
     )
-    kept = int(model.count_visual_tokens(**batch)[0])
-    result = estimate(model, **image_of(config, batch), vtc_budget=kept)
+    result = estimate(model, **image_of(config, batch), vtc_budget=budget)
     tower = flops_of(plain_features(model.model, batch))
     everything = flops_of(lambda: model.model.compress_prompt(batch["input_ids"], vision, batch["attention_mask"]))
     assert result.compressor_flops == pytest.approx(everything - tower, rel=2e-3)
-    # the tower's share is at least what is counted: it leaves the patch embedding out, and layers behind the one read
-    assert result.tower_flops <= tower
+    assert result.tower_flops == pytest.approx(tower, rel=0.02)
+
+
+# what `auto` costs where a router decides, which needs pixels
+@pytest.mark.parametrize("method", ("vico", "avg_llava"))
+def test_router_is_counted_where_it_runs(method):
+    model = tiny_model(method).requires_grad_(False)
+    batch = random_batch(model.config, torch.Generator().manual_seed(1), num_rows=1, images_per_row=[1])
+    images = {name: batch.get(name) for name in ("pixel_values", "num_tiles", "image_sizes")}
+
+    def connected(budget) -> int:
+        vision = VisionInputs(**images, vtc_budget=budget)
+        return flops_of(lambda: model.model.compress_prompt(batch["input_ids"], vision, batch["attention_mask"]))
+
+    kept = int(model.count_visual_tokens(**batch)[0])
+    full = estimate(model, **image_of(model.config, batch), vtc_budget="full")
+    some = estimate(model, **image_of(model.config, batch), vtc_budget=kept)
+    assert full.router_flops == 0 and any("does not run with this budget" in note for note in full.notes)
+    if method == "vico":
+        assert some.router_flops > 0 and connected("auto") == connected(kept)
+    else:
+        # granularities follow from a count alone
+        assert some.router_flops == 0
+        router = record_of(model.config).costs.router_flops(workload_of(model.config, batch))
+        assert connected("auto") - connected(kept) == pytest.approx(router, rel=2e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", ("full", "some"))
+def test_estimate_is_within_two_percent_of_torch(method, budget):
+    """Of a whole forward pass; torch counts the square of a causal attention whole, and `estimate` half of it."""
+    model = tiny_model(method).requires_grad_(False)
+    config = model.config
+    batch = random_batch(config, torch.Generator().manual_seed(1), num_rows=1, images_per_row=[1])
+    budget = int(model.count_visual_tokens(**batch)[0]) if budget == "some" else budget
+    counted = flops_of(lambda: model(**batch, vtc_budget=budget, logits_to_keep=1))
+    num_text = int((batch["input_ids"] != config.image_token_id).sum())
+    result = estimate(model, **image_of(config, batch), num_text_tokens=num_text, vtc_budget=budget)
+    text = DecoderShape.from_config(config.text_config.to_dict())
+    costs = record_of(config).costs
+    parts = decoder_parts(costs, config, text, num_text, result.num_reserved, result.num_kept)
+    other_half = sum(part.num_layers * 2 * length**2 * part.query_width for part, length in parts)
+    head = 2 * text.width * text.vocab_size
+    total = result.tower_flops + result.compressor_flops + result.prefill_flops + other_half + head
+    assert total == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,23 @@ from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload, linear_flops
 from .drawing import Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
 from .record import Base, Costs, Record, Sharding, connect_all, register
+from .shapes import of_llava
 
 
 def compressor_flops(workload: Workload, num_kept: int) -> float:
-    """The projector of every token, and the router, which reads all granularities and the filtered text."""
+    """The projector, which sees every token."""
+    return workload.projector_flops(workload.num_features)
+
+
+def router_flops(workload: Workload) -> float:
+    """The router, which reads all granularities and the filtered text."""
     config, tiles, width = workload.config, workload.num_tiles, workload.text.width
     scales = config.vis_token_granularity
     length = sum(scales) + config.filtered_text_num
     # queries, keys, values, output and feed-forward; then the two layers that vote
     router = linear_flops(6 * tiles * length, width, width) + linear_flops(tiles * length, width, width, len(scales))
     pairs = tiles * length * (tiles if config.router_attention == "tiles" else length)
-    return workload.projector_flops(workload.num_features) + router + 4.0 * pairs * width
+    return router + 4.0 * pairs * width
 
 
 def draw(kept: Kept) -> Drawing:
@@ -87,7 +93,7 @@ RECORD = register(
         AvgLlavaConfig,
         AvgLlavaModel,
         AvgLlavaForConditionalGeneration,
-        costs=Costs(compressor_flops),
+        costs=Costs(compressor_flops, router_flops=router_flops),
         oracle=connect_all,
         draw=draw,
         baselines=BASELINES,
@@ -106,5 +112,6 @@ RECORD = register(
         trainers=("AvgLlavaGranularityTrainer", "AvgLlavaRouterTrainer"),
         # of the paper's four: a base has been through the first two
         recipes=("avg_llava_stage3", "avg_llava_stage4"),
+        shapes=of_llava(),
     )
 )

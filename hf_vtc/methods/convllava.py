@@ -8,6 +8,7 @@ from .baselines import Baselines
 from .costs import Workload
 from .drawing import FULL_COLOUR, Drawing, Kept, Tile
 from .record import Base, Costs, Record, Sharding, connect_all, register
+from .shapes import of_convnext
 
 
 def compressor_flops(workload: Workload, num_kept: int) -> float:
@@ -61,5 +62,6 @@ RECORD = register(
         trainers=("ConvllavaTrainer",),
         # what it starts from has been through the paper's first two
         recipes=("convllava_stage3",),
+        shapes=of_convnext(),
     )
 )

@@ -1,7 +1,8 @@
 """Arithmetic and memory of a vision tower and of a decoder, from a config alone.
 
 2 FLOP per multiply-accumulate, gated feed-forward (three matrices) in the language model and a plain one in the tower,
-causal attention (half of the square). Left out: embeddings, `lm_head`, norms, launch and host time.
+causal attention (half of the square; torch's `FlopCounterMode` counts all of it). Left out: embeddings, `lm_head`,
+norms, launch and host time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,26 +77,37 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class TowerShape:
-    """What a plain ViT's costs depend on; `num_layers` up to the one whose features are read."""
+    """What a plain ViT's costs depend on.
+
+    `num_layers` up to the one whose features are read, `patch_values` = colours x pixels of a patch.
+    """
 
     width: int
     num_layers: int
     ffn_width: int
     num_patches: int
+    patch_values: int
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], feature_layer: int = -1) -> "TowerShape":
         """Read a `vision_config` as a dictionary; `feature_layer` as in `VtcConfig.vision_feature_layer`."""
         layers = _field(config, "num_hidden_layers")
         read = layers if feature_layer == -1 else feature_layer % (layers + 1)
-        grid = side_of(_field(config, "image_size")) // side_of(_field(config, "patch_size"))
-        return cls(_field(config, "hidden_size"), read, _field(config, "intermediate_size"), grid * grid)
+        patch = side_of(_field(config, "patch_size"))
+        return cls(
+            width=_field(config, "hidden_size"),
+            num_layers=read,
+            ffn_width=_field(config, "intermediate_size"),
+            num_patches=(side_of(_field(config, "image_size")) // patch) ** 2,
+            patch_values=(config.get("num_channels") or 3) * patch**2,
+        )
 
     def flops(self) -> float:
-        """FLOPs of one tile, its class token included."""
+        """FLOPs of one tile, its class token and the embedding of its patches included."""
         num_tokens = self.num_patches + 1
         params = 4 * self.width**2 + 2 * self.width * self.ffn_width
-        return self.num_layers * (2 * params * num_tokens + 4 * num_tokens**2 * self.width)
+        layers = self.num_layers * (2 * params * num_tokens + 4 * num_tokens**2 * self.width)
+        return layers + linear_flops(self.num_patches, self.patch_values, self.width)
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,8 @@ class Workload:
         seen_size (`tuple[int, int]`): the same as a tower without a fixed size sees it.
         num_tiles (`int`): tiles of the image, the thumbnail included.
         layout (`TileLayout`, *optional*): how it is cut; None where only `num_tiles` is known.
+        wants_all (`bool`): whether a word such as `"full"` says that every token stays, so that nothing that chooses
+            or groups runs.
     """
 
     config: Any
@@ -159,6 +173,7 @@ class Workload:
     seen_size: tuple[int, int]
     num_tiles: int
     layout: TileLayout | None = None
+    wants_all: bool = False
 
     @property
     def num_features(self) -> int:
@@ -195,7 +210,11 @@ def tower_of(config: Mapping[str, Any], image_size: tuple[int, int] | None = Non
     if "depths" in vision:
         return ConvTowerShape.from_config(vision, image_size)
     layer = config.get("vision_feature_layer", config.get("select_layer", -1))
-    return TowerShape.from_config(vision, layer if isinstance(layer, int) else max(layer))
+    if isinstance(layer, int):
+        return TowerShape.from_config(vision, layer)
+    # of several, counted from either end, the tower runs to the last one
+    towers = [TowerShape.from_config(vision, each) for each in layer]
+    return max(towers, key=lambda tower: tower.num_layers)
 
 
 def decoder_of(config: Mapping[str, Any]) -> DecoderShape:
@@ -208,16 +227,29 @@ def linear_flops(num_tokens: int, *widths: int) -> float:
     return 2.0 * num_tokens * sum(fan_in * fan_out for fan_in, fan_out in zip(widths, widths[1:]))
 
 
-def printed_flops(shape: DecoderShape, num_tokens: int) -> float:
+PRINTED_CONVENTIONS = {"fastv": 2, "pyramiddrop": 3}
+"""Matrices of a feed-forward that papers on token pruning count in a prefill, by the paper that began it.
+
+All count multiply-accumulates, attention as a whole square. FastV (arXiv 2403.06764), which DivPrune, HoliTom and
+DyCoke follow: `4 n d^2 + 2 n^2 d + 2 n d m` per layer, two matrices although Llama has three. PyramidDrop (arXiv
+2410.17247) and papers after it: `4 n d^2 + 2 n^2 d + 3 n d m`.
+"""
+
+
+def printed_flops(shape: DecoderShape, num_tokens: int, convention: str = "fastv") -> float:
     """What papers on token pruning print as FLOPs of a prefill.
 
-    They count multiply-accumulates, and two feed-forward matrices although there are three.
+    Args:
+        convention (`str`): one of `PRINTED_CONVENTIONS`.
 
-    Source: FastV (arXiv 2403.06764), `4 n d^2 + 2 n^2 d + 2 n d m` per layer; DivPrune, HoliTom and DyCoke follow it.
+    Raises:
+        ValueError: there is no convention of that name.
     """
-    width = shape.width
-    per_layer = 4 * num_tokens * width**2 + 2 * num_tokens**2 * width + 2 * num_tokens * width * shape.ffn_width
-    return shape.num_layers * per_layer
+    if convention not in PRINTED_CONVENTIONS:
+        raise ValueError(f"`convention` must be one of {', '.join(PRINTED_CONVENTIONS)}, got {convention!r}.")
+    width, matrices = shape.width, PRINTED_CONVENTIONS[convention]
+    feed_forward = matrices * num_tokens * width * shape.ffn_width
+    return shape.num_layers * (4 * num_tokens * width**2 + 2 * num_tokens**2 * width + feed_forward)
 
 
 def config_dict(source: PreTrainedModel | PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from .baselines import Baseline, Baselines, Instead, Met, between
 from .costs import Workload
 from .drawing import Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
 from .record import Base, Costs, Record, Sharding, connect_all, register
+from .shapes import of_llava
 
 
 def compressor_flops(workload: Workload, num_kept: int) -> float:
@@ -111,5 +112,6 @@ RECORD = register(
         trainers=("LlavoltaTrainer",),
         # a base's projector is no fresh one, which is what the paper's pretraining is for
         recipes=("llavolta_finetune",),
+        shapes=of_llava({"compress_layer_idx": 2, "compress_stride": 8}),
     )
 )

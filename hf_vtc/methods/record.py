@@ -31,6 +31,7 @@ from .baselines import Baselines
 from .costs import Workload
 from .drawing import Drawing, Kept
 from .names import PREFIX, is_method
+from .shapes import Shape
 
 try:
     # transformers 5 loads so what may take more than images, which servers ask for
@@ -57,13 +58,18 @@ class Costs:
 
     Args:
         compressor_flops (`(workload, num_kept) -> float`): FLOPs of one image that are neither the plain tower's nor
-            the language model's: connectors, router, whatever chooses.
+            the language model's: connectors, whatever groups or compares.
         layers (`(config, num_layers, num_reserved, num_kept) -> list`): how many layers of the language model see how
             many visual tokens, as `(layers, tokens)` in order.
+        router_flops (`(workload) -> float`, *optional*): FLOPs of one image in a router, where the method has one.
+        router_ranks (`bool`): whether the router also runs where the count is given, to say which tokens stay; else
+            it runs under `"auto"` alone, where it is free to decide.
     """
 
     compressor_flops: Callable[[Workload, int], float]
     layers: Callable[[VtcConfig, int, int, int], list[tuple[int, int]]] = same_in_every_layer
+    router_flops: Callable[[Workload], float] | None = None
+    router_ranks: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ class Record:
         trainers (`tuple[str, ...]`): names of those classes of `hf_vtc.trainers` that are for this method alone.
         baselines ([`Baselines`]): what an evaluation compares the method with.
         recipes (`tuple[str, ...]`): names of the recipes in `hf_vtc/fit/recipes` that `hf-vtc fit` runs in turn.
+        shapes (`Mapping[str, Shape]`): sizes of its models, by the end of their name: `"7b"` of AVG-LLaVA becomes
+            `avg-llava-7b` for `estimate` and `bench`; `"100m"` is the one that `hf-vtc run` measures.
         processor, image_processor (`type`): what prepares its prompts and images.
     """
 
@@ -135,6 +143,7 @@ class Record:
     trainers: tuple[str, ...] | None = None
     baselines: Baselines | None = None
     recipes: tuple[str, ...] | None = None
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
     processor: type[ProcessorMixin] = VtcProcessor
     image_processor: type[BaseImageProcessor] = VtcImageProcessor
 

@@ -13,20 +13,26 @@ from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload, linear_flops
 from .drawing import Drawing, Kept, Tile, colour_of, kept_line
 from .record import Base, Costs, Record, Sharding, register
+from .shapes import of_internvl
 
 
 def compressor_flops(workload: Workload, num_kept: int) -> float:
-    """Both connectors and the router."""
+    """Both connectors."""
     config, width, out = workload.config, workload.tower.width, workload.text.width
     full, small, fold = config.image_seq_length, config.compressed_seq_length, config.shuffle_factor**2
     num_compressed = (workload.num_features - num_kept) // (full - small)
     connectors = workload.projector_flops(full * (workload.num_tiles - num_compressed))
-    connectors += linear_flops(small * num_compressed, fold**2 * width, 2 * out, 2 * out, out)
+    return connectors + linear_flops(small * num_compressed, fold**2 * width, 2 * out, 2 * out, out)
+
+
+def router_flops(workload: Workload) -> float:
+    """The router, which reads the features of every tile."""
+    config, width = workload.config, workload.tower.width
     heads, patches = config.router_num_heads, workload.tower.num_patches
     # four attentions of one query: keys of all patches, which the last three share, values of what every head pooled
     router = linear_flops(2 * 4 + 4 * heads + 2 * patches, width, width) + 4 * 2.0 * (1 + heads) * patches * width
     router += linear_flops(4, width, 4 * width, width)
-    return connectors + workload.num_tiles * router
+    return workload.num_tiles * router
 
 
 def oracle(base: torch.nn.Module, output: Any) -> Callable[[torch.Tensor], None]:
@@ -99,7 +105,7 @@ RECORD = register(
         VicoConfig,
         VicoModel,
         VicoForConditionalGeneration,
-        costs=Costs(compressor_flops),
+        costs=Costs(compressor_flops, router_flops=router_flops, router_ranks=True),
         oracle=oracle,
         draw=draw,
         compressor=lambda config: ("model.multi_modal_projector", "model.compressed_projector", "model.router"),
@@ -116,5 +122,6 @@ RECORD = register(
         trainers=("VicoConsistencyTrainer", "VicoRouterTrainer"),
         baselines=BASELINES,
         recipes=("vico_consistency", "vico_router"),
+        shapes=of_internvl({"router_num_heads": 4}),
     )
 )

@@ -13,6 +13,7 @@ from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload, linear_flops
 from .drawing import Drawing, Kept, Tile, colour_of, kept_line
 from .record import Base, Costs, Record, Sharding, register
+from .shapes import of_llava
 
 
 def compressor_flops(workload: Workload, num_kept: int) -> float:
@@ -20,10 +21,13 @@ def compressor_flops(workload: Workload, num_kept: int) -> float:
     config, tower, patches = workload.config, workload.tower, workload.config.image_seq_length
     groups, width = config.num_semantic_tokens, tower.width
     projector = workload.projector_flops(num_kept)
-    if num_kept == workload.num_features:
+    if workload.wants_all:
         return projector
     layer = linear_flops(groups, *[width] * 5) + linear_flops(groups, width, tower.ffn_width, width)
     layer += 4.0 * groups * (tower.num_patches + 1 + groups) * width
+    if num_kept == workload.num_features:
+        # a share of all tokens is met without grouping, but semantic tokens have run by then
+        return projector + workload.num_tiles * tower.num_layers * layer
     # queries of groups, keys of patches, similarity, mean
     grouping = linear_flops(groups + patches, width, width) + 4.0 * groups * patches * width
     if config.merge == "projected":
@@ -108,5 +112,6 @@ RECORD = register(
         sharding=Sharding(left_out=layers_of_the_tower),
         trainers=("VistogTrainer",),
         recipes=("vistog_stage1", "vistog_stage2"),
+        shapes=of_llava({"num_semantic_tokens": 64}),
     )
 )

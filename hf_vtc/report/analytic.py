@@ -8,6 +8,7 @@ from rich.console import Group
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..methods.costs import (
+    PRINTED_CONVENTIONS,
     ConvTowerShape,
     DecoderShape,
     Workload,
@@ -21,13 +22,11 @@ from ..methods.costs import (
 from ..methods.record import Costs, find_record
 from ..models.image_processing_vtc import VtcImageProcessor
 from ..models.prompt_vtc import BY_SCORES, Budget, budgets_per_image, level_within
-from .render import WORTHWHILE, as_table, as_text, binary_bytes, count, flops
+from .hardware import Hardware, hardware_named
+from .render import WORTHWHILE, as_table, as_text, binary_bytes, count, duration, flops
 
-# NVIDIA H100 SXM, dense bfloat16
-PEAK_FLOPS = 989e12
-BANDWIDTH = 3.35e12
 # height and width in pixels, where a caller gives none
-_IMAGE_SIZE = (896, 1344)
+IMAGE_SIZE = (896, 1344)
 
 
 @dataclass
@@ -39,12 +38,16 @@ class Estimate:
         num_reserved, num_kept (`int`): visual tokens of one image before and after compression.
         kv_cache_bytes, full_kv_cache_bytes (`int`): after the prefill.
         prefill_flops, full_prefill_flops (`float`): of the language model.
-        printed_prefill_flops, full_printed_prefill_flops (`float`): the same as papers on pruning print it.
-        tower_flops (`float`): of the vision tower, which sees every tile in any case.
-        compressor_flops (`float`): of connectors and router; not part of any ideal. 0 for models of other packages.
+        printed_prefill_flops, full_printed_prefill_flops (`dict[str, float]`): the same as papers on pruning print it,
+            by the name of their convention, see `printed_flops`.
+        tower_flops (`float`): of the vision tower up to the layer that is read; it sees every tile in any case.
+        compressor_flops (`float`): of connectors and, where it runs, router; not part of any ideal. 0 for models of
+            other packages.
+        router_flops (`float`): share of it that a router takes, 0 where none runs.
+        ttft_seconds, full_ttft_seconds (`float`): to the first token on `hardware` at its best.
         prefill_speedup (`float`): ideal, language model alone, bound by arithmetic.
         ttft_speedup (`float`): ideal, tower and prefill, bound by arithmetic.
-        end_to_end_speedup (`float`): ideal of the whole call on hardware of `peak_flops` and `bandwidth`.
+        end_to_end_speedup (`float`): ideal of the whole call on `hardware`.
         decode_share (`float`): share of the compressed call that goes into decoding, on the same hardware.
         notes (`list[str]`): what a reader of the numbers should know, in words.
     """
@@ -55,8 +58,7 @@ class Estimate:
     batch_size: int
     num_text_tokens: int
     max_new_tokens: int
-    peak_flops: float
-    bandwidth: float
+    hardware: Hardware
     num_tiles: int
     num_reserved: int
     num_kept: int
@@ -64,10 +66,13 @@ class Estimate:
     kv_cache_bytes: int
     full_prefill_flops: float
     prefill_flops: float
-    full_printed_prefill_flops: float
-    printed_prefill_flops: float
+    full_printed_prefill_flops: dict[str, float]
+    printed_prefill_flops: dict[str, float]
     tower_flops: float
     compressor_flops: float
+    router_flops: float
+    full_ttft_seconds: float
+    ttft_seconds: float
     prefill_speedup: float
     ttft_speedup: float
     end_to_end_speedup: float
@@ -89,12 +94,18 @@ class Estimate:
             ("visual tokens per image", self.num_reserved, self.num_kept, count),
             ("KV cache after the prefill", self.full_kv_cache_bytes, self.kv_cache_bytes, binary_bytes),
             ("prefill FLOPs", self.full_prefill_flops, self.prefill_flops, flops),
-            ("the same as papers print it", self.full_printed_prefill_flops, self.printed_prefill_flops, flops),
+        ]
+        for name, matrices in PRINTED_CONVENTIONS.items():
+            formula = f"- {_AUTHORS[name]}'s 4nd^2 + 2n^2d + {matrices}ndm"
+            pairs.append((formula, self.full_printed_prefill_flops[name], self.printed_prefill_flops[name], flops))
+        pairs += [
             ("vision tower FLOPs", self.tower_flops, self.tower_flops, flops),
+            ("first token, at best", self.full_ttft_seconds, self.ttft_seconds, duration),
         ]
         rows = [(name, show(full), show(kept), f"{full / kept:.2f}") for name, full, kept, show in pairs]
         if self.compressor_flops:
-            rows.append(("connectors and router FLOPs", "", flops(self.compressor_flops), ""))
+            name = "connectors and router FLOPs" if self.router_flops else "connectors FLOPs"
+            rows.append((name, "", flops(self.compressor_flops), ""))
         for name, value in (
             ("ideal speed-up, prefill", self.prefill_speedup),
             ("ideal speed-up, first token", self.ttft_speedup),
@@ -108,7 +119,8 @@ class Estimate:
         height, width = self.image_size
         return (
             f"{self.model_type}: batch {self.batch_size}, {height} x {width} px in {self.num_tiles} tiles, "
-            f"{self.num_text_tokens} text tokens, {self.max_new_tokens} new, budget {self.vtc_budget}"
+            f"{self.num_text_tokens} text tokens, {self.max_new_tokens} new, budget {self.vtc_budget}, on "
+            f"{self.hardware}"
         )
 
     def __str__(self) -> str:
@@ -120,7 +132,7 @@ class Estimate:
 
 def estimate(
     model_or_config: PreTrainedModel | PretrainedConfig | Mapping[str, Any],
-    image_size: tuple[int, int] = _IMAGE_SIZE,
+    image_size: tuple[int, int] = IMAGE_SIZE,
     num_text_tokens: int = 64,
     vtc_budget: Budget = 0.5,
     batch_size: int = 1,
@@ -128,9 +140,7 @@ def estimate(
     *,
     num_tiles: int | None = None,
     image_processor: VtcImageProcessor | None = None,
-    bytes_per_value: int = 2,
-    peak_flops: float = PEAK_FLOPS,
-    bandwidth: float = BANDWIDTH,
+    hardware: Hardware | str = "h100",
 ) -> Estimate:
     """What compression can save at best, from a config alone: one image per prompt, choosing tokens free of charge.
 
@@ -146,24 +156,27 @@ def estimate(
         num_tiles (`int`, *optional*): tiles of the image, thumbnail included. Default: as `image_processor` cuts it.
         image_processor (`VtcImageProcessor`, *optional*): default: as the base of the model cuts images, InternVL with
             at most 12 tiles and a thumbnail, LLaVA-NeXT with the canvases of its config, LLaVA 1.5 with one tile.
-        bytes_per_value (`int`): of weights and KV cache.
-        peak_flops (`float`), bandwidth (`float`): of the hardware, in FLOP/s and bytes/s, for the whole call. Default:
-            NVIDIA H100 SXM in bfloat16.
+        hardware (`Hardware` or `str`): what the call runs on, or a name: `"h100"`, `"a100"`, `"l4"`, `"rtx4090"`, or
+            `"cpu"` for this machine's CPU, which is measured.
 
     Raises:
-        ValueError: the config has no tower or decoder that is known, or the budget cannot be met.
+        ValueError: the config has no tower or decoder that is known, the budget cannot be met, or no hardware has this
+            name.
     """
     config = config_dict(model_or_config)
     workload = _workload(config, image_size, num_tiles, image_processor)
     costs = costs_of(config, "`estimate`")
     reserved, kept = _visual_tokens(config, workload, vtc_budget)
-    hardware = _Hardware(peak_flops, bandwidth, bytes_per_value)
+    workload = replace(workload, wants_all=reserved == kept and isinstance(vtc_budget, str))
+    hardware = hardware_named(hardware) if isinstance(hardware, str) else hardware
     tower_flops = batch_size * workload.num_tiles * workload.tower.flops()
     full, compressed = (
         _call(workload, costs, num_text_tokens, reserved, count, batch_size, max_new_tokens, hardware)
         for count in (reserved, kept)
     )
-    seconds = [tower_flops / peak_flops + call.prefill_seconds + call.decode_seconds for call in (full, compressed)]
+    first = [tower_flops / hardware.peak_flops + call.prefill_seconds for call in (full, compressed)]
+    whole = [seconds + call.decode_seconds for seconds, call in zip(first, (full, compressed))]
+    router_flops = batch_size * _router_flops(costs, workload)
     result = Estimate(
         model_type=config.get("model_type", "unknown"),
         image_size=workload.image_size,
@@ -171,8 +184,7 @@ def estimate(
         batch_size=batch_size,
         num_text_tokens=num_text_tokens,
         max_new_tokens=max_new_tokens,
-        peak_flops=peak_flops,
-        bandwidth=bandwidth,
+        hardware=hardware,
         num_tiles=workload.num_tiles,
         num_reserved=reserved,
         num_kept=kept,
@@ -183,14 +195,27 @@ def estimate(
         full_printed_prefill_flops=full.printed_flops,
         printed_prefill_flops=compressed.printed_flops,
         tower_flops=tower_flops,
-        compressor_flops=batch_size * costs.compressor_flops(workload, kept),
+        compressor_flops=batch_size * costs.compressor_flops(workload, kept) + router_flops,
+        router_flops=router_flops,
+        full_ttft_seconds=first[0],
+        ttft_seconds=first[1],
         prefill_speedup=full.prefill_flops / compressed.prefill_flops,
         ttft_speedup=(tower_flops + full.prefill_flops) / (tower_flops + compressed.prefill_flops),
-        end_to_end_speedup=seconds[0] / seconds[1],
-        decode_share=compressed.decode_seconds / seconds[1],
+        end_to_end_speedup=whole[0] / whole[1],
+        decode_share=compressed.decode_seconds / whole[1],
     )
-    result.notes = _notes(result, compressed.bound_by_weights)
+    result.notes = _notes(result, compressed.bound_by_weights, costs, workload)
     return result
+
+
+# who began a convention of `PRINTED_CONVENTIONS`, as they write it
+_AUTHORS = {"fastv": "FastV", "pyramiddrop": "PyramidDrop"}
+
+
+def _router_flops(costs: Costs, workload: Workload) -> float:
+    """Of one image; what a router decides by itself cannot be estimated, so that here it ranks or does not run."""
+    runs = costs.router_flops is not None and costs.router_ranks and not workload.wants_all
+    return costs.router_flops(workload) if runs else 0.0
 
 
 # a model of another package, as if tokens were dropped behind its tower
@@ -218,18 +243,12 @@ def decoder_parts(
     return [(replace(text, num_layers=count), num_text_tokens + visual) for count, visual in layers]
 
 
-class _Hardware(NamedTuple):
-    peak_flops: float
-    bandwidth: float
-    bytes_per_value: int
-
-
 class _Call(NamedTuple):
     """What the language model does in one call, for the whole batch."""
 
     kv_cache_bytes: int
     prefill_flops: float
-    printed_flops: float
+    printed_flops: dict[str, float]
     prefill_seconds: float
     decode_seconds: float
     bound_by_weights: bool
@@ -243,7 +262,7 @@ def _call(
     num_kept: int,
     batch_size: int,
     max_new_tokens: int,
-    hardware: _Hardware,
+    hardware: Hardware,
 ) -> _Call:
     text, width = workload.text, hardware.bytes_per_value
     parts = decoder_parts(costs, workload.config, text, num_text_tokens, num_reserved, num_kept)
@@ -256,15 +275,26 @@ def _call(
     return _Call(
         kv_cache_bytes=batch_size * sum(part.kv_cache_bytes(length, width) for part, length in parts),
         prefill_flops=flops,
-        printed_flops=batch_size * sum(printed_flops(part, length) for part, length in parts),
+        printed_flops={
+            name: batch_size * sum(printed_flops(part, length, name) for part, length in parts)
+            for name in PRINTED_CONVENTIONS
+        },
         prefill_seconds=max(flops / hardware.peak_flops, weights),
         decode_seconds=read / hardware.bandwidth,
         bound_by_weights=weights > flops / hardware.peak_flops,
     )
 
 
-def _notes(result: Estimate, bound_by_weights: bool) -> list[str]:
-    notes = []
+def _notes(result: Estimate, bound_by_weights: bool, costs: Costs, workload: Workload) -> list[str]:
+    notes = [
+        "FLOPs: 2 per multiply-accumulate, three feed-forward matrices, causal attention as half of its square. "
+        "Papers on pruning print multiply-accumulates, attention as a whole square, and two or three matrices."
+    ]
+    if costs.router_flops is not None and not result.router_flops:
+        notes.append(
+            f"The router, {flops(result.batch_size * costs.router_flops(workload))} FLOPs, does not run with this "
+            "budget and is not counted."
+        )
     if result.ttft_speedup < WORTHWHILE:
         share = result.tower_flops / (result.tower_flops + result.full_prefill_flops)
         notes.append(
@@ -280,14 +310,15 @@ def _notes(result: Estimate, bound_by_weights: bool) -> list[str]:
     if bound_by_weights:
         notes.append(
             "On this hardware the compressed prefill is bound by reading the weights, not by arithmetic, so the ideal "
-            "speed-ups of prefill and first token are out of reach at this batch size."
+            "speed-ups of prefill and first token by arithmetic are out of reach at this batch size; the time to the "
+            "first token above counts that."
         )
     return notes
 
 
 def _workload(
     config: Mapping[str, Any],
-    image_size: tuple[int, int] = _IMAGE_SIZE,
+    image_size: tuple[int, int] = IMAGE_SIZE,
     num_tiles: int | None = None,
     image_processor: VtcImageProcessor | None = None,
 ) -> Workload:

@@ -125,9 +125,14 @@ class BenchReport:
 
     def notes(self) -> list[str]:
         """What a reader of the figures should know, in words."""
-        phi = "not defined, since the oracle gains nothing" if self.phi is None else f"{self.phi:.2f}"
         notes = [
-            f"eta = oracle / measured = {self.eta:.3f} (median of rounds {self.paired_eta:.3f}); phi = {phi}",
+            "Oracle: the same tower, the connectors that were needed, and the stock language model on embeddings that "
+            "are packed already: what this machine could do if choosing and packing cost nothing. Ideal: the same "
+            "counted in FLOPs.",
+            f"eta = oracle / measured time = {self.eta:.3f} (median of rounds {self.paired_eta:.3f}): 1 if choosing "
+            "and packing cost nothing.",
+            "phi, the share of the possible gain (full - oracle) that arrives, "
+            + ("is not defined, since the oracle gains nothing." if self.phi is None else f"= {self.phi:.2f}."),
             ", ".join(f"{name} {value}" for name, value in self.environment.items()),
         ]
         if self.ideal_speedup < WORTHWHILE:
@@ -149,6 +154,7 @@ def bench(
     repeats: int = 10,
     warmup: int = 2,
     entry: str | None = None,
+    on_round: Callable[[int], None] | None = None,
 ) -> BenchReport:
     """Measure the time to the first token: full, compressed and oracle, in turns within one run.
 
@@ -166,6 +172,7 @@ def bench(
             runs one forward pass with logits of the last position, the oracle that of the language model. Default:
             `"generate"`; `"forward"` where images get shorter inside of the decoder (LLaVolta), since no `generate` of
             transformers knows that: the oracle then runs the decoder's layers alone, on what they were given.
+        on_round (`Callable`, *optional*): called with the number of rounds that are done, those of the warm-up too.
 
     Raises:
         ValueError: there is no image, no oracle is known for this model or `entry`, the model is in training mode, or
@@ -192,7 +199,7 @@ def bench(
     if entry is None:
         entry = "generate" if oracle.replay is None else "forward"
     if entry == "generate":
-        ours, ideal = functools.partial(model.generate, **inputs, **_ONE_TOKEN), oracle.generate
+        ours, ideal = functools.partial(model.generate, **inputs, **ONE_TOKEN), oracle.generate
     else:
         ours, ideal = functools.partial(_next_token, model, inputs), oracle.forward
     variants = {
@@ -200,7 +207,7 @@ def bench(
         "measured": lambda: ours(vtc_budget=vtc_budget),
         "oracle": ideal,
     }
-    seconds = in_turns(variants, model.device, repeats, warmup)
+    seconds = in_turns(variants, model.device, repeats, warmup, on_round)
     return BenchReport(
         **{name: Timing(values) for name, values in seconds.items()},
         ideal_speedup=oracle.ideal_speedup(),
@@ -215,7 +222,7 @@ def bench(
     )
 
 
-_ONE_TOKEN = {"max_new_tokens": 1, "do_sample": False}
+ONE_TOKEN = {"max_new_tokens": 1, "do_sample": False}
 
 
 def _next_token(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], vtc_budget: Any) -> torch.Tensor:
@@ -274,7 +281,7 @@ class _Oracle:
         """Next token of every row, `(B, 1)`, from the stock loop of transformers."""
         self.connect(self.encode())
         return GenerationMixin.generate(
-            self.model, inputs_embeds=self.embeds, attention_mask=self.attention_mask, **_ONE_TOKEN
+            self.model, inputs_embeds=self.embeds, attention_mask=self.attention_mask, **ONE_TOKEN
         )
 
     def ideal_speedup(self) -> float:
@@ -367,7 +374,11 @@ def _tower_flops(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) 
 
 
 def in_turns(
-    variants: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, warmup: int
+    variants: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    repeats: int,
+    warmup: int,
+    on_round: Callable[[int], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each variant per round; the order rotates, so that none always follows the same other.
 
@@ -376,6 +387,7 @@ def in_turns(
         device (`torch.device`): that is waited for before and after each call.
         repeats (`int`): rounds that count.
         warmup (`int`): rounds before, which do not.
+        on_round (`Callable`, *optional*): called with the number of rounds that are done.
     """
     names, seconds = list(variants), {name: [] for name in variants}
     for round_idx in range(warmup + repeats):
@@ -387,6 +399,8 @@ def in_turns(
             _synchronize(device)
             if round_idx >= warmup:
                 seconds[name].append(time.perf_counter() - start)
+        if on_round is not None:
+            on_round(round_idx + 1)
     return seconds
 
 

@@ -29,6 +29,11 @@ def flops(value: float) -> str:
     return f"{value / 1e6:.2f} M"
 
 
+def duration(seconds: float) -> str:
+    """In seconds or in milliseconds."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
 def as_text(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], notes: list[str]) -> str:
     """Title, table and notes for `print`."""
     lines = [header, *rows]
