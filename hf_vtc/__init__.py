@@ -8,7 +8,7 @@ from .auto import AutoModelForVision2Seq, install_vision2seq
 from .version import __version__ as __version__
 
 # loaded on first use, so that loading a model costs neither peft, matplotlib nor the trainers
-_SUBMODULES = ("convert", "data", "evaluation", "fit", "hub", "lora", "plot", "report", "trainers")
+_SUBMODULES = ("convert", "data", "demo", "evaluation", "fit", "hub", "lora", "plot", "report", "trainers")
 _FUNCTIONS = {"bench": ".report", "estimate": ".report", "evaluate": ".evaluation"}
 
 __all__ = ["AutoModelForVision2Seq", "install_vision2seq", "methods", "models", *_FUNCTIONS, *_SUBMODULES]

@@ -4,8 +4,8 @@ A page is a dictionary as in `examples/images/pages.json`: "image" is a path or 
 with "question" and, where they are known, "answer" and "kind"; "picture" is the decoded image.
 """
 
+import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +16,12 @@ from PIL import Image, UnidentifiedImageError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from hf_vtc.demo.prompts import Prompt, model_inputs
 from hf_vtc.files import blaming
 from hf_vtc.hub.source import load_model, load_processor
 from hf_vtc.methods import find_record
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
 from hf_vtc.models.prompt_vtc import Budget
-from hf_vtc.plot import overlay
 
 __all__ = [
     "Prompt",
@@ -36,8 +36,6 @@ __all__ = [
     "working_with",
 ]
 
-# pixels of the longer side of an image in the picture of what was kept
-_PICTURE_SIDE = 448
 # formats that people have, and Pillow does not read by itself
 _UNREAD_FORMATS = {
     ".heic": "HEIC",
@@ -50,8 +48,6 @@ _UNREAD_FORMATS = {
     ".mov": "a video",
     ".webm": "a video",
 }
-# first tokens are timed this often, unless one alone takes longer than a second
-_FIRST_TOKEN_RUNS = 3
 
 
 def config_of(path: str) -> PretrainedConfig | dict[str, Any]:
@@ -173,80 +169,6 @@ def with_pictures(pages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**page, "picture": picture} for page, picture in zip(pages, pictures)]
 
 
-def model_inputs(processor: Any, pictures: Sequence[Image.Image], question: str, batch_size: int = 1) -> Any:
-    """Model inputs of one question about some images, `batch_size` times."""
-    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
-    # in one step: a first token that the template writes would come twice if the text were tokenized afterwards
-    return processor.apply_chat_template(
-        [[{"role": "user", "content": content}]] * batch_size,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-
-
-class Prompt:
-    """One question about one image, ready to be asked with several budgets."""
-
-    def __init__(self, model: PreTrainedModel, processor: Any, picture: Image.Image, question: str):
-        self.model, self.processor, self.picture = model, processor, picture
-        self.inputs = model_inputs(processor, [picture], question).to(model.device)
-        self.num_reserved = int((self.inputs["input_ids"] == model.config.image_token_id).sum())
-
-    def count(self, budget: Budget) -> int:
-        """Visual tokens that the model keeps."""
-        return int(self.model.count_visual_tokens(**self.inputs, vtc_budget=budget).sum())
-
-    def generate(self, budget: Budget, max_new_tokens: int) -> tuple[torch.Tensor, float]:
-        """New tokens, and seconds from the call to the first of them."""
-        clock = _FirstTokenClock()
-        start = time.perf_counter()
-        out = self.model.generate(
-            **self.inputs, vtc_budget=budget, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock
-        )
-        return out[0, self.inputs["input_ids"].shape[1] :], clock.first_token - start
-
-    def answer(self, budget: Budget, max_new_tokens: int) -> dict[str, Any]:
-        """Answer, visual tokens, and median time to the first token without loading and tiling the image."""
-        tokens, first = self.generate(budget, max_new_tokens)
-        seconds = [first]
-        while len(seconds) < _FIRST_TOKEN_RUNS and first < 1:
-            seconds.append(self.generate(budget, 1)[1])
-        kept = self.count(budget)
-        return {
-            "budget": budget,
-            "answer": self.processor.decode(tokens, skip_special_tokens=True).strip(),
-            "num_reserved": self.num_reserved,
-            "num_kept": kept,
-            "compression_ratio": self.num_reserved / kept,
-            "ttft_ms": 1e3 * statistics.median(seconds),
-        }
-
-    def overlay(self, budget: Budget, title: str) -> Image.Image:
-        """Picture of what is kept."""
-        with torch.no_grad():
-            output = self.model(**self.inputs, vtc_budget=budget, logits_to_keep=1)
-        return overlay(
-            self.picture, output, self.processor, config=self.model.config, title=title, max_side=_PICTURE_SIDE
-        )
-
-
-class _FirstTokenClock:
-    """A streamer that notes when the first new token reached the host; `generate` streams the prompt before it."""
-
-    def __init__(self) -> None:
-        self.num_calls, self.first_token = 0, 0.0
-
-    def put(self, value: Any) -> None:
-        self.num_calls += 1
-        if self.num_calls == 2:
-            self.first_token = time.perf_counter()
-
-    def end(self) -> None:
-        return None
-
-
 def can_meet(model: PreTrainedModel, processor: Any, page: Mapping[str, Any], budget: Budget) -> bool:
     """Whether a model has a count of visual tokens for this page within a budget; some methods have one count only."""
     prompt = Prompt(model, processor, page["picture"], page["questions"][0]["question"])
@@ -272,8 +194,8 @@ def interview(
         on_page: called with the number of pages that are done, the page's name and its answers.
 
     Returns:
-        Facts, answers and their summary, ready for JSON; and for every page a picture of its first question per
-        budget other than `"full"`.
+        Facts, answers and their summary, ready for JSON; and for every page, per budget other than `"full"`, a
+        picture of its first question, and of another one of which the model keeps another number of tokens.
     """
     results, pictures, model_name = [], [], Path(model.config.name_or_path).name
     for page in pages:
@@ -288,8 +210,7 @@ def interview(
             runs = [prompt.answer(budget, max_new_tokens) for budget in budgets]
             answers.append(marked({"image": page["image"], **asked, "runs": runs}))
         results += answers
-        drawn = [budget for budget in budgets if budget != "full"]
-        pictures.append([prompts[0].overlay(each, f"{model_name}, {name}, budget {each}") for each in drawn])
+        pictures.append(_pictures(prompts, answers, f"{model_name}, {name}"))
         if on_page is not None:
             on_page(len(pictures), name, answers)
     content = {
@@ -302,6 +223,21 @@ def interview(
         "summary": [summary(results, run_idx) for run_idx in range(len(budgets))],
     }
     return content, pictures
+
+
+def _pictures(prompts: Sequence[Prompt], answers: Sequence[Mapping[str, Any]], name: str) -> list[Image.Image]:
+    """One page, a picture per compressing budget; two where what is kept depends on the question."""
+    drawn = []
+    for run_idx, first in enumerate(answers[0]["runs"]):
+        if first["budget"] == "full":
+            continue
+        others = (idx for idx, each in enumerate(answers) if each["runs"][run_idx]["num_kept"] != first["num_kept"])
+        for idx in (0, *itertools.islice(others, 1)):
+            run = answers[idx]["runs"][run_idx]
+            mark = {True: ", right", False: f", wrong: {answers[idx].get('answer')}", None: ""}[run["correct"]]
+            caption = [f"Question: {answers[idx]['question']}", f"Answer: {run['answer']}{mark}"]
+            drawn.append(prompts[idx].overlay(run["budget"], f"{name}, budget {run['budget']}", caption))
+    return drawn
 
 
 def marked(result: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import typer
 
 from .bench import bench
 from .convert import convert
+from .demo import demo
 from .errors import reporting_errors
 from .estimate import estimate
 from .evaluate import evaluate
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, convert, fit, export, push, estimate, bench):
+for command in (run, demo, convert, fit, export, push, estimate, bench):
     app.command()(reporting_errors(command))
 app.command(name="eval")(reporting_errors(evaluate))
 app.command(context_settings=SERVE_SETTINGS)(reporting_errors(serve))

@@ -16,6 +16,13 @@ SHIPPED_MODELS = _SHIPPED / "model_cards"
 SHIPPED_PAGES = _SHIPPED / "examples" / "images" / "pages.json"
 _DEFAULT_MODEL = "vico-tiny"
 _QUESTION = "Describe the image."
+# of a model that has seen nothing but what examples/digit_forms draws
+NOTE_ON_TINY_MODELS = (
+    "This model reads drawn forms only: pages of coloured boxes with handwritten digits, as in examples/images. What "
+    "it says about any other picture means nothing. A model that reads photographs: hf-vtc convert "
+    "OpenGVLab/InternVL3_5-1B-Flash my-flash (downloads about 2 GB), then hf-vtc run --model my-flash --image "
+    "photo.jpg"
+)
 _CLONE = "install hf_vtc from a clone of its repository: pip install -e ."
 
 

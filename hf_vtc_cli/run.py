@@ -23,7 +23,7 @@ from .options import (
     require_writable_picture,
     status,
 )
-from .package import checkpoint_path, is_shipped, pages_of, shipped_models
+from .package import NOTE_ON_TINY_MODELS, checkpoint_path, is_shipped, pages_of, shipped_models
 
 
 def run(
@@ -82,7 +82,7 @@ def run(
             row += page_pictures
 
     stack(pictures).save(save)
-    notes = [_NOTE_ON_TINY_MODELS] if image and any(map(is_shipped, paths)) else []
+    notes = [NOTE_ON_TINY_MODELS] if image and any(map(is_shipped, paths)) else []
     if not json_output:
         for table in tables.closing_tables(contents, compare):
             console.print(table)
@@ -95,15 +95,6 @@ def run(
         return
     for line in [*(tables.gain_lines(measured) if measured else ()), *map(Text, notes)]:
         console.print(line)
-
-
-# of a model that has seen nothing but what examples/digit_forms draws
-_NOTE_ON_TINY_MODELS = (
-    "This model reads drawn forms only: pages of coloured boxes with handwritten digits, as in examples/images. What "
-    "it says about any other picture means nothing. A model that reads photographs: hf-vtc convert "
-    "OpenGVLab/InternVL3_5-1B-Flash my-flash (downloads about 2 GB), then hf-vtc run --model my-flash --image "
-    "photo.jpg"
-)
 
 
 def _gain_or_reason(model: Any, wanted: bool, compare: bool) -> tuple[Any, str]:

@@ -17,6 +17,7 @@ MODEL_SOURCES = sorted(MODELS.glob("*.py"))
 # a part of the package imports parts of its own rank or below, never above; `models` imports itself alone
 RANK = {
     "fit": 5,
+    "demo": 5,
     "hub": 4,
     "vllm": 4,
     "evaluation": 4,

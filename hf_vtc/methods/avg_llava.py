@@ -6,7 +6,7 @@ from ..models.configuration_avg_llava import AvgLlavaConfig
 from ..models.modeling_avg_llava import AvgLlavaForConditionalGeneration, AvgLlavaModel
 from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload, linear_flops
-from .drawing import Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
+from .drawing import PAPER, Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
 from .record import Base, Costs, Record, Sharding, connect_all, register
 from .shapes import of_llava
 
@@ -43,7 +43,10 @@ def draw(kept: Kept) -> Drawing:
     legend = [
         (colour, f"{scales[granularity_idx]} tokens per tile ({rows} x {columns}), of {', '.join(map(str, scales))}"),
         kept_line(len(order), len(finest)),
+        (None, "a cell is one visual token"),
     ]
+    if any((each < 0).any() for each in cells):
+        legend.append((PAPER, "no token: padding, which is cut off"))
     return Drawing([Tile(colour, each, label) for each in cells], legend)
 
 

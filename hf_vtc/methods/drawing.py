@@ -1,7 +1,7 @@
 """What records need to say what is drawn of a method: an image with its tiles, and how each tile looks."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -9,8 +9,11 @@ import torch
 from ..models.tiling_vtc import TileLayout, joined_order, unpadded_grids
 
 Colour = tuple[int, int, int]
+# what stands before a line of a legend: a colour, several for tiles that are `filled`, or nothing
+Swatch = Colour | Literal["many"] | None
 # Okabe-Ito: told apart by readers with any colour vision
 FULL_COLOUR = (0, 114, 178)
+PAPER = (255, 255, 255)
 COMPRESSED_COLOUR = (213, 94, 0)
 
 
@@ -37,10 +40,10 @@ class Tile:
 
 
 class Drawing(NamedTuple):
-    """The tiles of an image in the order of its layout, and lines of (colour of the swatch or None, text)."""
+    """The tiles of an image in the order of its layout, and lines of (swatch, text)."""
 
     tiles: list[Tile]
-    legend: list[tuple[Colour | None, str]]
+    legend: list[tuple[Swatch, str]]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from ..models.modeling_compressors_llavolta import consecutive_windows, square_w
 from ..models.modeling_llavolta import LlavoltaForConditionalGeneration, LlavoltaModel
 from .baselines import Baseline, Baselines, Instead, Met, between
 from .costs import Workload
-from .drawing import Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
+from .drawing import Drawing, Kept, Swatch, Tile, cells_of, colour_of, kept_line, token_sequence
 from .record import Base, Costs, Record, Sharding, connect_all, register
 from .shapes import of_llava
 
@@ -53,7 +53,22 @@ def draw(kept: Kept) -> Drawing:
         (colour_of(compressed), f"{config.compressor} by {stride} {where}" if compressed else "no compression"),
         kept_line(count, len(order)),
     ]
-    return Drawing([Tile(colour_of(compressed), each, filled=known and compressed) for each in cells], legend)
+    if compressed:
+        legend.append(_what_colours_mean(config.compressor, known, len(members), stride))
+    # spans run on from tile to tile, so that a tile of several has no count of its own
+    label = str(count) if layout.num_tiles == 1 else None
+    filled = known and compressed
+    return Drawing([Tile(colour_of(compressed), each, label, filled=filled) for each in cells], legend)
+
+
+def _what_colours_mean(compressor: str, known: bool, num_spans: int, stride: int) -> tuple[Swatch, str]:
+    if not known:
+        return None, f"{compressor} chooses by content, which is not drawn; a cell is one token before it"
+    if compressor == "uniform":
+        return "many", f"a colour: one of {num_spans} tokens that stay, of {stride} neighbours each"
+    side = math.isqrt(stride)
+    span = f"{side} x {side}" if compressor == "avgpool2d" and side**2 == stride else str(stride)
+    return "many", f"a colour: one of {num_spans} spans of {span} neighbours, which becomes one token"
 
 
 def official_fields(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:

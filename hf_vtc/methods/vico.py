@@ -66,7 +66,8 @@ def draw(kept: Kept) -> Drawing:
     legend = []
     for compressed, name, each in ((False, "full", full), (True, "compressed", small)):
         count = own.count(compressed)
-        tokens = f", {each} visual tokens each" if each is not None and count else ""
+        where = ", one per cell" if compressed else ""
+        tokens = f", {each} visual tokens each{where}" if each is not None and count else ""
         legend.append((colour_of(compressed), f"{name}: {count} of {len(own)} tiles{tokens}"))
     if full is not None and small is not None:
         legend.append(kept_line(full * own.count(False) + small * own.count(True), full * len(own)))

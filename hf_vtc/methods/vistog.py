@@ -64,6 +64,10 @@ def draw(kept: Kept) -> Drawing:
         ),
         kept_line(total, own.numel()),
     ]
+    if num_grouped:
+        legend.append(("many", "a colour: the patches of one semantic group of a tile, which becomes one token"))
+    if num_grouped < len(own):
+        legend.append((None, "a cell without colour is one token"))
     return Drawing(tiles, legend)
 
 

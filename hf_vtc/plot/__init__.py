@@ -8,9 +8,9 @@ from PIL import Image
 from transformers import PretrainedConfig, ProcessorMixin
 
 from ..methods import record_of, vico
-from ..methods.drawing import COMPRESSED_COLOUR, FULL_COLOUR, Kept
+from ..methods.drawing import COMPRESSED_COLOUR, FULL_COLOUR, PAPER, Kept
 from ..models.image_processing_vtc import VtcImageProcessor
-from .canvas import PAPER, compose
+from .canvas import compose
 
 __all__ = ["COMPRESSED_COLOUR", "FULL_COLOUR", "overlay", "stack"]
 
@@ -25,13 +25,15 @@ def overlay(
     image_idx: int = 0,
     tokens_per_tile: tuple[int, int] | None = None,
     title: str | None = None,
+    caption: Sequence[str] = (),
     max_side: int = 640,
 ) -> Image.Image:
     """Draw which visual tokens the language model sees of an image; a grid has a cell per token.
 
     ViCO: tiles as they are, or veiled under a grid of what they keep. AVG-LLaVA: the grid of the chosen granularity,
     veiled where the map is cut. LLaVolta: the patches that become one token. VisToG: the semantic groups as a
-    segmentation. ConvLLaVA: the grid of its tokens. The whole view, where there is one, stands to the right.
+    segmentation. ConvLLaVA: the grid of its tokens. The whole view, where there is one, stands to the right. A legend
+    says what colours and cells mean, and how many tokens stay.
 
     Args:
         image: path, URL, PIL image, array or tensor; whatever the image processor takes.
@@ -44,6 +46,7 @@ def overlay(
         tokens_per_tile (`tuple[int, int]`, *optional*): for ViCO without a `config`, visual tokens of a full and of a
             compressed tile; without them no numbers are drawn.
         title (`str`, *optional*): a line above the picture.
+        caption (`Sequence[str]`): lines below it, such as question and answer, broken where the picture ends.
         max_side (`int`): longer side of the drawn image in pixels; small images are enlarged to it.
 
     Returns:
@@ -60,7 +63,7 @@ def overlay(
     draw = record.need("draw", "`overlay`")
     counts = None if num_tiles is None else [int(count) for count in num_tiles]
     kept = Kept(layout, output, config, image_idx, counts, tokens_per_tile)
-    return compose(picture, layout, draw(kept), title, max_side)
+    return compose(picture, layout, draw(kept), title, max_side, caption)
 
 
 def stack(pictures: Sequence[Sequence[Image.Image]]) -> Image.Image:

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..methods.drawing import Colour, Drawing, Tile
+from ..methods.drawing import PAPER, Colour, Drawing, Swatch, Tile
 from ..models.tiling_vtc import TileLayout
 
-PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
 _MARGIN = 14
 # share of white over what has no token of its own
@@ -29,8 +28,23 @@ class _Box(NamedTuple):
     bottom: int
 
 
-def compose(image: Image.Image, layout: TileLayout, drawing: Drawing, title: str | None, max_side: int) -> Image.Image:
-    """Draw an image, enlarged or reduced to `max_side` pixels, with its tiles; the whole view stands to the right."""
+# beside a picture of its tiles, what stands for the tile that shows all of it
+_WHOLE_VIEW = "whole image, one more tile"
+
+
+def compose(
+    image: Image.Image,
+    layout: TileLayout,
+    drawing: Drawing,
+    title: str | None,
+    max_side: int,
+    caption: Sequence[str] = (),
+) -> Image.Image:
+    """Draw an image, enlarged or reduced to `max_side` pixels, with its tiles; the whole view stands to the right.
+
+    Args:
+        caption (`Sequence[str]`): lines below all, which are broken where the sheet ends.
+    """
     scale = max_side / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     # enlarged pixels stay visible as such
@@ -40,16 +54,20 @@ def compose(image: Image.Image, layout: TileLayout, drawing: Drawing, title: str
     top = _MARGIN + (line if title else 0)
 
     panels = {False: (image.resize((width, height), resample), _Box(_MARGIN, top, _MARGIN + width, top + height))}
-    whole = _index_of_whole_view(layout)
+    whole, right = _index_of_whole_view(layout), _MARGIN + width
     if whole is not None:
         small = image.resize((max(1, round(width * 0.4)), max(1, round(height * 0.4))), Image.Resampling.LANCZOS)
         left = _MARGIN + width + _MARGIN
         panels[True] = (small, _Box(left, top, left + small.width, top + small.height))
+        right = max(left + small.width, left + math.ceil(font.getlength(_WHOLE_VIEW)))
 
     texts = [text for _, text in drawing.legend] + ([title] if title else [])
-    right = max(box.right for _, box in panels.values())
     right = max([right, *(_MARGIN + line + math.ceil(font.getlength(text)) for text in texts)])
-    sheet = Image.new("RGB", (right + _MARGIN, top + height + _MARGIN + line * len(drawing.legend)), PAPER)
+    caption = [part for text in caption for part in _broken(text, right - _MARGIN, font)]
+    # of a flat image the label of the whole view may be the lowest
+    bottom = max(top + height, panels[True][1].bottom + line if whole is not None else 0)
+    lines = len(drawing.legend) + len(caption)
+    sheet = Image.new("RGB", (right + _MARGIN, bottom + _MARGIN + line * lines), PAPER)
     for panel, box in panels.values():
         sheet.paste(panel, box[:2])
     for tile_idx, tile in enumerate(drawing.tiles):
@@ -58,8 +76,31 @@ def compose(image: Image.Image, layout: TileLayout, drawing: Drawing, title: str
         left, upper, right, lower = map(round, own)
         box = _Box(panel.left + left, panel.top + upper, panel.left + right, panel.top + lower)
         _draw_tile(sheet, tile, box, panel, font)
-    _write(sheet, title, drawing.legend, top + height, font, line)
+    _write(sheet, title, [*drawing.legend, *((None, text) for text in caption)], bottom, font, line)
+    if whole is not None:
+        place = (panels[True][1].left, panels[True][1].bottom + line // 2)
+        ImageDraw.Draw(sheet).text(place, _WHOLE_VIEW, fill=_INK, font=font, anchor="lm")
     return sheet
+
+
+def _broken(text: str, width: float, font: Any) -> list[str]:
+    """A text in lines of at most `width` pixels; a word that is longer than a line is cut."""
+    lines = [""]
+    for word in text.split():
+        while font.getlength(word) > width and len(word) > 1:
+            # by bisection, since a file name can be very long
+            first, last = 1, len(word)
+            while last - first > 1:
+                middle = (first + last) // 2
+                first, last = (middle, last) if font.getlength(word[:middle]) <= width else (first, middle)
+            lines += [word[:first]]
+            word = word[first:]
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    return [each for each in lines if each]
 
 
 def _index_of_whole_view(layout: TileLayout) -> int | None:
@@ -133,13 +174,28 @@ def _label(pen: ImageDraw.ImageDraw, text: str, box: _Box, colour: Colour, font:
     pen.text((box.left + 3, box.top + height // 2), text, fill=PAPER, font=font, anchor="lm")
 
 
-def _write(sheet: Image.Image, title: str | None, legend: Sequence[Any], bottom: int, font: Any, line: int) -> None:
+def _write(
+    sheet: Image.Image, title: str | None, lines: Sequence[tuple[Swatch, str]], bottom: int, font: Any, line: int
+) -> None:
     pen = ImageDraw.Draw(sheet)
     if title:
         pen.text((_MARGIN, _MARGIN + line // 2 - 2), title, fill=_INK, font=font, anchor="lm")
-    for index, (colour, text) in enumerate(legend):
+    for index, (swatch, text) in enumerate(lines):
         middle = bottom + _MARGIN // 2 + line * index + line // 2
-        if colour is not None:
+        if swatch is not None:
             half = font.size // 2
-            pen.rectangle((_MARGIN, middle - half, _MARGIN + 2 * half, middle + half), fill=colour)
-        pen.text((_MARGIN + line if colour else _MARGIN, middle), text, fill=_INK, font=font, anchor="lm")
+            _draw_swatch(pen, swatch, _Box(_MARGIN, middle - half, _MARGIN + 2 * half, middle + half))
+        pen.text((_MARGIN + line if swatch else _MARGIN, middle), text, fill=_INK, font=font, anchor="lm")
+
+
+def _draw_swatch(pen: ImageDraw.ImageDraw, swatch: Swatch, box: _Box) -> None:
+    if swatch == PAPER:
+        pen.rectangle(box, outline=_INK)
+    elif swatch == "many":
+        # as the cells of a tile: tinted, a bar each
+        bars = 3
+        for index in range(bars):
+            left, right = (box.left + (box.right - box.left) * place // bars for place in (index, index + 1))
+            pen.rectangle((left, box.top, right, box.bottom), fill=_hue(index))
+    else:
+        pen.rectangle(box, fill=swatch)
