@@ -1,5 +1,8 @@
 """The page: controls, and what they do. The model answers one question at a time; others wait in a queue."""
 
+import base64
+import html
+import io
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -33,16 +36,6 @@ _WORDS_OF_BUDGETS = (
 )
 
 
-class _Upload(gr.Image):
-    """An image whose file is handed on as it came: what gradio decodes, it refuses in words that are no sentence."""
-
-    # gradio: it looks like its parent
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
-
-
 def build_page(
     model: PreTrainedModel,
     processor: Any,
@@ -66,9 +59,9 @@ def build_page(
         gr.Markdown(f"# {name}: the same question with fewer visual tokens\n{size}. {note}")
         with gr.Row():
             with gr.Column():
-                picture = _Upload(
-                    first["image"], type="filepath", image_mode=None, label="Picture", sources=["upload"], height=320
-                )
+                picture = gr.Image(first["image"], type="filepath", label="Picture", sources=["upload"], height=320)
+                # as it came: what gradio decodes, it refuses in words that are no sentence
+                picture.preprocess = lambda upload: upload and upload.path
             with gr.Column():
                 question = gr.Textbox(first["question"], label="Question", lines=2, max_length=_LONGEST_QUESTION)
                 share = gr.Slider(1, 100, 50, step=1, label="Budget: percent of the visual tokens")
@@ -78,11 +71,9 @@ def build_page(
             full = _side("Every visual token")
             kept = _side("Compressed")
         if examples:
-            gr.Examples(
-                [[each["image"], each["question"]] for each in examples],
-                [picture, question],
-                label="Pages to ask about",
-            )
+            rows = [[each["image"], each["question"]] for each in examples]
+            labels = [f"{Path(image).name}: {text}" for image, text in rows]
+            gr.Examples(rows, [picture, question], label="Pages to ask about", example_labels=labels)
         gr.Markdown(_WORDS_OF_BUDGETS)
 
         def answer(path: str | None, text: str, percent: float, decides: bool) -> list[Any]:
@@ -161,7 +152,7 @@ def _theme() -> Any:
 
 
 # what is too wide for a telephone is broken there, and not cut off
-_CSS = "footer {display: none !important} .gradio-container {overflow-wrap: anywhere}"
+_CSS = "footer {display: none !important} .prose, textarea {overflow-wrap: anywhere}"
 
 
 def _side(title: str) -> tuple[Any, ...]:
@@ -171,7 +162,7 @@ def _side(title: str) -> tuple[Any, ...]:
         return (
             gr.Textbox(label=f"{title}: answer", lines=2, interactive=False),
             gr.Textbox(label=f"{title}: tokens and time", lines=1, interactive=False),
-            gr.Image(label=f"{title}: what the language model sees", interactive=False, buttons=["fullscreen"]),
+            gr.HTML(label=f"{title}: what the language model sees"),
         )
 
 
@@ -191,12 +182,20 @@ def _answer(
             facts = f"{run['num_kept']} of {run['num_reserved']} visual tokens, {run['ttft_ms']:.0f} ms"
             if each != "full":
                 facts += f", {run['compression_ratio']:.2f} x fewer"
-            sides += [run["answer"], facts, prompt.overlay(each)]
+            sides += [run["answer"], facts, _figure(prompt.overlay(each), f"What the language model sees: {facts}")]
         return sides
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         raise gr.Error(
             str(error) or type(error).__name__, title="This cannot be asked", print_exception=False
         ) from error
+
+
+def _figure(picture: Image.Image, text: str) -> str:
+    """A picture as HTML, with words for those who do not see it; gradio's own has none."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    source = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{source}" alt="{html.escape(text)}" style="width: 100%; height: auto">'
 
 
 def _decoded(path: str) -> Image.Image:
