@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..methods import record_of
 from ..methods.baselines import Baseline, Instead, Met, between
 from ..models.configuration_vtc import VtcConfig
-from ..models.packing_vtc import first_slots, keep_slots, pack_visual_tokens
+from ..models.packing_vtc import filled, first_slots, kept_positions, pack_visual_tokens
 from ..models.prompt_vtc import VisionInputs
 from .points import Point
 from .questions import Question
@@ -168,12 +168,10 @@ class Rival:
         layout = base.layout_of(
             mask, inputs["attention_mask"], VisionInputs(None, batch.features, **batch.sizes, vtc_budget="full")
         )
-        keep = keep_slots(layout.placeholder_mask, first_slots(torch.tensor(reserved), torch.tensor(kept)))
-        places = (layout.placeholder_mask & keep).flatten().nonzero().flatten().to(embeds.device)
-        filled = embeds.flatten(0, 1).index_copy(0, places, torch.cat(tokens).to(embeds.dtype))
-        packed = pack_visual_tokens(
-            filled.unflatten(0, embeds.shape[:2]), keep, layout.attention_mask, align_left=True, expands=False
-        )
+        places = layout.positions_of(first_slots(torch.tensor(reserved), torch.tensor(kept)))
+        keep = kept_positions(layout.placeholder_mask, places)
+        embeds = filled(embeds, places.to(embeds.device), torch.cat(tokens))
+        packed = pack_visual_tokens(embeds, keep, layout.attention_mask, align_left=True, expands=False)
         real = packed.attention_mask
         if real is None:
             real = torch.ones(packed.inputs_embeds.shape[:2], dtype=torch.long, device=embeds.device)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..data import ChatRecords
 from ..methods import record_of
 from ..models.prompt_vtc import VisionInputs
-from ..models.vision_vtc import Choice, TextStates, VisualTokens
+from ..models.vision_vtc import Choice, VisualTokens
 from .points import Point, clipped_budget
 from .questions import Question
 
@@ -255,7 +255,7 @@ class Asker:
     def _layout(self, batch: Batch, vision: VisionInputs) -> Any:
         base = self.head.model
         embeds, mask = base.find_placeholders(batch.inputs["input_ids"], None)
-        return TextStates(embeds, mask), base.layout_of(mask, batch.inputs.get("attention_mask"), vision)
+        return embeds, base.layout_of(mask, batch.inputs.get("attention_mask"), vision)
 
     @torch.no_grad()
     def compressed(self, batch: Batch, budget: Any) -> Compressed:
@@ -263,9 +263,8 @@ class Asker:
         if str(budget) in batch.found:
             return batch.found[str(budget)]
         vision = VisionInputs(None, batch.features, **batch.sizes, vtc_budget=_admitted(batch, budget))
-        (embeds, mask), layout = self._layout(batch, vision)
-        real = batch.inputs["attention_mask"].bool() & ~mask
-        choice, visual = self.head.model.compress(vision, layout, TextStates(embeds, real))
+        embeds, layout = self._layout(batch, vision)
+        choice, visual = self.head.model.compress(vision, layout, embeds)
         batch.found[str(budget)] = Compressed(choice, visual)
         return batch.found[str(budget)]
 
