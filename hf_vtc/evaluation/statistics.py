@@ -8,7 +8,7 @@ any number of questions, and the exact test of McNemar. Graded scores, and quest
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -101,11 +101,24 @@ def wilson(right: int, num: int, z: float) -> Interval:
     return Interval(max(centre - half, 0.0), min(centre + half, 1.0))
 
 
+def scipy_stats() -> Any:
+    """`scipy.stats`, which is not among what a plain install brings.
+
+    Raises:
+        ImportError: it is missing.
+    """
+    try:
+        import scipy.stats
+    except ImportError as error:
+        raise ImportError("`evaluate` needs scipy: `pip install 'hf-vtc[eval]'`.") from error
+    return scipy.stats
+
+
 def mcnemar(lost: int, gained: int) -> float:
     """Exact two-sided p of "the arms are equally right". It tests whether they differ, not whether they are close."""
-    from scipy.stats import binomtest
-
-    return 1.0 if lost + gained == 0 else float(binomtest(min(lost, gained), lost + gained).pvalue)
+    if lost + gained == 0:
+        return 1.0
+    return float(scipy_stats().binomtest(min(lost, gained), lost + gained).pvalue)
 
 
 def bootstrap(values: Sequence[float], images: Sequence[str], confidence: float, seed: int = 0) -> Interval:
@@ -113,24 +126,26 @@ def bootstrap(values: Sequence[float], images: Sequence[str], confidence: float,
 
     Values that are all the same have no spread to resample: then the bounds are that value.
     """
-    from scipy.stats import bootstrap as resample
-
     sums, counts = _per_image(values, images)
     means = sums / counts
     if len(sums) < 2 or np.ptp(means) < 1e-12:
         mean = float(sums.sum() / counts.sum())
         return Interval(mean, mean)
-    found = resample(
-        (sums, counts),
-        lambda total, number, axis=-1: total.sum(axis) / number.sum(axis),
-        paired=True,
-        vectorized=True,
-        confidence_level=confidence,
-        n_resamples=_RESAMPLES,
-        batch=_BATCH,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    found = (
+        scipy_stats()
+        .bootstrap(
+            (sums, counts),
+            lambda total, number, axis=-1: total.sum(axis) / number.sum(axis),
+            paired=True,
+            vectorized=True,
+            confidence_level=confidence,
+            n_resamples=_RESAMPLES,
+            batch=_BATCH,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        )
+        .confidence_interval
+    )
     return Interval(float(found.low), float(found.high))
 
 

@@ -18,6 +18,7 @@ from .questions import Question, read_questions, records_to_ask, refuse_training
 from .recommendation import recommend
 from .report import EvalReport, versions
 from .running import Answer, AnswerFile, Asker, batches_of
+from .statistics import scipy_stats
 from .summary import FULL, Arm, Settings, line_name, row_of
 
 BASELINES = ("random", "pool", "smaller")
@@ -86,6 +87,8 @@ def evaluate(
         RecordError: a record cannot be used.
     """
     _check(tolerance, confidence, seeds, batch_size, limit, max_new_tokens)
+    # now, and not after the last answer
+    scipy_stats()
     records = records_to_ask(records, image_folder, group_by)
     questions = read_questions(records, metric, group_by, turns)
     if train_records is not None:
