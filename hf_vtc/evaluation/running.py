@@ -188,11 +188,11 @@ class Asker:
     Args:
         model (`PreTrainedModel`): of hf_vtc, or with adapters of PEFT around it.
         processor (`VtcProcessor`): of this model.
-        records ([`ChatRecords`]): that hold the images of the questions.
+        records ([`ChatRecords`], *optional*): that hold the images of the questions.
         max_new_tokens (`int`): longest answer.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, records: ChatRecords, max_new_tokens: int):
+    def __init__(self, model: PreTrainedModel, processor: Any, records: ChatRecords | None, max_new_tokens: int):
         self.model, self.processor, self.records = model, processor, records
         self.max_new_tokens = max_new_tokens
         self.head = bare_model(model)
@@ -286,15 +286,23 @@ class Asker:
     def generate(self, inputs: Mapping[str, Any]) -> tuple[list[str], list[bool], float]:
         """Greedy answers, whether each was cut off, and seconds."""
         start = self._now()
-        out = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+        new = self.generated(inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         seconds = self._now() - start
-        new = out if "input_ids" not in inputs else out[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        ends = self._end_tokens()
+        ends = self.end_tokens
         truncated = [not any(int(token) in ends for token in row) for row in new]
         return [text.strip() for text in texts], truncated, seconds
 
-    def _end_tokens(self) -> set[int]:
+    @torch.no_grad()
+    def generated(self, inputs: Mapping[str, Any], **arguments: Any) -> torch.Tensor:
+        """New tokens of some prompts, `(B, new)`."""
+        out = self.model.generate(**inputs, **arguments)
+        # a prompt of embeddings gives back new tokens alone
+        return out if "input_ids" not in inputs else out[:, inputs["input_ids"].shape[1] :]
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """Tokens that end an answer."""
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return {*ends, self.processor.tokenizer.eos_token_id} - {None}
