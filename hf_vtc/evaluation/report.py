@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..report.render import as_table, as_text
+from ..report.render import WORTHWHILE, as_table, as_text, binary_bytes, flops
 from .recommendation import Recommendation
 from .running import Answer, write_atomically
 from .summary import ENOUGH_HARD, Row
@@ -102,12 +102,15 @@ class EvalReport:
         with_time = any(row.speedup is not None for row in self.rows)
         header = ["point", "tokens", "share", "score", "difference", "lost / gained", "same answer"]
         header += (["on hard"] if with_hard else []) + (["answer time"] if with_time else [])
+        header += ["prompt FLOPs", "KV cache"]
         lines = [tuple(header)]
         for row in self.rows:
             cells = [row.point, f"{row.tokens:.1f}", f"{row.share:.1%}", _score(row), _difference(row), _counts(row)]
             cells.append("" if row.same_answer is None else f"{row.same_answer:.1%}")
             cells += [_hard(row)] if with_hard else []
             cells += [_time(row)] if with_time else []
+            ideal = "" if row.ideal_speedup is None else f", 1 / {row.ideal_speedup:.2f}"
+            cells += [flops(row.costs.prefill_flops) + ideal, binary_bytes(row.costs.kv_cache_bytes)]
             lines.append(tuple(cells))
         return lines
 
@@ -131,6 +134,13 @@ class EvalReport:
             f"{facts['device']}, batches of {facts['batch_size']}, at most {facts['max_new_tokens']} new tokens, "
             f"greedy, seed {facts['seed']}.",
         ]
+        chosen = next((row for row in self.rows if row.point == self.recommendation.point), None)
+        if chosen is not None and chosen.ideal_speedup is not None and chosen.ideal_speedup < WORTHWHILE:
+            notes.insert(0, f"Even at best the prompt gets {chosen.ideal_speedup:.2f} times as fast: not worth it.")
+        in_layers = {row.point: row.costs.tokens_in_layers for row in self.rows if row.costs.tokens_in_layers > 1}
+        if in_layers:
+            means = ", ".join(f"{point}: {self.row(point).tokens * ratio:.1f}" for point, ratio in in_layers.items())
+            notes.append(f"Tokens are those that are left; mean over the layers of the language model: {means}.")
         if any(row.beside for row in self.rows):
             notes.append(_BASELINES_NOTE)
         clipped = [f"{row.point}: {row.num_clipped}" for row in self.rows if row.num_clipped]

@@ -32,7 +32,8 @@ RUN_FILE = "run.json"
 
 @dataclass
 class Answer:
-    """What one point answered to one question: text, score, visual tokens kept and reserved, and whether it is cut."""
+    """What one point answered to one question: text, score, visual tokens kept and reserved, images, those of them
+    that got more than the budget, whether the answer is cut off, and the prompt's tokens that are not visual."""
 
     key: str
     point: str
@@ -43,7 +44,7 @@ class Answer:
     num_images: int = 1
     num_clipped: int = 0
     truncated: bool = False
-    decisions: list | None = None
+    text_tokens: int = 0
 
     @classmethod
     def from_line(cls, line: str) -> "Answer":
@@ -159,6 +160,7 @@ class Batch:
     rows: list[int] = field(default_factory=list)
     counts: list[Sequence[int]] = field(default_factory=list)
     num_tiles: list[int] = field(default_factory=list)
+    text_tokens: list[int] = field(default_factory=list)
     features: Any = None
     seconds: float = 0.0
     # what the method made of the images at each budget
@@ -237,6 +239,8 @@ class Asker:
             **image_options: fields of the image processor for this call.
         """
         batch = Batch(list(questions), self.inputs_of(questions, self.images_of(questions), **image_options))
+        real = batch.inputs["attention_mask"].bool() & (batch.inputs["input_ids"] != self.config.image_token_id)
+        batch.text_tokens = real.sum(1).tolist()
         if "pixel_values" not in batch.inputs:
             return batch
         wanted = next((budget for budget in budgets if budget != "full"), "full")
@@ -329,9 +333,10 @@ class Asker:
                 question.num_images,
                 changed,
                 cut,
+                length,
             )
-            for question, text, cut, tokens, most, changed in zip(
-                batch.questions, texts, truncated, kept, reserved, clipped, strict=True
+            for question, text, cut, tokens, most, changed, length in zip(
+                batch.questions, texts, truncated, kept, reserved, clipped, batch.text_tokens, strict=True
             )
         ]
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..models.configuration_vtc import VtcConfig
+from .costs import Costs, prompt_costs
 from .points import Point
 from .questions import Question
 from .running import Answer
@@ -39,7 +41,8 @@ class Row:
     `tokens`: visual tokens per image, mean, and its 10th and 90th percentile over images; `share`: of those reserved;
     `num_clipped`: images that got more than the budget because they admit no less. `difference`: score minus that of
     full length, on the same questions. `same_answer`: share of answers that are those of full length. `seconds`: per
-    question to the whole answer, tower included; `speedup`: of full length's. `draws`: scores of each draw of a
+    question to the whole answer, tower included; `speedup`: of full length's. `costs`: counted, see [`Costs`];
+    `ideal_speedup`: of the language model's prompt, bound by arithmetic. `draws`: scores of each draw of a
     baseline by lot, whose mean the row shows. `hard`: of the questions that are right at full length and wrong with a
     smaller image of as many tokens, how many there are and how many are right here.
     """
@@ -61,6 +64,8 @@ class Row:
     seconds: float | None
     speedup: float | None
     speedup_interval: Interval | None
+    costs: Costs | None = None
+    ideal_speedup: float | None = None
     design_effect: float | None = None
     hard: tuple[int, int] | None = None
     draws: tuple[float, ...] = ()
@@ -115,10 +120,18 @@ class Arm:
         return part
 
 
-def row_of(arm: Arm, full: Arm, settings: Settings, with_kinds: bool = True, smaller: Arm | None = None) -> Row:
+def row_of(
+    arm: Arm,
+    full: Arm,
+    settings: Settings,
+    with_kinds: bool = True,
+    smaller: Arm | None = None,
+    config: VtcConfig | None = None,
+) -> Row:
     """The line of an arm beside full length.
 
     Args:
+        config ([`VtcConfig`], *optional*): of the model, by which costs are counted.
         smaller ([`Arm`], *optional*): of the smaller image with as many tokens, by which questions are hard.
     """
     point, questions = arm.points[0], arm.questions
@@ -140,6 +153,8 @@ def row_of(arm: Arm, full: Arm, settings: Settings, with_kinds: bool = True, sma
             effect = design_effect(scores - full.scores(), images)
             hard = _hard(scores, full.scores(), smaller)
     speedup, speedup_interval = _speedup(arm, full, settings)
+    costs = None if config is None else prompt_costs(config, point.family, flat)
+    of_full = None if config is None or is_full else prompt_costs(config, "method", full.answers[0])
     return Row(
         point=line_name(point),
         family=point.family,
@@ -158,6 +173,8 @@ def row_of(arm: Arm, full: Arm, settings: Settings, with_kinds: bool = True, sma
         seconds=None if arm.mean_seconds() is None else float(arm.mean_seconds().mean()),
         speedup=speedup,
         speedup_interval=speedup_interval,
+        costs=costs,
+        ideal_speedup=None if of_full is None else of_full.prefill_flops / costs.prefill_flops,
         design_effect=effect,
         hard=hard,
         draws=tuple(float(arm.scores(draw).mean()) for draw in range(len(arm.points)))

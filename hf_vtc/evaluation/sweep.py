@@ -118,7 +118,13 @@ def evaluate(
 
     arms = arms_of([*points, *beside], questions, answers)
     rows = [
-        row_of(arm, arms[FULL], settings, smaller=arms.get(f"smaller beside {arm.points[0].beside or name}"))
+        row_of(
+            arm,
+            arms[FULL],
+            settings,
+            smaller=arms.get(f"smaller beside {arm.points[0].beside or name}"),
+            config=asker.config,
+        )
         for name, arm in arms.items()
     ]
     facts = {
