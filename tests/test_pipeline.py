@@ -62,6 +62,16 @@ def test_batches_of_chats_equal_single_chats(folder):
 
 
 @pytest.mark.window
+def test_all_parts_load_in_the_dtype_of_the_file(folder, tmp_path):
+    """A config says of each part how it was made, which is in float32 here."""
+    AutoModelForImageTextToText.from_pretrained(folder).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    made = AutoModelForImageTextToText.from_config(model.config)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.window
 def test_save_and_load_again_is_bit_equal(folder, tmp_path):
     first = AutoModelForImageTextToText.from_pretrained(folder)
     first.save_pretrained(tmp_path, max_shard_size="100KB")

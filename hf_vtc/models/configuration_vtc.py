@@ -7,7 +7,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
-from .host_vtc import PREFERS_INSTALLED_CODE
+from .host_vtc import PARTS_HAVE_OWN_DTYPE, PREFERS_INSTALLED_CODE
 from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles
 from .window_vtc import note_on_newer
 
@@ -120,6 +120,9 @@ class VtcConfig(PretrainedConfig):
             )
         self.image_seq_length = derived
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        if PARTS_HAVE_OWN_DTYPE and self.dtype is not None:
+            # files say of parts how they were made, which is not how they were saved
+            self.vision_config.dtype = self.text_config.dtype = self.dtype
 
     @property
     def tile_size(self) -> int:

@@ -26,6 +26,9 @@ CACHE_NAME = "past_key_values" if "past_key_values" in _OUTPUT_FIELDS else "cach
 # transformers 5 loads the installed code of a registered class, whatever `auto_map` and `trust_remote_code` say
 PREFERS_INSTALLED_CODE = RELEASE >= (5, 0)
 
+# transformers 4 builds each part of a model in the dtype of its own config, which no later one does beside the model's
+PARTS_HAVE_OWN_DTYPE = RELEASE < (5, 0)
+
 # a head as in every stock decoder, in the words of the installed version
 HEAD_TP_PLAN = dict(LlamaForCausalLM._tp_plan)
 
