@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from factories import row_of
 from llavolta_models import (
     DECODERS,
@@ -17,6 +18,8 @@ from llavolta_models import (
     without_cache,
 )
 from transformers import DynamicCache
+
+from hf_vtc.models.modeling_compressors_llavolta import float16_means
 
 # caches
 
@@ -191,6 +194,58 @@ def test_positions_are_exact_in_half_precision():
     assert [place for place in seen.positions[1][0].tolist() if image[0] <= place <= image[-1]] == expected
 
 
+def test_float16_positions_are_those_of_the_released_code():
+    """A number of 11 bits: of 1201.5 and its like the even neighbour is left, and from 2048 on of every odd one."""
+    assert float16_means(torch.tensor([[603, 604], [1200, 1201], [1201, 1202], [2049, 2050]])).tolist() == [
+        603,
+        1200,
+        1202,
+        2048,
+    ]
+    # an image of 576 tokens by 8 that starts at 600, of whose 72 positions 19 are one further back
+    windows = 600 + torch.arange(576).reshape(72, 8)
+    exact = windows[:, 0] + 3
+    assert (float16_means(windows) - exact).tolist() == [0] * 53 + [1] * 19
+    for stride in (2, 4, 8, 16, 64):
+        places = torch.arange(64 * stride)
+        for start in (0, 600, 1023, 1024, 1025, 1999, 2048, 3001):
+            pooled = F.avg_pool1d((start + places)[None].to(torch.float16), stride, stride)[0].long()
+            assert torch.equal(float16_means((start + places).reshape(64, stride)), pooled)
+
+
+def test_positions_of_a_prompt_in_float16():
+    seen = {}
+    for rounded in (False, True):
+        model = model_with(1, float16_positions=rounded)
+        batch = batch_of(model, 11, images_per_row=[2])
+        batch["input_ids"] = torch.cat([torch.full((1, 1201), 7), batch["input_ids"]], dim=1)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        with torch.no_grad(), LayerInputs(model) as inputs:
+            logits = model(**batch).logits
+        seen[rounded] = inputs.positions[1][0].tolist(), logits
+    image, by_hand, place = (batch["input_ids"][0] == model.config.image_token_id).tolist(), [], 0
+    while place < len(image):
+        if image[place]:
+            # 1.5 behind the first of four, of which float16 keeps the even neighbour
+            by_hand.append(place + 1 if place % 2 else place + 2)
+        else:
+            by_hand.append(place)
+        place += 4 if image[place] else 1
+    assert seen[True][0] == by_hand
+    assert seen[False][0] != by_hand and not torch.equal(seen[True][1], seen[False][1])
+
+
+def test_float16_positions_count_in_every_step():
+    """Decoding with a cache goes on as without one, and where positions are low nothing changes."""
+    rounded, exact = model_with(1, float16_positions=True), model_with(1)
+    batch = batch_of(exact, 12)
+    assert_cached_equals_uncached(rounded, batch)
+    with torch.no_grad():
+        assert torch.equal(rounded(**batch).logits, exact(**batch).logits)
+    with pytest.raises(ValueError, match="`float16_positions` needs `compress_layer_idx` of at least 1"):
+        model_with(0, float16_positions=True)(**batch)
+
+
 @pytest.mark.parametrize("layer_idx", (0, 1, 2))
 def test_text_before_the_first_image_does_not_change(layer_idx):
     compressed, plain = model_with(layer_idx), model_with(NUM_LAYERS)
@@ -305,6 +360,7 @@ def test_decisions_are_refused():
         ({"stride": 0}, "compress_stride"),
         ({"compressor": "vq"}, "compressor"),
         ({"compressor": "attention", "layer_idx": 0}, "at least 1"),
+        ({"compressor": "kmeans", "float16_positions": True}, "`float16_positions`"),
         ({"compressor": "avgpool2d", "stride": 8}, "square"),
         ({"compressor": "avgpool2d", "stride": 25}, "square"),
         ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type"),

@@ -36,6 +36,11 @@ class LlavoltaConfig(VtcConfig):
             of side sqrt(stride) of the token grid, a tile at a time; `"kmeans"`: centroids in the order of their mean
             positions; `"attention"`: the tokens to which the last text token of the prompt attends most in layer
             `compress_layer_idx - 1`, mean over heads.
+        float16_positions (`bool`): whether positions of pooled tokens are averaged in float16, as in the released
+            code: up to 1023 that changes nothing, from there on means between two places get the even one, and from
+            2048 on only even places are left. Prompts of several images get that far. For comparisons with numbers
+            that the released code gave; needs `"avgpool1d"`, and a `compress_layer_idx` of at least 1 where images get
+            shorter behind the embeddings (the released code cannot decode at 0).
 
     The other fields are those of `VtcConfig`.
     """
@@ -51,14 +56,21 @@ class LlavoltaConfig(VtcConfig):
         compress_layer_idx: int = 2,
         compress_stride: int = 8,
         compressor: str = "avgpool1d",
+        float16_positions: bool = False,
         **kwargs: Any,
     ):
         self.compress_layer_idx = compress_layer_idx
         self.compress_stride = compress_stride
         self.compressor = compressor
+        self.float16_positions = float16_positions
         super().__init__(vision_config, text_config, **kwargs)
         if compressor not in COMPRESSORS:
             raise ValueError(f"`compressor` must be one of {', '.join(COMPRESSORS)}, got {compressor!r}.")
+        if float16_positions and compressor != "avgpool1d":
+            raise ValueError(
+                "`float16_positions` is how the released code rounds, which has `compressor='avgpool1d'` alone, got "
+                f"{compressor!r}. Set one of them."
+            )
         self.set_compression(compress_layer_idx, compress_stride)
 
     def set_compression(self, layer_idx: int, stride: int) -> None:

@@ -74,6 +74,12 @@ class Shortened:
         return listed[torch.repeat_interleave(first[source], widths[source]) + within], offsets
 
 
+def float16_means(positions: torch.LongTensor) -> torch.LongTensor:
+    """Means of positions `(..., M, stride)` as the released code takes them: in and to float16, then rounded down."""
+    # sums in float32, as pooling kernels have them
+    return (positions.half().float().sum(-1) / positions.shape[-1]).half().long()
+
+
 def consecutive_windows(length: int, stride: int) -> torch.LongTensor:
     """Members `(length // stride, stride)` of windows of neighbours; a rest that fills no window is in none."""
     num_kept = length // stride

@@ -9,8 +9,8 @@ its positions. A pooled token stands where its first member stood, `S` apart, at
 
 Ours: spans from the prompt instead of a constant, left padding, text-only rows, unequal counts per row, beams, static
 caches, every decoder of the Llama, Qwen2, Qwen3 and Mistral families; budgets; compressors other than means. Where we
-differ: positions are exact where the original rounds means in float16 (from position 1024 on), and decoding with K = 0
-works.
+differ: positions are exact where the original rounds means in float16 (from position 1024 on), unless
+`float16_positions` asks for that, and decoding with K = 0 works.
 
 `modeling_compressors_llavolta.py` makes spans shorter, `host_decoder_vtc.py` runs the layers around that; this file
 says which spans, and by how much.
@@ -23,7 +23,7 @@ import torch
 
 from .configuration_llavolta import LlavoltaConfig
 from .layout_vtc import Layout
-from .modeling_compressors_llavolta import shorten
+from .modeling_compressors_llavolta import float16_means, shorten
 from .modeling_vtc import VtcForConditionalGeneration, VtcModel
 from .packing_vtc import DecodePlan, PackedPrompt, Span, first_slots, pack_shortened
 from .tower_vtc import Connector
@@ -69,6 +69,11 @@ class LlavoltaSteps:
         config = self.config
         if config.compress_layer_idx > 0 or set(choice.strides) <= {1}:
             return visual
+        if config.compress_layer_idx == 0 and config.float16_positions:
+            raise ValueError(
+                "`float16_positions` needs `compress_layer_idx` of at least 1, got 0, at which the released code "
+                "cannot decode. Set it to False, or give `vtc_budget='full'`."
+            )
         firsts = (lengths.cumsum(0) - lengths).tolist()
         spans = [Span(0, *image) for image in zip(firsts, lengths.tolist(), choice.strides, strict=True)]
         side = math.isqrt(config.image_seq_length)
@@ -120,8 +125,13 @@ class LlavoltaModel(LlavoltaSteps, VtcModel):
         text = text.to(shortened.host_slots.device, non_blocking=True)
         kept = text.flatten().index_fill(0, shortened.host_slots, True).unflatten(0, (num_rows, length))
         positions = position_ids.expand(*position_ids.shape[:-2], num_rows, -1).flatten(-2)
-        positions = shortened.moved(positions).unflatten(-1, (num_rows, length))
+        if config.float16_positions and shortened.members is not None:
+            means = [float16_means(positions[..., own.to(positions.device)]) for own in shortened.members]
+            positions = positions.index_copy(-1, shortened.slots, torch.cat(means, dim=-1))
+        else:
+            positions = shortened.moved(positions)
         rows = None if rows is None else rows[plan.layer_idx :]
+        positions = positions.unflatten(-1, (num_rows, length))
         layout = pack_shortened(shortened.take, states, kept, counts, positions, rows)
         return layout, shortened.take(flat, shortened.host_slots)
 
