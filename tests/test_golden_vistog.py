@@ -59,9 +59,14 @@ def inputs_of(name):
     return query.requires_grad_(), key.requires_grad_()
 
 
-def assert_gradient_close(gradient, expected):
+# the softmax over groups does not see what is added to all of them: nothing but rounding is recorded, of terms as
+# large as the largest gradient of the case
+ZERO_IN_EXACT_ARITHMETIC = "q_proj.bias"
+
+
+def assert_gradient_close(gradient, expected, largest=None):
     """Relative to the largest entry: empty groups multiply by 1 / `assign_eps`, and large terms cancel."""
-    scale = max(1.0, float(expected.abs().max()))
+    scale = max(1.0, float(expected.abs().max())) if largest is None else largest
     torch.testing.assert_close(gradient / scale, expected / scale, **CLOSE)
 
 
@@ -86,8 +91,13 @@ def test_assignment_matches_the_original(name):
     assert_gradient_close(query.grad, TENSORS[f"{name}.grad_query"])
     assert_gradient_close(key.grad, TENSORS[f"{name}.grad_key"])
     gradients = {key.replace("out_proj.", "proj."): each.grad for key, each in module.named_parameters()}
-    for parameter, expected in part(name, "grad").items():
-        assert_gradient_close(gradients[parameter], expected)
+    recorded = part(name, "grad")
+    for parameter, expected in recorded.items():
+        largest = None
+        if parameter == ZERO_IN_EXACT_ARITHMETIC:
+            largest = max(float(each.abs().max()) for each in recorded.values())
+            assert float(expected.abs().max()) < 1e-6 * largest
+        assert_gradient_close(gradients[parameter], expected, largest)
 
 
 @pytest.mark.parametrize("name", IDENTITY_CASES)
