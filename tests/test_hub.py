@@ -461,6 +461,16 @@ class Refuses(FakeHub):
 READER = {"name": "me", "orgs": [], "auth": {"accessToken": {"role": "read"}}}
 
 
+def fine_grained(*scopes):
+    """Who asks with a token of these (kind, name, permission), as the Hub describes it."""
+    scoped = [
+        {"entity": {"_id": "1", "type": kind, "name": name}, "permissions": ["repo.content.read", permission]}
+        for kind, name, permission in scopes
+    ]
+    token = {"role": "fineGrained", "fineGrained": {"global": ["discussion.write"], "scoped": scoped}}
+    return {"name": "me", "orgs": [{"name": "us", "roleInOrg": "write"}], "auth": {"accessToken": token}}
+
+
 @pytest.mark.parametrize(
     "user, options, message",
     [
@@ -472,12 +482,30 @@ READER = {"name": "me", "orgs": [], "auth": {"accessToken": {"role": "read"}}}
         ),
         ({"name": "x", "orgs": [{"name": "me", "roleInOrg": "read"}]}, {}, "who may not write to 'me'"),
         ({"name": "me", "orgs": []}, {"private": True}, "already and public"),
+        (fine_grained(), {}, "may write to no repository, but not to me/tiny. Let it write to repositories of me"),
+        (fine_grained(("user", "me", "inference.serverless.write")), {}, "may write to no repository"),
+        (
+            fine_grained(("org", "us", "repo.write"), ("model", "me/other", "repo.write")),
+            {},
+            "may write to us, me/other",
+        ),
     ],
 )
 def test_push_finds_out_before_it_loads_that_it_cannot_upload(exported, monkeypatch, user, options, message):
     Refuses(monkeypatch, user)
     with pytest.raises(ValueError, match=message):
         hub.push(exported, "me/tiny", **options)
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [("user", "me", "repo.write"), ("model", "me/tiny", "repo.content.write"), ("model", None, "repo.write")],
+)
+def test_a_fine_grained_token_may_be_enough(monkeypatch, scope):
+    fake = FakeHub(monkeypatch)
+    monkeypatch.setattr(fake, "whoami", lambda: fine_grained(scope))
+    hub.require_writable(hub.HfApi(), "me/tiny", None)
+    assert [name for name, *_ in fake.calls] == ["whoami", "model_info"]
 
 
 def test_push_leaves_no_temporary_folder(parts, monkeypatch, tmp_path):

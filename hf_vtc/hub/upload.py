@@ -2,6 +2,7 @@
 
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -51,12 +52,13 @@ def require_writable(api: HfApi, repo_id: str, private: bool | None) -> None:
         private (`bool`, *optional*): as in `upload`.
 
     Raises:
-        ValueError: the token is for reading, the owner is somebody else, or `private` is True and the repository is
-            public.
+        ValueError: the token is for reading, or for writing elsewhere, the owner is somebody else, or `private` is
+            True and the repository is public.
         huggingface_hub.errors.LocalTokenNotFoundError, HfHubHTTPError: there is no token, or the Hub refuses it.
     """
     user, owner = api.whoami(), repo_id.split("/")[0]
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    token = user.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
         raise ValueError(
             f"The access token of {user['name']} is for reading, so that nothing can be uploaded to {repo_id}. Make "
             "one that writes: https://huggingface.co/settings/tokens"
@@ -67,11 +69,33 @@ def require_writable(api: HfApi, repo_id: str, private: bool | None) -> None:
             f"The access token is that of {user['name']}, who may not write to {owner!r}. Give a repository of "
             f"{', '.join(owners)}, or another token."
         )
+    _require_scope(token, user["name"], owner, repo_id)
     try:
         _require_private(api.model_info(repo_id), private)
     except RepositoryNotFoundError:
         # it will be made
         return
+
+
+def _require_scope(token: dict[str, Any], user: str, owner: str, repo_id: str) -> None:
+    """Raise for a fine-grained token that may write to other places alone.
+
+    Its scopes are a user, an organisation or one repository each, with permissions such as `repo.write`.
+    """
+    scopes = (token.get("fineGrained") or {}).get("scoped")
+    if token.get("role") != "fineGrained" or scopes is None:
+        return
+    writable = [
+        scope.get("entity", {}).get("name")
+        for scope in scopes
+        if not {"repo.write", "repo.content.write"}.isdisjoint(scope.get("permissions", ()))
+    ]
+    # where the Hub does not say which repository, the upload will tell
+    if {owner, repo_id, None}.isdisjoint(writable):
+        raise ValueError(
+            f"The access token of {user} is fine-grained and may write to {', '.join(writable) or 'no repository'}, "
+            f"but not to {repo_id}. Let it write to repositories of {owner}: https://huggingface.co/settings/tokens"
+        )
 
 
 def _require_private(found: ModelInfo, private: bool | None) -> None:
