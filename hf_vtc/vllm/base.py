@@ -34,7 +34,7 @@ class VtcWeightsMapper(WeightsMapper):
         if name is not None and name.startswith(_VISION) and ".lora_" in key:
             # vLLM would leave it out without saying so
             raise ValueError(
-                f"The adapter changes {key!r}, which is not of the decoder: vLLM applies adapters to that alone. "
+                f"The adapter changes {key!r}, which is not of the decoder: vLLM applies adapters to that only. "
                 "Merge it into the model (`merge_and_unload`) and serve that, or train one with "
                 "`default_lora_config(model, compressor=())`."
             )
