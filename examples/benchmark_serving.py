@@ -186,7 +186,7 @@ async def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown, with the rate as a multiple of that of `full` and of `text`."""
     lines = [
-        "| at once | condition | requests/s (slowest, fastest round) | of `full` | of `text` | first token, s | tokens |",
+        "| at once | condition | requests/s (slowest, fastest) | of `full` | of `text` | first token, s | tokens |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
