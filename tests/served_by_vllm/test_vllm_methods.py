@@ -1,6 +1,6 @@
 """Each method in vLLM's `LLM`: the ids and the counts of our own `generate`, in float32.
 
-`pytest -m vllm tests/vllm` runs the short form, `-m "vllm and slow"` that of 20 prompts and every budget.
+`pytest -m vllm tests/served_by_vllm` runs the short form, `-m "vllm and slow"` that of 20 prompts and every budget.
 """
 
 import pytest
