@@ -62,11 +62,19 @@ def test_vico_can_decide_in_the_process_that_prepares_images(tmp_path, monkeypat
 
 
 def test_budgets_of_the_server_of_a_request_and_of_each_image(tmp_path):
-    model = ours(CARDS / "vico-tiny")
+    # of a folder in shards, whose head has weights of its own
+    folder = tmp_path / "untied"
+    whole = Ours(CARDS / "vico-tiny", tie_word_embeddings=False)
+    whole.model.lm_head.weight = torch.nn.Parameter(whole.model.lm_head.weight.flip(0) + 0.01)
+    whole.model.save_pretrained(folder, max_shard_size="1MB")
+    whole.processor.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    model = ours(folder)
+    assert torch.equal(model.model.lm_head.weight, whole.model.lm_head.weight)
     one, two, none = cases(1)
     budgets = [None, 0.25, "full", [0.5, 0.25], [0.25, 0.5]]
     calls = [[asked(model, two, budget)] for budget in budgets] + [[asked(model, none)], [asked(model, one, [0.7])]]
-    found = run_engine(CARDS / "vico-tiny", calls, tmp_path, mm_processor_kwargs={"vtc_budget": 0.7})
+    found = run_engine(folder, calls, tmp_path, mm_processor_kwargs={"vtc_budget": 0.7})
     expected = [model.answer(two, 0.7 if budget is None else budget) for budget in budgets]
     expected += [model.answer(none, None), model.answer(one, 0.7)]
     assert [as_ours(model, answer) for (answer,) in found] == expected
