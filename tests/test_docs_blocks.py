@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def test_blocks_are_of_a_known_kind(block):
     if block.language in DATA:
         return
-    assert block.language in ("python", "bash"), "say what the block is: python, bash, or one of text, json, yaml"
+    assert block.language in ("python", "bash"), "say what the block is: python, bash, or data: text, json, yaml, toml"
     assert block.mark in (None, "not run", "file"), f"no such mark: {block.mark}"
     if block.mark == "file":
         assert block.code == (ROOT / block.note).read_text(encoding="utf-8"), f"{block.note} has changed"
@@ -77,7 +77,8 @@ def _run(block: Block, command: list[str]) -> None:
         ("python examples/finetune_lora.py --modle m", "has no --modle"),
         ("python examples/no_such.py", "there is no"),
         ("accelerate launch --config_file c.yaml examples/train_stage.py r.yaml --model m", None),
-        ("X=1 frobnicate", "is not known"),
+        ("X=1 hf-vtc rnu", "rnu"),
+        ("accelerate launch -m hf_vtc.lora", None),
     ],
 )
 def test_commands_are_held_against_their_parsers(text, problem):
