@@ -31,6 +31,7 @@ _ERRORS = re.compile(r"(Error|Exception|OpsUnavailable|UntrustedPlace)$")
 _OF_ALL_METHODS = {
     "configuration_vtc": ("VtcConfig",),
     "modeling_vtc": ("VtcForConditionalGeneration",),
+    "generation_vtc": ("VtcGenerationMixin",),
     "processing_vtc": ("VtcProcessor",),
     "image_processing_vtc": ("VtcImageProcessor",),
     "head_vtc": ("VtcCausalLMOutputWithPast",),
@@ -127,9 +128,8 @@ def _models_page(package: griffe.Module) -> str:
         if name.startswith("configuration_") and name != "configuration_vtc":
             for path in (name, name.replace("configuration", "modeling")):
                 module = models.modules[path]
-                public = [
-                    each for each in module.classes if re.fullmatch(r"\w+(Config|ForConditionalGeneration)", each)
-                ]
+                names = _functions_and_classes(module)
+                public = (each for each in names if each.endswith(("Config", "ForConditionalGeneration")))
                 parts += [_class_entry(f"{module.path}.{each}") for each in public]
     return "\n\n".join(parts)
 
