@@ -234,7 +234,7 @@ def _pictures(prompts: Sequence[Prompt], answers: Sequence[Mapping[str, Any]], n
         others = (idx for idx, each in enumerate(answers) if each["runs"][run_idx]["num_kept"] != first["num_kept"])
         for idx in (0, *itertools.islice(others, 1)):
             run = answers[idx]["runs"][run_idx]
-            mark = {True: ", right", False: f", wrong: {answers[idx].get('answer')}", None: ""}[run["correct"]]
+            mark = {True: ", right", False: f", expected {answers[idx].get('answer')}", None: ""}[run["correct"]]
             caption = [f"Question: {answers[idx]['question']}", f"Answer: {run['answer']}{mark}"]
             drawn.append(prompts[idx].overlay(run["budget"], f"{name}, budget {run['budget']}", caption))
     return drawn

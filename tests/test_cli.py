@@ -230,6 +230,33 @@ def test_run_any_method(shipped, model_cards, method):
     assert "What was kept" in output_of("run", *arguments)
 
 
+def test_run_shows_two_questions_where_what_is_kept_depends_on_them(shipped, monkeypatch):
+    drawn = []
+
+    class Asked:
+        def __init__(self, name):
+            self.name = name
+
+        def overlay(self, budget, title, caption):
+            drawn.append((self.name, budget, caption))
+            return Image.new("RGB", (1, 1))
+
+    def run(budget, kept, correct=None):
+        return {"budget": budget, "num_kept": kept, "answer": "a", "correct": correct}
+
+    asked = [
+        {"question": "1?", "answer": "a", "runs": [run("full", 9), run("auto", 2, True), run(0.5, 4)]},
+        {"question": "2?", "answer": "b", "runs": [run("full", 9), run("auto", 2, False), run(0.5, 4)]},
+        {"question": "3?", "answer": "b", "runs": [run("full", 9), run("auto", 8, False), run(0.5, 4)]},
+        {"question": "4?", "runs": [run("full", 9), run("auto", 6), run(0.5, 4)]},
+    ]
+    assert len(answers._pictures([Asked(idx) for idx in range(4)], asked, "model, page")) == 3
+    assert [(name, budget) for name, budget, _ in drawn] == [(0, "auto"), (2, "auto"), (0, 0.5)]
+    assert drawn[0][2] == ["Question: 1?", "Answer: a, right"]
+    assert drawn[1][2] == ["Question: 3?", "Answer: a, expected b"]
+    assert drawn[2][2] == ["Question: 1?", "Answer: a"]
+
+
 def test_run_own_image_and_question(shipped):
     arguments = ("--image", "a.png", "--image", "b.png", "--question", "Why?", "--budget", 16, "--max-new-tokens", 2)
     content = json.loads(output_of("run", "--json", *arguments))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from factories import METHODS, tiny_config, tiny_model, tiny_processor
-from PIL import Image
+from PIL import Image, ImageFont
 
 from hf_vtc.methods import record_of
 from hf_vtc.methods.drawing import Kept
@@ -177,6 +177,33 @@ def test_llavolta_draws_what_becomes_one_token(compressor, stride):
     assert f"kept {kept} of {reserved}" in drawing.legend[1][1]
 
 
+@pytest.mark.parametrize(
+    "compressor, words",
+    [
+        ("avgpool1d", "one of 4 spans of 4 neighbours, which becomes one token"),
+        ("avgpool2d", "one of 4 spans of 2 x 2 neighbours, which becomes one token"),
+        ("uniform", "one of 4 tokens that stay, of 4 neighbours each"),
+        ("kmeans", "kmeans chooses by content, which is not drawn"),
+    ],
+)
+def test_llavolta_says_what_its_colours_mean(compressor, words):
+    fields = {"compressor": compressor, "compress_stride": 4, "compress_layer_idx": 1}
+    processor = VtcImageProcessor("pad", 32)
+    drawing, _ = drawing_of("llavolta", processor, (32, 32), num_tokens=4, **fields)
+    swatch, text = drawing.legend[2]
+    assert words in text and (swatch == "many") == drawing.tiles[0].filled
+    # without compression there is nothing to say
+    drawing, _ = drawing_of("llavolta", processor, (32, 32), num_tokens=16, **{**fields, "compress_stride": 1})
+    assert len(drawing.legend) == 2
+
+
+def test_llavolta_labels_tiles_whose_spans_are_their_own():
+    processor = VtcImageProcessor("dynamic", 32)
+    for stride, labels in ((4, ["4", "4", "4"]), (5, [None, None, None])):
+        drawing, _ = drawing_of("llavolta", processor, (32, 64), num_tokens=48 // stride, compress_stride=stride)
+        assert [tile.label for tile in drawing.tiles] == labels
+
+
 def test_llavolta_leaves_the_rest_out():
     # 16 tokens by 5: three windows of neighbours, and one token that fills none
     drawing, _ = drawing_of("llavolta", VtcImageProcessor("pad", 32), (32, 32), num_tokens=3, compress_stride=5)
@@ -199,6 +226,11 @@ def test_vistog_draws_its_groups():
     assert len(np.unique(drawing.tiles[1].cells)) == 16
     assert "2 of 3 tiles in 4 semantic groups, at least 1 of them" in drawing.legend[0][1]
     assert "kept 24 of 48" in drawing.legend[1][1]
+    assert drawing.legend[2][0] == "many" and "patches of one semantic group" in drawing.legend[2][1]
+    assert "a cell without colour is one token" in drawing.legend[3][1]
+    # what is not there needs no words
+    drawing, _ = drawing_of("vistog", processor, (32, 64), torch.full((3, 16), -1))
+    assert [swatch for swatch, _ in drawing.legend] == [FULL_COLOUR, None, None]
 
 
 def test_convllava_draws_a_grid_over_what_fills_tokens():
@@ -245,6 +277,53 @@ def test_overlay_writes_the_number_of_tokens():
     )
     assert sixteen.tobytes() == again.tobytes()
     assert len({plain.tobytes(), sixteen.tobytes(), other.tobytes()}) == 3
+
+
+def test_overlay_caption_is_broken_where_the_picture_ends():
+    image, processor = Image.new("RGB", (32, 32)), processor_of()
+    plain, one, long = (
+        overlay(image, [True], processor, max_side=200, caption=caption)
+        for caption in ((), ["Why?"], ["Why? " * 40, "x" * 300])
+    )
+    line = one.height - plain.height
+    assert line > 0 and plain.width == one.width == long.width
+    assert (long.height - plain.height) % line == 0 and long.height - plain.height >= 6 * line
+    # the last line is written, and within the sheet
+    ink = np.asarray(long.convert("L")) < 128
+    assert ink[-line - 7 :].any() and not ink[:, -10:].any()
+
+
+@pytest.mark.parametrize("text", ["", "a", "two words", "w" * 500, "short " + "l" * 90 + " short", "é" * 40, "  "])
+def test_broken_text_loses_nothing_and_fits(text):
+    font = ImageFont.load_default(12)
+    lines = canvas._broken(text, 60, font)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(font.getlength(line) <= 60 for line in lines)
+
+
+def test_overlay_names_the_whole_view():
+    # of a flat image the name is lower than the tiles, and above the legend
+    image, processor = Image.new("RGB", (1600, 100), "red"), VtcImageProcessor(size=32, max_tiles=16)
+    assert processor.get_tile_layout(100, 1600).num_tiles == 17
+    picture = np.asarray(overlay(image, [True] * 17, processor, max_side=640).convert("L"))
+    # black on white right of the tiles, where only the whole view is
+    assert (picture[:, 14 + 640 + 14 :] < 100).any()
+
+
+def test_overlay_swatches():
+    image, processor = Image.new("RGB", (32, 32)), VtcImageProcessor("single", 32)
+    layout = processor.get_tile_layout(32, 32)
+    tile = canvas.Tile(FULL_COLOUR)
+
+    def colours_of(swatch):
+        drawing = canvas.Drawing([tile], [(swatch, "")])
+        sheet = canvas.compose(image, layout, drawing, None, 32)
+        return {colour for _, colour in sheet.crop((14, 46, 40, sheet.height)).getcolors()}
+
+    assert COMPRESSED_COLOUR in colours_of(COMPRESSED_COLOUR)
+    assert {canvas._hue(index) for index in range(3)} <= colours_of("many")
+    assert colours_of(None) == {canvas.PAPER}
+    assert colours_of(canvas.PAPER) == {canvas.PAPER, canvas._INK}
 
 
 def test_overlay_title_gets_a_line():

@@ -41,7 +41,10 @@ def draw(kept: Kept) -> Drawing:
     colour, label = colour_of(compressed), str(scales[granularity_idx])
     rows, columns = grids[granularity_idx]
     legend = [
-        (colour, f"{scales[granularity_idx]} tokens per tile ({rows} x {columns}), of {', '.join(map(str, scales))}"),
+        (
+            colour,
+            f"{label} token{'s' * (label != '1')} per tile ({rows} x {columns}), of {', '.join(map(str, scales))}",
+        ),
         kept_line(len(order), len(finest)),
         (None, "a cell is one visual token"),
     ]

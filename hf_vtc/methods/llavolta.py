@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..models.configuration_llavolta import LlavoltaConfig
@@ -55,10 +56,12 @@ def draw(kept: Kept) -> Drawing:
     ]
     if compressed:
         legend.append(_what_colours_mean(config.compressor, known, len(members), stride))
-    # spans run on from tile to tile, so that a tile of several has no count of its own
-    label = str(count) if layout.num_tiles == 1 else None
+    own = [len(np.unique(each[each >= 0])) for each in cells]
+    # spans can run on from tile to tile, which then have no counts of their own
+    labels = [str(each) if sum(own) == len(members) else None for each in own]
     filled = known and compressed
-    return Drawing([Tile(colour_of(compressed), each, label, filled=filled) for each in cells], legend)
+    tiles = [Tile(colour_of(compressed), each, label, filled=filled) for each, label in zip(cells, labels)]
+    return Drawing(tiles, legend)
 
 
 def _what_colours_mean(compressor: str, known: bool, num_spans: int, stride: int) -> tuple[Swatch, str]:
