@@ -1,6 +1,7 @@
 """`hf-vtc fit`: from a base and records of one's own to a measured model."""
 
 import re
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +67,10 @@ def fit(
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES[1:])}, got {dtype!r}.")
     chosen = None if budgets is None else tuple(parse_budget(each.strip()) for each in budgets.split(","))
     held_out, fields = _number(held_out), _fields(config or [])
+
+    if not debug:
+        # of names that the host will give up in a version that is not out yet
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     from hf_vtc.fit import FitRequest
     from hf_vtc.fit import fit as run_fit

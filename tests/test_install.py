@@ -89,6 +89,12 @@ def test_a_wheel_carries_checkpoints_and_pages(wheel):
     # no command runs the uncompressed base
     assert not (shipped / "model_cards" / "base-tiny").exists()
     assert (site / "hf_vtc" / "py.typed").is_file()
+    # a fit reads them
+    for name in ("recipes", "presets"):
+        files = sorted((ROOT / "hf_vtc" / "fit" / name).glob("*.yaml"))
+        assert files
+        for path in files:
+            assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
     # examples and tests are no part of what is installed
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"hf_vtc", "hf_vtc_cli"}
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
+from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..convert import convert
@@ -53,11 +54,12 @@ def fit(request: FitRequest, report: Report = lambda line: None) -> Measured | N
     """
     state = PartialState()
     planned = plan(request, state.num_processes)
-    run = _Run(planned, FitFolder(Path(request.output).absolute()), report)
+    folder = FitFolder(Path(request.output).absolute())
     if not state.is_main_process:
         with progress_bars(False):
-            run.train()
+            _Run(planned, folder, lambda line: None).train()
         return None
+    run = _Run(planned, folder, report)
     with run.folder.alone(), progress_bars(False):
         # asked at the end only, when it may turn out that some image does not admit one
         free = () if is_measured(run.folder.after) else ("budgets",)
@@ -88,6 +90,8 @@ class _Run:
         if self.start.exists():
             return
         self.report(f"converting {self.request.model} to {self.plan.record.name}")
+        # parts that the base lacks are drawn
+        set_seed(self.request.seed)
         done = convert(
             self.plan.source,
             self.start,

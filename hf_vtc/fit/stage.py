@@ -14,6 +14,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import (
+    AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
     PrinterCallback,
@@ -96,13 +97,13 @@ def run_stage(stage: Stage, data: Data, run: RunOptions, report: Report) -> None
     arguments = training_arguments(stage.recipe, run, state.num_processes)
     set_seed(run.seed)
     processor = load_processor(stage.start)
-    model = load_model(stage.start, torch.bfloat16 if stage.lora and arguments.bf16 else torch.float32)
+    model = _load(stage.start, torch.bfloat16 if stage.lora and arguments.bf16 else torch.float32)
     uses_cache = [(config, config.use_cache) for config in _configs_with_cache(model)]
     trainer = build_trainer(
         stage.recipe,
         model,
         arguments,
-        _load_reference(stage, arguments),
+        _load(stage.reference, torch.bfloat16 if arguments.bf16 else torch.float32),
         lora=stage.lora,
         train_dataset=data.training_records(),
         data_collator=VtcCollator(processor, max_length=stage.recipe.get("max_length")),
@@ -160,10 +161,11 @@ def _configs_with_cache(model: PreTrainedModel) -> list[PretrainedConfig]:
     return [config for config in configs.values() if "use_cache" in vars(config)]
 
 
-def _load_reference(stage: Stage, arguments: TrainingArguments) -> PreTrainedModel | None:
-    if stage.reference is None:
+def _load(folder: Path | None, dtype: torch.dtype) -> PreTrainedModel | None:
+    """A model that the main process has looked at, in parts where DeepSpeed wants it so; None for none."""
+    if folder is None:
         return None
-    return load_model(stage.reference, torch.bfloat16 if arguments.bf16 else torch.float32)
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
 
 
 def _fold_in(stage: Stage, saving: Path) -> None:
