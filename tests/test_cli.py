@@ -85,14 +85,14 @@ def output_of(*arguments):
 
 def test_help_names_every_command():
     text = output_of("--help")
-    assert all(f" {name} " in text for name in ("run", "convert", "export", "estimate", "bench"))
+    assert all(f" {name} " in text for name in ("run", "convert", "fit", "export", "estimate", "bench"))
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--help"],
-        *([name, "--help"] for name in ("run", "convert", "export", "estimate", "bench")),
+        *([name, "--help"] for name in ("run", "convert", "fit", "export", "estimate", "bench")),
         ["run", "--nope"],
         ["run", "--budget", "half"],
         ["run", "--dtype", "int8"],
