@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_vtc.data import VtcCollator
 from hf_vtc.fit import fit
+from hf_vtc.fit.folder import FitFolder
 from hf_vtc.fit.split import Split, image_digest
 from hf_vtc.methods import RECORDS
 
@@ -138,6 +139,8 @@ def test_records_that_are_skipped_are_named_and_train_nowhere(data, tmp_path, se
     with pytest.raises(ValueError, match=r"bad.json, line \d+ \(record 3, id 'r3'\): .*missing.png"):
         fit(small_request(start, bad, tmp_path / "out", "llavolta"))
     assert not (tmp_path / "out" / "fit" / "split.json").exists()
+    # the same command goes on when the data is mended
+    assert FitFolder(tmp_path / "out").adopt({})
     lines = []
     fit(small_request(start, bad, tmp_path / "other", "llavolta", on_error="skip"), lines.append)
     split = Split.load(tmp_path / "other" / "fit" / "split.json")

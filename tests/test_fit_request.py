@@ -155,6 +155,7 @@ def test_an_output_of_other_settings_is_refused(name, data, llavolta, tmp_path):
     first = small_request(llavolta, data, tmp_path / "out", "llavolta")
     folder = FitFolder(tmp_path / "out")
     assert not folder.adopt(plan(first, 1).settings()) and folder.adopt(plan(first, 1).settings())
+    folder.split.touch()
     other = small_request(llavolta, data, tmp_path / "out", "llavolta", **CHANGES[name])
     with pytest.raises(ValueError, match=f"other settings: {name}"):
         fit(other)
@@ -167,6 +168,7 @@ def test_data_and_model_that_changed_are_other_settings(data, llavolta, tmp_path
     folder = FitFolder(tmp_path / "out")
     asked = small_request(llavolta, own, tmp_path / "out", "llavolta", overrides=("batch_size=4",))
     folder.adopt(plan(asked, 1).settings())
+    folder.split.touch()
     own.write_text(json.dumps(json.loads(own.read_text())[:-1]))
     with pytest.raises(ValueError, match="other settings: data.files.records.json"):
         fit(asked)
@@ -174,6 +176,25 @@ def test_data_and_model_that_changed_are_other_settings(data, llavolta, tmp_path
     own.write_bytes(data.read_bytes())
     with pytest.raises(ValueError, match="num_processes was 1 and is 2 now"):
         folder.adopt(plan(asked, 2).settings())
+
+
+def test_what_nothing_depends_on_yet_may_change(data, llavolta, tmp_path):
+    folder = FitFolder(tmp_path / "out")
+    asked = small_request(BASE, data, tmp_path / "out", "llavolta")
+
+    def adopt(**changes):
+        return folder.adopt(plan(dataclasses.replace(asked, **changes), 1).settings())
+
+    # nothing is done: a wrong base or method can be set right
+    assert not adopt() and adopt(method="vico", overrides=()) and adopt()
+    folder.start.mkdir(parents=True)
+    assert adopt(held_out=0.5, on_error="skip", data=str(data.parent)) and adopt()
+    with pytest.raises(ValueError, match="other settings: seed was 42 and is 7 now"):
+        adopt(seed=7)
+    folder.split.touch()
+    assert adopt(budgets=("auto",)) and adopt()
+    with pytest.raises(ValueError, match="other settings: held_out was None and is 0.5 now"):
+        adopt(held_out=0.5)
 
 
 def test_budgets_may_change_until_they_are_asked_for(data, tmp_path):

@@ -24,7 +24,7 @@ from ..hub.card import complete_card
 from ..hub.source import load_model, load_processor
 from ..models.prompt_vtc import Budget
 from .card import score_text, sections_of
-from .folder import FitFolder, wait_for
+from .folder import REPORT, FitFolder, wait_for
 from .measure import Measured, check_budgets, is_measured, measure, progress_bars
 from .request import FitRequest, Plan, plan
 from .split import Split, split_records, write_held_out
@@ -61,9 +61,7 @@ def fit(request: FitRequest, report: Report = lambda line: None) -> Measured | N
         return None
     run = _Run(planned, folder, report)
     with run.folder.alone(), progress_bars(False):
-        # asked at the end only, when it may turn out that some image does not admit one
-        free = () if is_measured(run.folder.after) else ("budgets",)
-        if run.folder.adopt(planned.settings(), free):
+        if run.folder.adopt(planned.settings()):
             report(f"{request.output}: goes on with what is there")
         run.convert()
         run.split()
@@ -172,7 +170,7 @@ class _Run:
     def _wait_for_main(self) -> None:
         wait_for(self.folder.split)
         if self._split().held_out:
-            wait_for(self.folder.before / "report.json")
+            wait_for(self.folder.before / REPORT)
 
     def _measure(self, model: Path, name: str, dtype: str, budgets: Sequence[Budget] | None, folder: Path) -> None:
         self.report(f"asking {name} about what is kept aside")

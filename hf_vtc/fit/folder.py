@@ -12,13 +12,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..files import locked, read_json
 
+# of an evaluation, when it is done
+REPORT = "report.json"
+# settings that decide what training starts from
+_OF_CONVERSION = {"model", "model_files", "method", "config", "vision_tower", "seed"}
 _POLL_SECONDS = 0.5
 
 
@@ -49,12 +53,14 @@ class FitFolder:
         """Whether the result is there as a whole; its config comes last."""
         return (self.output / "config.json").is_file()
 
-    def adopt(self, settings: Mapping[str, Any], free: Collection[str] = ()) -> bool:
+    def adopt(self, settings: Mapping[str, Any]) -> bool:
         """Begin, or go on with what was begun with the same settings; whether it goes on.
+
+        Settings on which nothing depends that is done may be others than before: after a bad record the data is
+        mended, and after a budget that some image does not admit another one is named.
 
         Args:
             settings (`Mapping`): what the result depends on, ready for JSON.
-            free (`Collection[str]`): those of them that nothing depends on yet: they may be others than before.
 
         Raises:
             ValueError: the folder holds a fit with other settings.
@@ -64,8 +70,8 @@ class FitFolder:
         settings = json.loads(json.dumps(settings))
         if self.settings.is_file():
             before = read_json(self.settings)
-            for name in sorted({*before, *settings}):
-                if name not in free and before.get(name) != settings.get(name):
+            for name in sorted(self._settled({*before, *settings})):
+                if before.get(name) != settings.get(name):
                     raise ValueError(
                         f"`output` {self.output} holds a fit with other settings: "
                         f"{_difference(name, before.get(name), settings.get(name))}. Give another folder, or remove "
@@ -78,6 +84,12 @@ class FitFolder:
         self.own.mkdir(parents=True, exist_ok=True)
         write_whole(self.settings, json.dumps(settings, indent=1) + "\n")
         return False
+
+    def _settled(self, names: set[str]) -> set[str]:
+        """Those settings on which something depends that is done."""
+        if self.split.is_file():
+            return names - (set() if (self.after / REPORT).is_file() else {"budgets"})
+        return names & _OF_CONVERSION if self.start.exists() else set()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -16,9 +16,10 @@ from ..evaluation.points import method_points
 from ..files import read_json
 from ..hub.source import load_model, load_processor
 from ..models.prompt_vtc import Budget
+from .folder import REPORT
 from .stage import release_memory
 
-_REPORT, _TABLE = "report.json", "report.md"
+_TABLE = "report.md"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Measured:
     @classmethod
     def load(cls, before: Path, after: Path) -> "Measured":
         table = (after / _TABLE).read_text(encoding="utf-8")
-        return cls(read_json(before / _REPORT), read_json(after / _REPORT), table)
+        return cls(read_json(before / REPORT), read_json(after / REPORT), table)
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def check_budgets(model_folder: Path, questions: Path, image_folder: Path, budge
 
 
 def is_measured(folder: Path) -> bool:
-    return (folder / _REPORT).is_file()
+    return (folder / REPORT).is_file()
 
 
 def measure(
