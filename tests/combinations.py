@@ -83,7 +83,7 @@ class CombinedSteps:
         self, features: torch.Tensor, choice: CombinedChoice, layout: Layout, scores: Scores | None
     ) -> VisualTokens:
         visual = self.first.connect(self, features, choice.first, layout, scores)
-        return self.shorten_before(visual, choice.first.num_entering, choice)
+        return self.shorten_before(visual, choice.first.num_entering, choice, layout)
 
 
 class VicoLlavoltaConfig(CombinedConfig, VicoConfig):

@@ -2,6 +2,7 @@
 
 import torch
 from factories import budgets_of, random_batch
+from torch import nn
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 
@@ -17,3 +18,9 @@ def some_budget(model):
 
 def resolved(budget, model):
     return some_budget(model) if budget == "some" else budget
+
+
+def first_part(tower):
+    """What looks at the pixels."""
+    kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
+    return next(module for module in tower.modules() if isinstance(module, kinds))

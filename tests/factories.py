@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
 
 from hf_vtc.methods import record_named, record_of
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
@@ -17,6 +23,8 @@ from hf_vtc.models.processing_vtc import COUNT_RULES, VtcProcessor
 from hf_vtc.models.tiling_vtc import TilingSettings, anyres_layout
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+# an id that no random text has; before an image of Qwen's bases, which find images by it on 4.57
+_VISION_START = 300
 # 256 bytes, some merges, then the special tokens
 VOCAB_SIZE = 272
 
@@ -93,7 +101,8 @@ _TEXT = {
 def tiny_config(method: str, **overrides):
     """A configuration of some 10^5 parameters; `overrides` are fields of the method's config."""
     placeholder = {"image_token_id": tiny_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")}
-    return record_named(method).config(**copy.deepcopy(placeholder | TINY[method].config) | overrides)
+    record = record_named(method.partition(" on ")[0])
+    return record.config(**copy.deepcopy(placeholder | TINY[method].config) | overrides)
 
 
 def tiny_model(method: str, seed: int = 0, **overrides):
@@ -183,6 +192,24 @@ def _with_weights_of(model, stock):
     return stock
 
 
+def _stock_qwen(model):
+    """The stock model of a Qwen base with all weights, whose tower has another name there."""
+    ours = model.config
+    config = CONFIG_MAPPING[ours.grid_base](
+        vision_config=ours.vision_config.to_dict(),
+        text_config=ours.text_config.to_dict(),
+        image_token_id=ours.image_token_id,
+        vision_start_token_id=_VISION_START,
+        tie_word_embeddings=ours.tie_word_embeddings,
+    )
+    stock = AutoModelForImageTextToText.from_config(config).eval()
+    state = {
+        name.replace("model.vision_tower.", "model.visual."): tensor for name, tensor in model.state_dict().items()
+    }
+    stock.load_state_dict(state)
+    return stock
+
+
 class PlainConvllava(nn.Module):
     """`ConvNextModel` on one image after the other, LLaVA's projector, and the stock language model, put together."""
 
@@ -221,7 +248,11 @@ class PlainConvllava(nn.Module):
 
 def stock_inputs(stock, batch) -> dict[str, torch.Tensor]:
     """What the stock model takes of a batch."""
-    return {name: value for name, value in batch.items() if name in inspect.signature(stock.forward).parameters}
+    taken = inspect.signature(stock.forward).parameters
+    types = {}
+    if "mm_token_type_ids" in taken:
+        types["mm_token_type_ids"] = (batch["input_ids"] == batch.config.image_token_id).int()
+    return types | {name: value for name, value in batch.items() if name in taken}
 
 
 def draw_int(low: int, high: int, generator) -> int:
@@ -232,6 +263,8 @@ class TiledImages:
     """Random images of a method whose images are stacks of equal tiles."""
 
     most_tiles = 4
+    # ids before the placeholders of each image
+    opening: tuple[int, ...] = ()
 
     def draw(self, config, generator) -> tuple[dict[str, torch.Tensor], int]:
         """Vision inputs of one image, and the placeholders that it reserves."""
@@ -265,6 +298,8 @@ class AnyresImages(TiledImages):
 class SizedImages:
     """Random images of ConvLLaVA, of few sizes so that some are equal; padding holds NaN, which nobody may read."""
 
+    opening: tuple[int, ...] = ()
+
     def draw(self, config, generator) -> tuple[dict[str, torch.Tensor], int]:
         """Vision inputs of one image, and the placeholders that it reserves."""
         stride = config.token_stride
@@ -282,6 +317,24 @@ class SizedImages:
         for padded, image, (height, width) in zip(pixel_values, images, sizes.tolist()):
             padded[:, :height, :width] = image["pixel_values"][0]
         return {"pixel_values": pixel_values, "image_sizes": sizes}
+
+
+class GridImages(TiledImages):
+    """Random images of Qwen's bases: grids of patches, of few sizes, all patches in one tensor."""
+
+    opening = (_VISION_START,)
+
+    def draw(self, config, generator) -> tuple[dict[str, torch.Tensor], int]:
+        """Vision inputs of one image, and the placeholders that it reserves."""
+        merge = config.vision_config.spatial_merge_size
+        rows, columns = draw_int(2, 3, generator), draw_int(2, 4, generator)
+        grid = (1, rows * merge, columns * merge)
+        width = config.black_image()["pixel_values"].shape[1]
+        inputs = {
+            "pixel_values": torch.randn(grid[1] * grid[2], width, generator=generator),
+            "image_grid_thw": torch.tensor([grid]),
+        }
+        return inputs, rows * columns
 
 
 @dataclass
@@ -302,6 +355,49 @@ class Tiny:
     scored: tuple[str, ...] = ()
 
 
+_QWEN3_VL = {
+    "vision_config": {
+        "model_type": "qwen3_vl",
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 48,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    },
+    "text_config": {
+        **_TEXT,
+        "model_type": "qwen3_vl_text",
+        "num_hidden_layers": 3,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True},
+    },
+}
+_QWEN2_5_VL = {
+    "vision_config": {
+        "model_type": "qwen2_5_vl",
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 48,
+        # a window of 2 x 2 visual tokens, so that images have several
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    },
+    "text_config": {
+        **{name: value for name, value in _TEXT.items() if name != "head_dim"},
+        "model_type": "qwen2_5_vl_text",
+        "num_hidden_layers": 3,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]},
+    },
+}
 _PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
 _DYNAMIC = {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16}
 
@@ -365,10 +461,19 @@ TINY = {
     ),
 }
 METHODS = tuple(TINY)
+# methods on bases whose processors are not ours
+TINY |= {
+    f"llavolta on {base}": Tiny(
+        {**fields, "compress_layer_idx": 1, "compress_stride": 4}, {}, _stock_qwen, (0.5, 0.75), GridImages()
+    )
+    for base, fields in {"qwen3_vl": _QWEN3_VL, "qwen2_5_vl": _QWEN2_5_VL}.items()
+}
+CONTRACTED = tuple(TINY)
 
 
 def _tiny_of(config) -> Tiny:
-    return TINY[record_of(config).name]
+    name = record_of(config).name
+    return TINY[name if config.grid_base is None else f"{name} on {config.grid_base}"]
 
 
 def images_of(config) -> TiledImages | SizedImages:
@@ -414,7 +519,8 @@ def random_batch(config, generator, num_rows=None, images_per_row=None, padding_
         for _ in range(num_images):
             image, reserved = images_of(config).draw(config, generator)
             images.append(image)
-            row += [config.image_token_id] * reserved + _text(draw_int(1, 5, generator), generator)
+            row += [*images_of(config).opening, *[config.image_token_id] * reserved]
+            row += _text(draw_int(1, 5, generator), generator)
         rows.append((row + _text(draw_int(2, 6, generator), generator), images))
     return RandomBatch(config, rows, padding_side)
 

@@ -1,13 +1,13 @@
-"""Contracts C1, C2, C4 to C6 of every method: a method is tested by being listed in `factories.METHODS`."""
+"""Contracts C1, C2, C4 to C6 of every method: a method is tested by being listed in `factories.CONTRACTED`."""
 
 import copy
 import re
 
 import pytest
 import torch
-from contract_samples import GREEDY, batch_of, resolved, some_budget
+from contract_samples import GREEDY, batch_of, first_part, resolved, some_budget
 from factories import (
-    METHODS,
+    CONTRACTED,
     scored_budgets_of,
     stock_inputs,
     tiny_model,
@@ -16,8 +16,10 @@ from factories import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_vtc.models.host_vtc import RELEASE
 
-@pytest.fixture(scope="module", params=METHODS)
+
+@pytest.fixture(scope="module", params=CONTRACTED)
 def model(request):
     return tiny_model(request.param)
 
@@ -240,8 +242,12 @@ def test_full_equals_the_uncompressed_model_bit_for_bit(model, padding_side):
     stock = uncompressed(model)
     batch = batch_of(model, 30, num_rows=4, padding_side=padding_side)
     theirs = stock_inputs(stock, batch)
+    read = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    if model.config.grid_base is not None and RELEASE < (5, 0):
+        # where padding stands differs by version, and nobody reads it
+        read = batch["attention_mask"].bool()
     with torch.no_grad():
-        assert torch.equal(model(**batch, vtc_budget="full").logits, stock(**theirs).logits)
+        assert torch.equal(model(**batch, vtc_budget="full").logits[read], stock(**theirs).logits[read])
     left = batch_of(model, 30, num_rows=4, padding_side="left")
     theirs = stock_inputs(stock, left)
     assert torch.equal(model.generate(**left, **GREEDY, vtc_budget="full"), stock.generate(**theirs, **GREEDY))
@@ -327,7 +333,7 @@ def test_transfers_happen_before_the_language_model_and_leave_no_state(model, mo
     model.generate(**batch, **GREEDY, vtc_budget=budget)
     before = state_of(model)
     expected = ["layout_vtc", "tower", *["vision_vtc"] * by_scores, "decoder"]
-    tower_part = next(module for module in model.model.vision_tower.modules() if isinstance(module, nn.Conv2d))
+    tower_part = first_part(model.model.vision_tower)
     handles = [
         tower_part.register_forward_pre_hook(lambda module, args: events.append("tower")),
         model.get_decoder().layers[0].register_forward_pre_hook(lambda module, args: events.append("decoder")),

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from contract_samples import GREEDY, batch_of, resolved, some_budget
-from factories import METHODS, images_of, row_of, tiny_model
+from factories import CONTRACTED, images_of, row_of, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import TextStreamer
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=CONTRACTED)
 def model(request):
     return tiny_model(request.param)
 

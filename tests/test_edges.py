@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from factories import METHODS, budgets_of, random_batch, row_of, tiny_model
+from contract_samples import first_part
+from factories import CONTRACTED, budgets_of, random_batch, row_of, tiny_model
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import GenerationConfig
 
@@ -11,7 +12,7 @@ from hf_vtc.models.tiling_vtc import images_apart
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=CONTRACTED)
 def shared(request):
     return tiny_model(request.param)
 
@@ -186,7 +187,7 @@ def test_generate_runs_the_tower_once_in_training_mode(model):
     batch = batch_of(model, num_rows=2, images_per_row=[1, 1])
     expected = model.generate(**batch, **GREEDY, vtc_budget="full")
     model.train()
-    part = next(module for module in model.model.vision_tower.modules() if isinstance(module, torch.nn.Conv2d))
+    part = first_part(model.model.vision_tower)
     runs = []
     handle = part.register_forward_pre_hook(lambda *args: runs.append(1))
     try:

@@ -10,6 +10,13 @@ from transformers import PretrainedConfig
 from .configuration_vtc import VtcConfig
 from .tiling_vtc import ImageSizes
 
+# of bases whose tower sees grids, and why not
+_NO_COORDINATES = "a mean of tokens that lie anywhere has no row and column"
+_NOT_ON_GRIDS = {
+    ("qwen3_vl", "kmeans"): _NO_COORDINATES,
+    ("qwen2_5_vl", "kmeans"): _NO_COORDINATES,
+    ("qwen2_5_vl", "attention"): "its rotary embedding is put together inside of the attention, which is not read",
+}
 COMPRESSORS = ("avgpool1d", "uniform", "random", "avgpool2d", "kmeans", "attention")
 
 
@@ -79,7 +86,7 @@ class LlavoltaConfig(VtcConfig):
         Raises:
             ValueError: out of range, or not possible with the compressor.
         """
-        num_layers = self.text_config.num_hidden_layers
+        num_layers, base = self.text_config.num_hidden_layers, self.grid_base
         if not -1 <= layer_idx <= num_layers:
             raise ValueError(
                 f"`compress_layer_idx` must be from -1 (before the sequence is built) to {num_layers} (never, in a "
@@ -87,12 +94,23 @@ class LlavoltaConfig(VtcConfig):
             )
         if stride < 1:
             raise ValueError(f"`compress_stride` must be at least 1 (no compression), got {stride}.")
+        if base is not None and layer_idx == -1:
+            raise ValueError(
+                f"`compress_layer_idx` must not be -1 on {base}: it closes gaps between positions, which are places "
+                "in an image there and are kept. Take 0, which shortens the same tokens."
+            )
+        if (base, self.compressor) in _NOT_ON_GRIDS:
+            raise ValueError(
+                f"`compressor={self.compressor!r}` does not fit {base}: {_NOT_ON_GRIDS[base, self.compressor]}."
+            )
         if self.compressor == "attention" and layer_idx < 1:
             raise ValueError(
                 "`compressor='attention'` needs a decoder layer that has attended: `compress_layer_idx` must be at "
                 f"least 1, got {layer_idx}."
             )
-        if self.compressor == "avgpool2d":
+        if self.compressor == "avgpool2d" and base is not None and math.isqrt(stride) ** 2 != stride:
+            raise ValueError(f"`compressor='avgpool2d'` needs a square `compress_stride`, got {stride}.")
+        if self.compressor == "avgpool2d" and base is None:
             side = math.isqrt(self.image_seq_length)
             if math.isqrt(stride) ** 2 != stride or math.isqrt(stride) > side or side**2 != self.image_seq_length:
                 raise ValueError(
@@ -130,6 +148,9 @@ class LlavoltaConfig(VtcConfig):
 
     def levels(self, sizes: ImageSizes) -> list[Sequence[int]]:
         """At level i an image is shortened by the i-th of its `strides_of`."""
+        if sizes.tokens is not None and self.compressor in ("avgpool1d", "avgpool2d"):
+            rule = (self.compressor == "avgpool2d", self.compresses_nowhere)
+            return [_counts_of_grid(rows, columns, *rule) for rows, columns in sizes.tokens.tolist()]
         rule = (self.compressor == "avgpool2d", self.image_seq_length, self.compresses_nowhere)
         return [_counts_by_stride(length, *rule) for length in self.reserved_tokens(sizes).tolist()]
 
@@ -142,6 +163,9 @@ class LlavoltaConfig(VtcConfig):
             return 0
         # strides rise by one, or with windows of a grid by their sides
         level = self.compress_stride - 1 if self.compressor != "avgpool2d" else math.isqrt(self.compress_stride) - 1
+        if level >= len(counts) and self.grid_base is not None:
+            # windows there are cut at the edges of an image, down to one that holds it
+            return len(counts) - 1
         if level >= len(counts):
             raise ValueError(
                 f"`compress_stride` ({self.compress_stride}) is larger than image {image_idx} allows, which has "
@@ -152,6 +176,15 @@ class LlavoltaConfig(VtcConfig):
     def level_entering(self, level: int) -> int:
         # only before the sequence is built are there fewer tokens in it
         return level if self.compress_layer_idx == -1 else 0
+
+
+@lru_cache(maxsize=256)
+def _counts_of_grid(rows: int, columns: int, by_windows: bool, nowhere: bool) -> tuple[int, ...]:
+    if nowhere:
+        return (rows * columns,)
+    if not by_windows:
+        return tuple(rows * -(-columns // wide) for wide in range(1, columns + 1))
+    return tuple(-(-rows // edge) * -(-columns // edge) for edge in range(1, max(rows, columns) + 1))
 
 
 @lru_cache(maxsize=256)

@@ -1,13 +1,16 @@
 """What the configurations of all compressing models share."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
+import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
-from .host_vtc import PARTS_HAVE_OWN_DTYPE, PREFERS_INSTALLED_CODE
+from .grids_vtc import grid_positions
+from .host_vtc import GRID_BASES, PARTS_HAVE_OWN_DTYPE, PREFERS_INSTALLED_CODE, grid_base_of, position_axes
 from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles
 from .window_vtc import note_on_newer
 
@@ -53,8 +56,8 @@ class VtcConfig(PretrainedConfig):
     """
 
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    # whether the tower sees square tiles of one size, or each image whole, at its own
-    sees_tiles = True
+    # why a method does not fit a base whose tower sees grids, by the `model_type` of the base
+    refused_bases = {}
     # whether an image is one tile unless `num_tiles` says otherwise
     one_tile_per_image = False
     # whether the tiles of an image can be joined to one map
@@ -112,6 +115,7 @@ class VtcConfig(PretrainedConfig):
             raise ValueError(f"`ps_version` must be 'v1' or 'v2' (InternVL3.5 uses 'v2'), got {ps_version!r}.")
         self._check_downsample_ratio()
         self._check_merge_type()
+        self._check_grid_base()
         derived = self._tokens_per_tile()
         if image_seq_length not in (None, derived):
             raise ValueError(
@@ -125,6 +129,21 @@ class VtcConfig(PretrainedConfig):
             self.vision_config.dtype = self.text_config.dtype = self.dtype
 
     @property
+    def grid_base(self) -> str | None:
+        """The `model_type` of the base whose tower sees images as grids of patches; None for towers that do not."""
+        return grid_base_of(self.vision_config)
+
+    @property
+    def sees_tiles(self) -> bool:
+        """Whether the tower sees square tiles of one size, or each image whole, at its own."""
+        return self.grid_base is None
+
+    @property
+    def token_stride(self) -> int:
+        """Pixels that one visual token covers in each direction, of a tower that sees images whole."""
+        return self.vision_config.patch_size * self.vision_config.spatial_merge_size
+
+    @property
     def tile_size(self) -> int:
         """Side of a tile in pixels."""
         return _side(self.vision_config.image_size)
@@ -132,7 +151,22 @@ class VtcConfig(PretrainedConfig):
     @property
     def smallest_image(self) -> tuple[int, int]:
         """(height, width) in pixels of the smallest image that the tower takes."""
-        return self.tile_size, self.tile_size
+        side = self.tile_size if self.grid_base is None else self.token_stride
+        return side, side
+
+    def black_image(self) -> dict[str, Any]:
+        """Arguments of `forward` for the smallest image, black."""
+        height, width = self.smallest_image
+        vision = self.vision_config
+        if self.grid_base is None:
+            return {
+                "pixel_values": torch.zeros(1, vision.num_channels, height, width),
+                "num_tiles": torch.ones(1, dtype=torch.long),
+                "image_sizes": torch.tensor([[height, width]]),
+            }
+        side = vision.spatial_merge_size
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return {"pixel_values": torch.zeros(side**2, patch), "image_grid_thw": torch.tensor([[1, side, side]])}
 
     @property
     def shuffle_factor(self) -> int:
@@ -149,8 +183,35 @@ class VtcConfig(PretrainedConfig):
         if not 0 < ratio <= 1 or abs(self.shuffle_factor * ratio - 1) > 1e-6:
             raise ValueError(f"`downsample_ratio` must be 1, 1/2, 1/3, ... so that 1/ratio is whole, got {ratio}.")
 
+    def _check_grid_base(self) -> None:
+        base = self.grid_base
+        if base is None:
+            return
+        if base in self.refused_bases:
+            raise ValueError(f"{self.model_type} does not fit {base}: {self.refused_bases[base]}.")
+        # what the tower has in it already
+        neutral = {
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "projector_hidden_act": "gelu",
+            "downsample_ratio": 1.0,
+            "mm_patch_merge_type": "flat",
+        }
+        for name, only in neutral.items():
+            if getattr(self, name) != only:
+                raise ValueError(f"`{name}` must be {only!r} for {base}, got {getattr(self, name)!r}. Leave it out.")
+        width, given = self.text_config.hidden_size, self.vision_config.out_hidden_size
+        if width != given:
+            raise ValueError(
+                f"`out_hidden_size` of the tower must be the width of the decoder, {width}, got {given}: its "
+                "connector gives visual tokens. Use tower and decoder of one model."
+            )
+
     def _tokens_per_tile(self) -> int:
         """Reserved placeholders of a tile. A method whose towers have another geometry overrides it."""
+        if self.grid_base is not None:
+            # of the smallest image
+            return 1
         grid, factor = self.patches_per_side, self.shuffle_factor
         if grid % factor:
             raise ValueError(
@@ -208,6 +269,8 @@ class VtcConfig(PretrainedConfig):
             num_tiles (`torch.LongTensor` of shape `(num_images,)`): on the CPU; of no meaning for whole images.
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): (height, width) in pixels.
         """
+        if self.grid_base is not None:
+            return ImageSizes(None, image_sizes, None, image_sizes // self.token_stride)
         if not self.sees_tiles:
             return ImageSizes(None, image_sizes, None)
         if self.mm_patch_merge_type == "spatial_unpad":
@@ -228,7 +291,24 @@ class VtcConfig(PretrainedConfig):
 
     def reserved_tokens(self, sizes: ImageSizes) -> Any:
         """Visual tokens of each image without compression, `(num_images,)` on the CPU."""
+        if sizes.tokens is not None:
+            return sizes.tokens.prod(-1)
         return self.tokens_of_images(sizes, self.token_grid)
+
+    def sizes_of_grids(self, image_grid_thw: Any) -> Any:
+        """(height, width) in pixels of images of the grids `(num_images, 3)`, patches in time, height and width.
+
+        Raises:
+            ValueError: a grid is none of an image of this tower.
+        """
+        merge = self.vision_config.spatial_merge_size
+        for image_idx, grid in enumerate(image_grid_thw.tolist()):
+            if grid[0] != 1 or min(grid) < 1 or any(side % merge for side in grid[1:]):
+                raise ValueError(
+                    f"`image_grid_thw` of image {image_idx} must be 1 and two multiples of {merge}, patches in time, "
+                    f"height and width, got {grid}. Pass what the processor returned; videos are not supported."
+                )
+        return image_grid_thw[:, 1:] * self.vision_config.patch_size
 
     def levels(self, sizes: ImageSizes) -> list[Sequence[int]]:
         """Visual tokens of each image that leave the model's compression at each of its levels, all of them first.
@@ -258,7 +338,9 @@ class VtcConfig(PretrainedConfig):
         Args:
             layout ([`Layout`]): of the prompt. On the CPU, as what is given back.
         """
-        return None
+        if self.grid_base is None or not position_axes(self.text_config):
+            return None
+        return grid_positions(layout.placeholder_mask, layout.attention_mask, layout.sizes.tokens)
 
     def __getattr__(self, name: str) -> Any:
         # trainers of others ask which auto class loads a model whose class transformers does not have; no attribute
@@ -285,12 +367,21 @@ def _sub_config(config: dict | PretrainedConfig | None, default_type: str) -> Pr
         return config
     fields = dict(config or {})
     model_type = fields.pop("model_type", default_type)
+    base = model_type.removesuffix("_vision")
+    if base in GRID_BASES:
+        return _tower_config_class(base)(**fields)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"`model_type` {model_type!r} of a sub-config is unknown to the installed transformers. Upgrade it, or "
             "use a tower or decoder that it has."
         )
     return CONFIG_MAPPING[model_type](**with_both_ropes(fields))
+
+
+@lru_cache
+def _tower_config_class(base: str) -> type[PretrainedConfig]:
+    # 4.57 knows it by no name of its own
+    return type(CONFIG_MAPPING[base]().vision_config)
 
 
 def _side(size: int | list[int] | tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -74,6 +74,38 @@ class CacheLayout:
 def may_be_shortened(cache: Cache | None) -> bool:
     """Whether the layers of a cache hold prompts of two lengths, unless it was emptied since."""
     return cache is not None and "vtc_layout" in vars(cache)
+
+
+class NextPosition(NamedTuple):
+    """Where tokens behind a prompt of `length` columns go on, `(..., B, 1)`; kept on the cache of the prompt."""
+
+    position: torch.LongTensor
+    length: int
+
+
+def note_next_position(cache: Cache | None, plan: DecodePlan | None) -> None:
+    """Let whoever continues a cache know where positions go on that are no count of its tokens."""
+    if cache is not None and plan is not None and plan.positions is not None:
+        cache.vtc_next_position = NextPosition(plan.positions[..., -1:], plan.real.shape[1])
+
+
+def continued_positions(cache: Cache | None, attention_mask: Any, num_rows: int, length: int) -> torch.Tensor | None:
+    """Positions `(..., B, length)` of tokens behind what a cache holds, None where they are a count."""
+    known = None if cache is None else vars(cache).get("vtc_next_position")
+    past = 0 if known is None else past_length(cache, attention_mask, length)
+    if past == 0:
+        return None
+    if past < known.length:
+        raise _cropped(past, known.length)
+    steps = torch.arange(past - known.length, past - known.length + length, device=known.position.device)
+    return known.position.repeat_interleave(num_rows // known.position.shape[-2], -2) + steps
+
+
+def _cropped(past: int, length: int) -> RuntimeError:
+    return RuntimeError(
+        f"The cache was cropped to {past} tokens, inside of a prompt of {length} with images. Crop behind it only, or "
+        "start without the cache."
+    )
 
 
 def run_segments(
@@ -296,7 +328,7 @@ class _DecoderRun:
         masks, extra = decoder_masks(config, states, attention_mask, own_cache, past_length)
         rotary = self.decoder.rotary_emb(states, position_ids)
         for layer_idx in range(first, last):
-            states = self.decoder.layers[layer_idx](
+            output = self.decoder.layers[layer_idx](
                 states,
                 attention_mask=masks[config.layer_types[layer_idx]] if isinstance(masks, dict) else masks,
                 position_embeddings=rotary,
@@ -306,6 +338,8 @@ class _DecoderRun:
                 **extra,
                 **self.kwargs,
             )
+            # Qwen2.5-VL's of 4.57 return a tuple
+            states = output[0] if isinstance(output, tuple) else output
             if rows is not None and layer_idx - first < len(rows):
                 states = states + rows[layer_idx - first].to(states.device, states.dtype)
             if self.hidden_states is not None:
@@ -349,10 +383,7 @@ def _past_mask(
         full = torch.ones(embeds.shape[0], past, device=embeds.device)
         return full if attention_mask is None else attention_mask[:, :past]
     if past < layout.full_length:
-        raise RuntimeError(
-            f"The cache was cropped to {past} tokens, inside of a prompt of {layout.full_length} with images. Crop "
-            "behind it only, or start without the cache."
-        )
+        raise _cropped(past, layout.full_length)
     if layout.mask is None and attention_mask is None:
         return None
     shape, device = (embeds.shape[0], layout.full_length - layout.num_dropped), embeds.device

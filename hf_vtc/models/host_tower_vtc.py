@@ -1,17 +1,26 @@
 """The door to vision towers of transformers: CLIP, SigLIP and InternViT, whose parts are called one by one.
 
-Seen on transformers 4.57.6 to 5.24.0. Other towers run as a whole, by their `forward`.
+Seen on transformers 4.57.6 to 5.24.0. Other towers run as a whole, by their `forward`; of them Qwen's see grids.
 """
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
+
+from .host_vtc import grid_base_of
+
+# module and class of the towers of `GRID_BASES`
+_GRID_TOWERS = {
+    "qwen2_5_vl": ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
+    "qwen3_vl": ("transformers.models.qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel"),
+}
 
 # towers whose parts are called one by one; others run as a whole
 TOWERS_IN_PARTS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
@@ -39,8 +48,35 @@ def build_tower(config: PretrainedConfig) -> nn.Module:
 
     Before 5.x CLIP and SigLIP held the tower in another module, which has no use here.
     """
+    base = grid_base_of(config)
+    if base is not None:
+        # most versions know these towers as parts of their models only
+        module, name = _GRID_TOWERS[base]
+        return getattr(import_module(module), name)(config)
     tower = AutoModel.from_config(config)
     return getattr(tower, "vision_model", tower)
+
+
+def run_grid_tower(
+    tower: nn.Module, pixel_values: torch.Tensor, grid_thw: torch.LongTensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What a tower that sees grids gives for the patches of some images, behind its connector.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(patches, C)`): of all images, as their processor orders them.
+        grid_thw (`torch.LongTensor` of shape `(num_images, 3)`): patches of each in time, height and width.
+
+    Returns:
+        Visual tokens `(V, D)`, row by row, and as many of each deeper layer that the decoder reads, if there are any.
+    """
+    output = tower(pixel_values, grid_thw=grid_thw)
+    if isinstance(output, torch.Tensor):
+        # 4.57
+        return output, []
+    if type(output) is tuple:
+        # 4.57
+        return output
+    return output.pooler_output, list(vars(output).get("deepstack_features") or ())
 
 
 def embed_patches(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,17 @@ PARTS_HAVE_OWN_DTYPE = RELEASE < (5, 0)
 HEAD_TP_PLAN = dict(LlamaForCausalLM._tp_plan)
 
 
+# models whose tower sees every image at its own size, as a grid of patches, and has the connector in it
+GRID_BASES = ("qwen2_5_vl", "qwen3_vl")
+
+
+def grid_base_of(config: PretrainedConfig) -> str | None:
+    """The `model_type` of the model, one of `GRID_BASES`, to which a tower belongs; None for other towers."""
+    # a tower of 4.57 has the name of its model
+    base = config.model_type.removesuffix("_vision")
+    return base if base in GRID_BASES else None
+
+
 # what every stock forward takes beyond its named arguments: for attention, losses and outputs
 FORWARD_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
     "use_cache",

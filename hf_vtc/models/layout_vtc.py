@@ -72,6 +72,12 @@ class Layout:
         return None if self.positions is None else self.positions[:, self.placeholder_mask]
 
     @property
+    def token_columns(self) -> list[int | None]:
+        """Columns of the grid of each image, None for a tower that sees no grids."""
+        tokens = self.sizes.tokens
+        return [None] * self.num_images if tokens is None else tokens[:, 1].tolist()
+
+    @property
     def next_positions(self) -> torch.LongTensor | None:
         """Where text behind each row goes on, `(B, 1)`: behind the farthest place, whatever is dropped."""
         if self.positions is None:
@@ -116,10 +122,10 @@ def layout_of_prompt(
         ValueError: sizes and tiles are not those of the images, placeholders are not as many as these need, or no
             count of visual tokens fits a budget; or several sequences share a row that gets shorter.
     """
-    optional = (attention_mask, vision.num_tiles, vision.image_sizes, vision.router_decisions, position_ids)
+    optional = (*_told(config, vision), vision.router_decisions, attention_mask, position_ids)
     placeholder_mask, *arrived = to_host(placeholder_mask, *[tensor for tensor in optional if tensor is not None])
     fetched = iter(arrived)
-    mask, num_tiles, image_sizes, decisions, positions = (
+    num_tiles, image_sizes, decisions, mask, positions = (
         None if tensor is None else next(fetched) for tensor in optional
     )
     if mask is None:
@@ -136,6 +142,24 @@ def layout_of_prompt(
     # with an axis more, whose first one counts tokens, as stock models take them
     own = own if positions is None else positions[-len(own) :].expand(own.shape)
     return replace(layout, positions=own)
+
+
+def _told(config: VtcConfig, vision: VisionInputs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What the caller says of tiles and of sizes, which for a tower that sees grids are `image_grid_thw`."""
+    if config.grid_base is None:
+        if vision.image_grid_thw is not None:
+            raise ValueError("`image_grid_thw` is of no use here: the tower sees no grids. Leave it out.")
+        return vision.num_tiles, vision.image_sizes
+    for name in ("num_tiles", "image_sizes"):
+        if getattr(vision, name) is not None:
+            raise ValueError(f"`{name}` is of no use for {config.grid_base}. Leave it out, and give `image_grid_thw`.")
+    grids = vision.image_grid_thw
+    if grids is None or grids.ndim != 2 or grids.shape[1] != 3:
+        raise ValueError(
+            "`image_grid_thw` must be patches of each image in time, height and width, shape (num_images, 3), got "
+            f"{None if grids is None else tuple(grids.shape)}. Pass what the processor returned."
+        )
+    return None, grids
 
 
 def _check_positions(position_ids: torch.Tensor, layout: Layout) -> None:
@@ -179,7 +203,7 @@ def _check_mask(attention_mask: torch.Tensor, placeholder_mask: torch.Tensor) ->
 
 def layout_of_images(config: VtcConfig, vision: VisionInputs) -> Layout:
     """The layout of a prompt of placeholders alone, as many as the images of `vision` reserve."""
-    optional = (vision.num_tiles, vision.image_sizes, vision.router_decisions)
+    optional = (*_told(config, vision), vision.router_decisions)
     fetched = iter(to_host(*[tensor for tensor in optional if tensor is not None]))
     num_tiles, image_sizes, decisions = (None if tensor is None else next(fetched) for tensor in optional)
     if num_tiles is None and config.sees_tiles and vision.pixel_values.ndim == 4:
@@ -237,11 +261,15 @@ def sizes_of_images(
     Args:
         placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): on the CPU, as are the following.
         num_tiles (`torch.LongTensor` of shape `(num_images,)`, *optional*).
-        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (height, width) in pixels.
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (height, width) in pixels; for a
+            tower that sees grids those, `(num_images, 3)`.
 
     Raises:
         ValueError: they do not belong together.
     """
+    if config.grid_base is not None:
+        _check_patches(image_sizes, vision)
+        return config.sizes_of(None, config.sizes_of_grids(image_sizes))
     if vision.image_features is None and vision.pixel_values.ndim not in ((4, 5) if config.sees_tiles else (4,)):
         shapes = "(tiles, 3, S, S) or (images, tiles, 3, S, S)" if config.sees_tiles else "(images, 3, H, W)"
         raise ValueError(f"`pixel_values` must be {shapes}, got shape {tuple(vision.pixel_values.shape)}.")
@@ -314,6 +342,15 @@ def _tiles_apart(
             f"{len(runs)} runs of placeholders. Write text between images, or pass `num_tiles`."
         )
     return torch.tensor([-(-length // config.image_seq_length) for _, length in runs], dtype=torch.long)
+
+
+def _check_patches(image_grid_thw: torch.Tensor, vision: VisionInputs) -> None:
+    given, expected = vision.pixel_values, int(image_grid_thw.prod(-1).sum())
+    if vision.image_features is None and len(given) != expected:
+        raise ValueError(
+            f"`pixel_values` must have a row for each patch of `image_grid_thw`, {expected}, got {len(given)}. Pass "
+            "both of the same call of the processor."
+        )
 
 
 def _own_sizes(image_sizes: torch.Tensor | None, vision: VisionInputs) -> torch.Tensor:

@@ -22,15 +22,17 @@ class Shortened:
     """What becomes of some spans, in prompt order.
 
     `slots` `(M,)`: indices of the flattened states where the tokens that stay stand, `host_slots` the same on the CPU
-    unless they were chosen on the device; `shifts` `(M,)`: how far behind the position of that slot. What stands there
-    is the mean of the `members`, one tensor `(kept tokens, width)` of indices per span, or `values` `(M, D)`, or, with
-    neither, the token of the slot itself.
+    unless they were chosen on the device; `shifts` `(M,)`: how far behind the position of that slot; `num_kept`: how
+    many stay of each span. What stands at a slot is the mean of its `members`, `widths` `(M,)` of which belong to each
+    slot, or `values` `(M, D)`, or, with neither, the token of the slot itself.
     """
 
     slots: torch.LongTensor
     shifts: torch.LongTensor
     host_slots: torch.LongTensor
-    members: list[torch.LongTensor] | None = None
+    num_kept: list[int]
+    members: torch.LongTensor | None = None
+    widths: torch.LongTensor | None = None
     values: torch.Tensor | None = None
 
     def take(self, states: torch.Tensor, source: torch.LongTensor) -> torch.Tensor:
@@ -64,11 +66,10 @@ class Shortened:
     def _plan(self, num_states: int, source: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Members of each row of `source` and where they begin, as `segment_mean` takes them."""
         # every state is listed by itself, and behind all of them the members of each slot
-        listed = torch.cat([torch.arange(num_states), *(own.flatten() for own in self.members)])
+        listed = torch.cat([torch.arange(num_states), self.members])
         first, widths = torch.arange(num_states), torch.ones(num_states, dtype=torch.long)
-        widths[self.host_slots] = torch.cat([torch.full((len(own),), own.shape[1]) for own in self.members])
-        ends = widths[self.host_slots].cumsum(0)
-        first[self.host_slots] = num_states + ends - widths[self.host_slots]
+        widths[self.host_slots] = self.widths
+        first[self.host_slots] = num_states + self.widths.cumsum(0) - self.widths
         offsets = F.pad(widths[source].cumsum(0), (1, 0))
         within = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], widths[source])
         return listed[torch.repeat_interleave(first[source], widths[source]) + within], offsets
@@ -111,6 +112,20 @@ def square_windows(length: int, stride: int, side: int) -> torch.LongTensor:
     grids = torch.arange(length).reshape(-1, side, side)[:, : per_side * edge, : per_side * edge]
     windows = grids.reshape(-1, per_side, edge, per_side, edge).transpose(2, 3)
     return windows.reshape(-1, stride)
+
+
+def grid_windows(length: int, columns: int, high: int, wide: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Windows of `high` x `wide` tokens of one grid, row by row; those at its edges have the members that are there.
+
+    Args:
+        length (`int`): tokens, a multiple of `columns`.
+
+    Returns:
+        Members of all windows, one after the other, and how many each has.
+    """
+    places = torch.arange(length)
+    window = places // columns // high * -(-columns // wide) + places % columns // wide
+    return torch.argsort(window, stable=True), torch.bincount(window)
 
 
 def most_attended(scores: torch.Tensor, num_kept: int) -> torch.LongTensor:
@@ -163,20 +178,40 @@ def shorten(
     """
     device = states.device
     windows = [_windows(span, compressor, side, training, scores) for span in spans]
-    slots = torch.cat([own[:, 0] + span.start for own, span in zip(windows, spans, strict=True)])
+    widths, num_kept = torch.cat([own for _, own in windows]), [len(own) for _, own in windows]
+    members = torch.cat([own + span.start for (own, _), span in zip(windows, spans, strict=True)])
+    if compressor != "kmeans" and len(members) == len(widths):
+        on_device = members.to(device, non_blocking=True)
+        return Shortened(on_device, torch.zeros_like(on_device), members, num_kept)
+    offsets = F.pad(widths.cumsum(0), (1, 0))
+    slots = members[offsets[:-1]]
     on_device = slots.to(device, non_blocking=True)
+    starts = torch.repeat_interleave(torch.tensor([span.start for span in spans]), torch.tensor(num_kept))
     if compressor == "kmeans":
         values, places = zip(*[_clusters(states, span) for span in spans], strict=True)
-        first_places = torch.cat([own[:, 0] for own in windows]).to(device, non_blocking=True)
-        return Shortened(on_device, torch.cat(places) - first_places, slots, values=torch.cat(values))
-    shifts = torch.cat([own.sum(1) // own.shape[1] - own[:, 0] for own in windows]).to(device, non_blocking=True)
-    if all(own.shape[1] == 1 for own in windows):
-        return Shortened(on_device, shifts, slots)
-    members = [own + span.start for own, span in zip(windows, spans, strict=True)]
-    return Shortened(on_device, shifts, slots, members=members)
+        first_places = (slots - starts).to(device, non_blocking=True)
+        return Shortened(on_device, torch.cat(places) - first_places, slots, num_kept, values=torch.cat(values))
+    sums = F.pad((members - torch.repeat_interleave(starts, widths)).cumsum(0), (1, 0))[offsets].diff()
+    shifts = (sums // widths - (slots - starts)).to(device, non_blocking=True)
+    return Shortened(on_device, shifts, slots, num_kept, members, widths)
 
 
-def _windows(span: Span, compressor: str, side: int, training: bool, scores: torch.Tensor | None) -> torch.LongTensor:
+def _windows(
+    span: Span, compressor: str, side: int, training: bool, scores: torch.Tensor | None
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Members of all that stays of a span, counted from its start, and how many of them become each."""
+    edge = math.isqrt(span.stride)
+    if span.columns is not None and compressor == "avgpool1d":
+        return grid_windows(span.length, span.columns, 1, span.stride)
+    if span.columns is not None and compressor == "avgpool2d":
+        return grid_windows(span.length, span.columns, edge, edge)
+    equal = _equal_windows(span, compressor, side, training, scores)
+    return equal.flatten(), torch.full((len(equal),), equal.shape[1], device=equal.device)
+
+
+def _equal_windows(
+    span: Span, compressor: str, side: int, training: bool, scores: torch.Tensor | None
+) -> torch.LongTensor:
     """Members `(num_kept, width)` of what stays of a span, counted from its start."""
     length, stride = span.length, span.stride
     if compressor == "attention":

@@ -26,7 +26,6 @@ from .layout_vtc import Layout
 from .modeling_compressors_llavolta import float16_means, shorten
 from .modeling_vtc import VtcForConditionalGeneration, VtcModel
 from .packing_vtc import DecodePlan, PackedPrompt, Span, first_slots, pack_shortened
-from .tower_vtc import Connector
 from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf
 
 
@@ -41,8 +40,7 @@ class LlavoltaSteps:
     _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "InternVLVisionLayer", "Connector"]
 
     def make_parts(self, config: LlavoltaConfig) -> None:
-        width = config.text_config.hidden_size
-        self.multi_modal_projector = Connector(config, [width, width], config.shuffle_factor)
+        self.multi_modal_projector = self.make_projector(config)
 
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
         """The stride of each image, 1 = as it is."""
@@ -53,19 +51,12 @@ class LlavoltaSteps:
     def connect(self, features: torch.Tensor, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
         """Project, and shorten the images here if no decoder layer comes first."""
         visual = super().connect(features, choice, layout, scores)
-        return self.shorten_before(visual, layout.num_reserved, choice, layout.visual_positions)
+        return self.shorten_before(visual, layout.num_reserved, choice, layout)
 
     def shorten_before(
-        self,
-        visual: VisualTokens,
-        lengths: torch.LongTensor,
-        choice: Choice,
-        positions: torch.LongTensor | None = None,
+        self, visual: VisualTokens, lengths: torch.LongTensor, choice: Choice, layout: Layout
     ) -> VisualTokens:
-        """Shorten images of `lengths` `(num_images,)` that follow each other, unless a decoder layer comes first.
-
-        `positions` `(A, V)`: of their tokens, where they have several axes.
-        """
+        """Shorten images of `lengths` `(num_images,)` that follow each other, unless a decoder layer comes first."""
         config = self.config
         if config.compress_layer_idx > 0 or set(choice.strides) <= {1}:
             return visual
@@ -75,7 +66,8 @@ class LlavoltaSteps:
                 "cannot decode. Set it to False, or give `vtc_budget='full'`."
             )
         firsts = (lengths.cumsum(0) - lengths).tolist()
-        spans = [Span(0, *image) for image in zip(firsts, lengths.tolist(), choice.strides, strict=True)]
+        images = zip(firsts, lengths.tolist(), choice.strides, layout.token_columns, strict=True)
+        spans, positions = [Span(0, *image) for image in images], layout.visual_positions
         side = math.isqrt(config.image_seq_length)
         shortened = shorten(visual.embeds, spans, config.compressor, side, self.training)
         entered, slots = visual.slots, shortened.host_slots
@@ -120,7 +112,9 @@ class LlavoltaModel(LlavoltaSteps, VtcModel):
         text, counts = plan.real.clone(), plan.real.sum(1)
         for span in plan.spans:
             text[span.row, span.start : span.start + span.length] = False
-            counts[span.row] -= span.length - config.kept_tokens(span.length, span.stride)
+            counts[span.row] -= span.length
+        for span, num_kept in zip(plan.spans, shortened.num_kept, strict=True):
+            counts[span.row] += num_kept
         # the plan is made on the CPU, unless the tokens that stay were chosen on the device
         text = text.to(shortened.host_slots.device, non_blocking=True)
         kept = text.flatten().index_fill(0, shortened.host_slots, True).unflatten(0, (num_rows, length))

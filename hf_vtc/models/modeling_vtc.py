@@ -26,7 +26,13 @@ from transformers.utils import can_return_tuple
 from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
 from .head_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast, full_length_logits, predicting_states
-from .host_decoder_vtc import may_be_shortened, past_length, run_segments
+from .host_decoder_vtc import (
+    continued_positions,
+    may_be_shortened,
+    note_next_position,
+    past_length,
+    run_segments,
+)
 from .host_vtc import FORWARD_ARGUMENTS, HEAD_TP_PLAN, cache_of, engine_of, given_cache, named_cache
 from .layout_vtc import Layout, layout_of_images, layout_of_prompt
 from .packing_vtc import (
@@ -230,7 +236,10 @@ class VtcModel(VtcVision):
         entering = choice.num_entering
         starts = places.flatten()[slots[entering.cumsum(0) - entering]]
         spans = [
-            Span(*span) for span in zip(layout.rows, starts.tolist(), entering.tolist(), choice.strides, strict=True)
+            Span(*span)
+            for span in zip(
+                layout.rows, starts.tolist(), entering.tolist(), choice.strides, layout.token_columns, strict=True
+            )
         ]
         by_attention = self.config.compressor == "attention"
         return DecodePlan(
@@ -312,6 +321,7 @@ class VtcModel(VtcVision):
         vtc_budget: Budget | Sequence[Budget] = None,
         router_decisions: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> VtcModelOutputWithPast:
@@ -327,6 +337,8 @@ class VtcModel(VtcVision):
             vtc_budget: see `budget_vtc.budgets_per_image`.
             router_decisions: overrides the router; not together with `vtc_budget`.
             image_features: output of `encode` for these tiles, in place of `pixel_values`.
+            image_grid_thw (`(num_images, 3)`): patches in time, height and width, for towers that see grids; then
+                `pixel_values` are their patches, as the processor of such a model returns both.
             past_key_values, cache: two names of one argument, on every version of transformers.
 
         Raises:
@@ -335,7 +347,9 @@ class VtcModel(VtcVision):
         """
         refuse_unknown(kwargs, {*FORWARD_ARGUMENTS, "decode_plan"})
         cache = given_cache(past_key_values, cache)
-        vision = VisionInputs(pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions)
+        vision = VisionInputs(
+            pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions, image_grid_thw
+        )
         if not vision.given:
             return self._forward_text(input_ids, attention_mask, position_ids, cache, inputs_embeds, vision, **kwargs)
         if cache is not None and cache.get_seq_length() > 0:
@@ -358,6 +372,7 @@ class VtcModel(VtcVision):
             plan=compressed.plan,
             **kwargs,
         )
+        note_next_position(cache_of(outputs), compressed.plan)
         packed = packed if shortened is None else shortened.of_longer(packed)
         return VtcModelOutputWithPast(
             last_hidden_state=packed.expand(outputs.last_hidden_state),
@@ -390,10 +405,11 @@ class VtcModel(VtcVision):
         if self.training and torch.is_grad_enabled():
             embeds, _ = self.find_placeholders(input_ids, inputs_embeds)
             # every process must run the same modules, or sharded training hangs on batches without an image
-            input_ids, inputs_embeds = None, touch(embeds, self._vision_of_nothing(vision))
-        past = None
+            input_ids, inputs_embeds = None, touch(embeds, *self._vision_of_nothing(vision))
+        past, given, plan = None, input_ids if inputs_embeds is None else inputs_embeds, decode_plan
+        if plan is None and position_ids is None:
+            position_ids = continued_positions(cache, attention_mask, *given.shape[:2])
         if decode_plan is not None:
-            given = input_ids if inputs_embeds is None else inputs_embeds
             past = past_length(cache, attention_mask, given.shape[1])
             columns = (past, past + given.shape[1])
             decode_plan = decode_plan.for_rows(given.shape[0])
@@ -406,6 +422,7 @@ class VtcModel(VtcVision):
         outputs, _, _ = self.decode(
             input_ids, inputs_embeds, attention_mask, position_ids, cache, decode_plan, past, **kwargs
         )
+        note_next_position(cache_of(outputs), plan)
         return VtcModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             **named_cache(cache_of(outputs)),
@@ -413,23 +430,19 @@ class VtcModel(VtcVision):
             attentions=outputs.attentions,
         )
 
-    def _vision_of_nothing(self, asked: VisionInputs) -> torch.Tensor:
-        """Visual tokens of one black tile, through every module that the other processes run."""
-        (height, width), num_channels = self.config.smallest_image, self.config.vision_config.num_channels
-        tile = torch.zeros(1, num_channels, height, width, device=self.device, dtype=self.dtype)
+    def _vision_of_nothing(self, asked: VisionInputs) -> list[torch.Tensor]:
+        """Visual tokens of one black tile, and rows beside them, through every module that the other processes run."""
         # a router runs on a batch of text if it does where there are images
         undecided = asked.router_decisions is None and leaves_a_choice(asked.vtc_budget)
-        vision = VisionInputs(
-            tile,
-            num_tiles=torch.ones(1, dtype=torch.long),
-            image_sizes=torch.tensor([[height, width]]),
-            vtc_budget=None if undecided else "full",
-        )
+        black = self.config.black_image()
+        black["pixel_values"] = black["pixel_values"].to(self.device, self.dtype)
+        vision = VisionInputs(**black, vtc_budget=None if undecided else "full")
         layout = layout_of_images(self.config, vision)
         # nobody reads them, and a look-up would be one more call of a module that other ranks do not make
         shape = (*layout.placeholder_mask.shape, self.config.text_config.hidden_size)
         nothing = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        return self.compress(vision, layout, nothing)[1].embeds
+        visual = self.compress(vision, layout, nothing)[1]
+        return [each for each in (visual.embeds, visual.layer_rows) if each is not None]
 
     @torch.no_grad()
     def count_visual_tokens(
@@ -443,6 +456,7 @@ class VtcModel(VtcVision):
         vtc_budget: Budget | Sequence[Budget] = None,
         router_decisions: torch.Tensor | None = None,
         image_features: Features | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> torch.LongTensor:
         """Visual tokens that the language model would see, per image `(num_images,)`, without running it.
@@ -451,7 +465,9 @@ class VtcModel(VtcVision):
         can tell.
         """
         refuse_unknown(kwargs, FORWARD_ARGUMENTS)
-        vision = VisionInputs(pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions)
+        vision = VisionInputs(
+            pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions, image_grid_thw
+        )
         if not vision.given:
             return torch.zeros(0, dtype=torch.long)
         embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
@@ -531,6 +547,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         vtc_budget: Budget | Sequence[Budget] = None,
         router_decisions: torch.Tensor | None = None,
         image_features: Features | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> VtcCausalLMOutputWithPast:
@@ -554,6 +571,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
             vtc_budget=vtc_budget,
             router_decisions=router_decisions,
             image_features=image_features,
+            image_grid_thw=image_grid_thw,
             **kwargs,
         )
         loss = logits = None

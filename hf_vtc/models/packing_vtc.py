@@ -284,12 +284,16 @@ def shifted_positions(
 
 
 class Span(NamedTuple):
-    """An image that gets shorter: `length` visual tokens from `(row, start)` on, `stride` of which become one."""
+    """An image that gets shorter: `length` visual tokens from `(row, start)` on, `stride` of which become one.
+
+    `columns`: of their grid, None where they are a sequence.
+    """
 
     row: int
     start: int
     length: int
     stride: int
+    columns: int | None = None
 
 
 @dataclass

@@ -23,13 +23,14 @@ class VisionInputs:
     image_sizes: torch.Tensor | None = None
     vtc_budget: Budget | Sequence[Budget] = None
     router_decisions: torch.Tensor | None = None
+    image_grid_thw: torch.Tensor | None = None
 
     @property
     def given(self) -> bool:
         return self.pixel_values is not None or self.image_features is not None
 
     def __post_init__(self) -> None:
-        for name in ("num_tiles", "image_sizes", "router_decisions"):
+        for name in ("num_tiles", "image_sizes", "router_decisions", "image_grid_thw"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, torch.Tensor):
                 setattr(self, name, torch.as_tensor(value))

@@ -79,11 +79,14 @@ class ImageSizes(NamedTuple):
         image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (height, width) in pixels.
         grids (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (rows, columns) of tiles that are joined to
             a map; None where tiles follow each other as they are.
+        tokens (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (rows, columns) of visual tokens, for a
+            tower that sees every image as a grid of its own.
     """
 
     num_tiles: torch.LongTensor | None
     image_sizes: torch.LongTensor | None
     grids: torch.LongTensor | None
+    tokens: torch.LongTensor | None = None
 
     def __len__(self) -> int:
         return len(self.image_sizes if self.num_tiles is None else self.num_tiles)

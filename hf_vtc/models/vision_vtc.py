@@ -18,13 +18,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_vtc import VtcConfig
-from .host_tower_vtc import bare_parameters_of, build_tower
+from .host_tower_vtc import bare_parameters_of, build_tower, run_grid_tower
 from .host_vtc import FORWARD_ARGUMENTS
 from .layout_vtc import Layout, layout_of_images
 from .packing_vtc import to_device, to_host
 from .prompt_vtc import Budget, VisionInputs, refuse_unknown
 from .tiling_vtc import joined_order, places_apart
-from .tower_vtc import run_tower_to, unused_modules
+from .tower_vtc import Connector, run_tower_to, unused_modules
 
 # bytes to which torch aligns what it allocates on a CPU
 _ALIGNMENT = 64
@@ -186,10 +186,17 @@ class VtcVision(VtcPreTrainedModel):
     def make_tower(self, config: VtcConfig) -> nn.Module:
         """Step: the vision tower. A method builds encoders of ours itself: remote code cannot find them by config."""
         tower = build_tower(config.vision_config)
+        if config.grid_base is not None:
+            return tower
         # no feature depends on them: without this, distributed training waits for their gradients
         for unused in unused_modules(tower, config.vision_feature_layer):
             unused.requires_grad_(False)
         return tower
+
+    def make_projector(self, config: VtcConfig) -> nn.Module | None:
+        """LLaVA's or InternVL's two linear layers; None for a tower that has its connector in it."""
+        width = config.text_config.hidden_size
+        return Connector(config, [width, width], config.shuffle_factor) if config.grid_base is None else None
 
     def make_decoder(self, config: VtcConfig) -> None:
         """Here there is none."""
@@ -201,8 +208,11 @@ class VtcVision(VtcPreTrainedModel):
     def encode(self, pixel_values: torch.Tensor, layout: Layout | None = None) -> Features:
         """Step: features of each tile, `(total_tiles, 3, S, S)` to `(total_tiles, N, C)`, row-major.
 
-        `layout` is None where nobody says what the images are for.
+        `layout` is None where nobody says what the images are for. Of a tower that sees grids, `(patches, C)` to
+        visual tokens `(V, D)`, and to more rows for each that layers of the decoder read.
         """
+        if self.config.grid_base is not None:
+            return self._encode_grids(pixel_values, layout)
         features = run_tower_to(self.vision_tower, pixel_values.to(self.dtype), self.config.vision_feature_layer)
         return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
@@ -215,6 +225,14 @@ class VtcVision(VtcPreTrainedModel):
             tiles = tiles.flatten(0, 1).index_select(0, places)
         return self.encode(tiles, layout)
 
+    def _encode_grids(self, pixel_values: torch.Tensor, layout: Layout | None) -> Features:
+        if layout is None:
+            raise ValueError(f"The grids of the images must be known to {self.config.grid_base}. Give `layout`.")
+        grids = nn.functional.pad(layout.sizes.image_sizes // self.config.vision_config.patch_size, (1, 0), value=1)
+        (grids,) = to_device(pixel_values.device, grids)
+        tokens, deeper = run_grid_tower(self.vision_tower, pixel_values.to(self.dtype), grids)
+        return {"tokens": tokens, **{f"layer_{idx}": rows for idx, rows in enumerate(deeper)}}
+
     def score(self, features: Features, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         """Step: what a router says of the images, None if nobody asks; `prompts` are embeddings `(B, L, D)`."""
         return None
@@ -225,14 +243,19 @@ class VtcVision(VtcPreTrainedModel):
 
     def connect(self, features: Features, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
         """Step: from features to visual tokens. In training every module runs once, in one order."""
-        tokens = self.join_tiles({0: self.multi_modal_projector(features)}, [0] * layout.num_images, layout)
+        if self.config.grid_base is None:
+            tokens, rows = self.multi_modal_projector(features), None
+            tokens = self.join_tiles({0: tokens}, [0] * layout.num_images, layout)
+        else:
+            tokens, *rows = features.values()
+            rows = torch.stack(rows) if rows else None
         if len(tokens) != int(layout.num_reserved.sum()):
             raise ValueError(
                 f"Image features and image tokens do not match: {len(tokens)} visual tokens for "
                 f"{int(layout.num_reserved.sum())} placeholders. Pass `image_features` that `encode` gave for these "
                 "images."
             )
-        return VisualTokens(tokens)
+        return VisualTokens(tokens, layer_rows=rows)
 
     def routes(self, router: nn.Module, asked: bool) -> bool:
         """Whether a router runs: if it is asked, or if it trains, so that every process runs the same modules."""
@@ -320,6 +343,7 @@ class VtcVision(VtcPreTrainedModel):
         num_tiles: torch.LongTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
         vtc_budget: Budget | Sequence[Budget] = "full",
+        image_grid_thw: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Visual tokens of some images as they enter the language model.
@@ -334,7 +358,7 @@ class VtcVision(VtcPreTrainedModel):
             ValueError: `"auto"`, of a router that reads the question.
         """
         refuse_unknown(kwargs, FORWARD_ARGUMENTS)
-        vision = VisionInputs(pixel_values, None, num_tiles, image_sizes, vtc_budget)
+        vision = VisionInputs(pixel_values, None, num_tiles, image_sizes, vtc_budget, image_grid_thw=image_grid_thw)
         layout = layout_of_images(self.config, vision)
         if layout.asks_scores and self.routes_by_text:
             raise ValueError(
