@@ -194,9 +194,15 @@ def test_positions_are_exact_in_half_precision():
     assert [place for place in seen.positions[1][0].tolist() if image[0] <= place <= image[-1]] == expected
 
 
+def means_of_windows(positions):
+    """Of positions `(M, stride)`."""
+    num_kept, stride = positions.shape
+    return float16_means(positions.flatten(), torch.arange(num_kept * stride), torch.full((num_kept,), stride))
+
+
 def test_float16_positions_are_those_of_the_released_code():
     """A number of 11 bits: of 1201.5 and its like the even neighbour is left, and from 2048 on of every odd one."""
-    assert float16_means(torch.tensor([[603, 604], [1200, 1201], [1201, 1202], [2049, 2050]])).tolist() == [
+    assert means_of_windows(torch.tensor([[603, 604], [1200, 1201], [1201, 1202], [2049, 2050]])).tolist() == [
         603,
         1200,
         1202,
@@ -205,12 +211,12 @@ def test_float16_positions_are_those_of_the_released_code():
     # an image of 576 tokens by 8 that starts at 600, of whose 72 positions 19 are one further back
     windows = 600 + torch.arange(576).reshape(72, 8)
     exact = windows[:, 0] + 3
-    assert (float16_means(windows) - exact).tolist() == [0] * 53 + [1] * 19
+    assert (means_of_windows(windows) - exact).tolist() == [0] * 53 + [1] * 19
     for stride in (2, 4, 8, 16, 64):
         places = torch.arange(64 * stride)
         for start in (0, 600, 1023, 1024, 1025, 1999, 2048, 3001):
             pooled = F.avg_pool1d((start + places)[None].to(torch.float16), stride, stride)[0].long()
-            assert torch.equal(float16_means((start + places).reshape(64, stride)), pooled)
+            assert torch.equal(means_of_windows((start + places).reshape(64, stride)), pooled)
 
 
 def test_positions_of_a_prompt_in_float16():

@@ -150,9 +150,9 @@ class VtcGenerationMixin(GenerationMixin):
                 text = self.get_input_embeddings()(later)
                 packed = PackedPrompt(text, None, None, torch.ones_like(later, dtype=torch.bool))
                 return held.followed_by(packed), held.num_images, held.plan
-            compressed = self.model.compress_prompt(later, behind, **packing)
             # a plan speaks of the columns of a whole prompt
-            if held.plan is None and compressed.plan is None:
+            compressed = self.model.compress_prompt(later, behind, **packing) if held.plan is None else None
+            if compressed is not None and compressed.plan is None:
                 num_images = held.num_images + len(compressed.num_kept)
                 return held.followed_by(compressed.packed), num_images, None
         compressed = self.model.compress_prompt(input_ids, vision, mask, inputs_embeds=embeds, **packing)

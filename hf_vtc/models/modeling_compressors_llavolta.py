@@ -75,10 +75,20 @@ class Shortened:
         return listed[torch.repeat_interleave(first[source], widths[source]) + within], offsets
 
 
-def float16_means(positions: torch.LongTensor) -> torch.LongTensor:
-    """Means of positions `(..., M, stride)` as the released code takes them: in and to float16, then rounded down."""
-    # sums in float32, as pooling kernels have them
-    return (positions.half().float().sum(-1) / positions.shape[-1]).half().long()
+def float16_means(
+    positions: torch.LongTensor, members: torch.LongTensor, widths: torch.LongTensor
+) -> torch.LongTensor:
+    """Means of positions as the released code takes them: in and to float16, then rounded down.
+
+    Args:
+        positions (`torch.LongTensor` of shape `(..., N)`): of all tokens.
+        members (`torch.LongTensor`): indices of those that are averaged, one mean after the other.
+        widths (`torch.LongTensor` of shape `(M,)`): how many belong to each mean.
+    """
+    # sums of integers are exact, as those of pooling kernels in float32 are
+    sums = F.pad(positions[..., members].half().double().cumsum(-1), (1, 0))
+    sums = sums[..., F.pad(widths.cumsum(0), (1, 0))].diff(dim=-1)
+    return (sums.float() / widths).half().long()
 
 
 def consecutive_windows(length: int, stride: int) -> torch.LongTensor:

@@ -120,8 +120,8 @@ class LlavoltaModel(LlavoltaSteps, VtcModel):
         kept = text.flatten().index_fill(0, shortened.host_slots, True).unflatten(0, (num_rows, length))
         positions = position_ids.expand(*position_ids.shape[:-2], num_rows, -1).flatten(-2)
         if config.float16_positions and shortened.members is not None:
-            means = [float16_means(positions[..., own.to(positions.device)]) for own in shortened.members]
-            positions = positions.index_copy(-1, shortened.slots, torch.cat(means, dim=-1))
+            plan = (each.to(positions.device) for each in (shortened.members, shortened.widths))
+            positions = positions.index_copy(-1, shortened.slots, float16_means(positions, *plan))
         else:
             positions = shortened.moved(positions)
         rows = None if rows is None else rows[plan.layer_idx :]
