@@ -57,6 +57,18 @@ def build_tower(config: PretrainedConfig) -> nn.Module:
     return getattr(tower, "vision_model", tower)
 
 
+@torch.no_grad()
+def restore_places(module: nn.Module) -> None:
+    """Count the places of a tower's patches anew, a buffer that no file holds and loading on `"meta"` loses.
+
+    From 5.0 on the host does it by the class of the tower; the part that `build_tower` takes of it has no such class
+    in the versions that hold one in the other (seen: 5.0).
+    """
+    places = module._buffers.get("position_ids")
+    if places is not None:
+        places.copy_(torch.arange(places.shape[-1]).expand_as(places))
+
+
 def run_grid_tower(
     tower: nn.Module, pixel_values: torch.Tensor, grid_thw: torch.LongTensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:

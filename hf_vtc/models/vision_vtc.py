@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_vtc import VtcConfig
-from .host_tower_vtc import bare_parameters_of, build_tower, run_grid_tower
+from .host_tower_vtc import bare_parameters_of, build_tower, restore_places, run_grid_tower
 from .host_vtc import FORWARD_ARGUMENTS
 from .layout_vtc import Layout, layout_of_images
 from .packing_vtc import to_device, to_host
@@ -130,6 +130,7 @@ class VtcPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        restore_places(module)
         if isinstance(module, VtcVision) and module.image_newline is not None:
             nn.init.normal_(module.image_newline, std=self.config.text_config.hidden_size**-0.5)
 
