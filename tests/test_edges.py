@@ -55,6 +55,14 @@ def test_unknown_arguments_are_refused_by_name(model, name):
         model.generate(**batch, **GREEDY, **{name: 0.5})
 
 
+@pytest.mark.parametrize("budget", ("some", 1.5, True, [0.5], ["some"]))
+def test_what_is_no_budget_is_refused_without_images_too(model, budget):
+    text = {"input_ids": torch.tensor([[5, 6, 7]]), "vtc_budget": budget}
+    for call in (lambda: model(**text), lambda: model.generate(**text, **GREEDY)):
+        with pytest.raises(ValueError, match="`vtc_budget`"):
+            call()
+
+
 def test_the_nearest_name_is_told(model):
     with pytest.raises(TypeError, match="Did you mean `vtc_budget`"):
         model(**batch_of(model, num_rows=1, images_per_row=[1]), vtc_bugdet=0.5)

@@ -34,6 +34,11 @@ class VisionInputs:
             value = getattr(self, name)
             if value is not None and not isinstance(value, torch.Tensor):
                 setattr(self, name, torch.as_tensor(value))
+        # text alone leaves nothing to bound, but what is no budget is a mistake there too
+        if isinstance(self.vtc_budget, (list, tuple)):
+            budgets_per_image(self.vtc_budget, len(self.vtc_budget) if self.given else 0)
+        else:
+            _checked(self.vtc_budget)
         if self.router_decisions is not None and self.vtc_budget is not None:
             raise ValueError(
                 "Give `router_decisions` or `vtc_budget`, not both: each decides how many visual tokens are kept."
