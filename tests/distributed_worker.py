@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from factories import images_of, random_batch
+from factories import METHODS, images_of, random_batch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from trainer_helpers import arguments, model_without_dropout
+from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_vtc.trainers import (
@@ -80,6 +81,8 @@ CASES = {
     "convllava_2": Case("convllava", ConvllavaTrainer, {"stage": 2}),
     "convllava_3": Case("convllava", ConvllavaTrainer, {"stage": 3}),
 }
+# with the units that accelerate finds by itself, in the model's `_no_split_modules`
+STOCK_CASES = {f"stock_{method}": Case(method, Trainer, {}) for method in METHODS}
 
 
 def rows_of(config, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -118,16 +121,23 @@ def disturbed(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Module:
 
 def trainer_of(name: str, folder: str, **options):
     """The trainer of a case, which takes its rows in their order; `options` are `TrainingArguments`."""
-    case = CASES[name]
+    case = (CASES | STOCK_CASES)[name]
     model = model_without_dropout(case.method, **case.fields)
     extra = dict(case.options)
-    if "reference_model" in case.trainer.__init__.__kwdefaults__ and extra.get("ratio_loss") != "cross_entropy":
+    if (
+        "reference_model" in (case.trainer.__init__.__kwdefaults__ or ())
+        and extra.get("ratio_loss") != "cross_entropy"
+    ):
         extra["reference_model"] = model_without_dropout(case.method, **case.fields)
         model = disturbed(model)
     rows = rows_of(model.config)
-    fields = {"optim": "sgd", "learning_rate": case.learning_rate, "max_steps": STEPS, **options}
+    fields = {"optim": "sgd", "learning_rate": case.learning_rate, "max_steps": STEPS, "remove_unused_columns": False}
     trainer = case.trainer(
-        model, arguments(folder, **fields), train_dataset=rows, data_collator=collator_of(model.config), **extra
+        model,
+        arguments(folder, **{**fields, **options}),
+        train_dataset=rows,
+        data_collator=collator_of(model.config),
+        **extra,
     )
     trainer._get_train_sampler = lambda *_: SequentialSampler(rows)
     return trainer
@@ -136,14 +146,19 @@ def trainer_of(name: str, folder: str, **options):
 def train(name: str, **options) -> dict:
     """Losses of each step, weights after the last, how many of them are sharded, and those that are saved.
 
-    Of a trainer that refuses to work, the message.
+    Of a trainer or model that refuses to work, the message.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
             trainer = trainer_of(name, folder, **options)
         except ValueError as refusal:
             return {"refused": str(refusal)}
-        trainer.train()
+        try:
+            trainer.train()
+        except RuntimeError as refusal:
+            if "FSDP must not wrap" not in str(refusal):
+                raise
+            return {"refused": str(refusal)}
         trainer.save_model(f"{folder}/saved")
         saved = Path(folder, "saved", "model.safetensors")
         saved = load_file(saved) if saved.is_file() else {}

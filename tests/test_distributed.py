@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import CASES, collator_of, rows_of, train, trainer_of
+from distributed_worker import CASES, STOCK_CASES, collator_of, rows_of, train, trainer_of
 from factories import tiny_model
 from trainer_helpers import changed, snapshot
 
@@ -41,7 +41,12 @@ def together(request, tmp_path_factory) -> tuple[str, dict[str, dict]]:
     """Results of two processes, each of which has half of the batch in two micro-batches."""
     if request.param == "zero3":
         pytest.importorskip("deepspeed", reason="DeepSpeed is optional")
-    result = tmp_path_factory.mktemp(request.param) / "result.pt"
+    return request.param, results_of_two(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def results_of_two(folder: Path, kind: str, *names: str) -> dict[str, dict]:
+    """What two processes found in these cases, or in all of our trainers."""
+    result = folder / "result.pt"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {
         **os.environ,
@@ -50,14 +55,27 @@ def together(request, tmp_path_factory) -> tuple[str, dict[str, dict]]:
     }
     # a hang shows as a timeout
     run = subprocess.run(
-        [*launch, str(TESTS / "distributed_worker.py"), str(result), request.param],
+        [*launch, str(TESTS / "distributed_worker.py"), str(result), kind, *names],
         env=environment,
         capture_output=True,
         text=True,
         timeout=540,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return request.param, torch.load(result)
+    return torch.load(result)
+
+
+@pytest.mark.slow
+def test_a_stock_trainer_shards_the_units_that_accelerate_finds(tmp_path):
+    found = results_of_two(tmp_path, "fsdp2", *STOCK_CASES)
+    for name, case in STOCK_CASES.items():
+        if case.method == "vistog":
+            assert "transformer_layer_cls_to_wrap" in found[name]["refused"]
+            continue
+        expected = train(name, per_device_train_batch_size=4)
+        assert found[name]["losses"] == pytest.approx(expected["losses"], abs=1e-4), name
+        assert found[name]["sharded"] == len(expected["weights"])
+        torch.testing.assert_close(found[name]["weights"], expected["weights"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

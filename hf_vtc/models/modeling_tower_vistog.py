@@ -123,6 +123,7 @@ def run_tower(
             with torch.set_grad_enabled(trains):
                 states = run_tower_layer(layer, states)
             continue
+        _require_whole(layer)
         described = parts_of_layer(layer, tower.config.model_type)
         with torch.set_grad_enabled(trains):
             states, keys, values = _image_layer(layer, described, states, trains)
@@ -130,6 +131,16 @@ def run_tower(
     with torch.set_grad_enabled(trains):
         states = path.final_norm(states)
     return states, None if semantic is None else path.final_norm(semantic)
+
+
+def _require_whole(layer: nn.Module) -> None:
+    """Raise for a layer whose parameters FSDP gathers only while the layer itself is called."""
+    if any(type(parameter).__name__ == "DTensor" for parameter in layer.parameters()):
+        raise RuntimeError(
+            f"FSDP must not wrap {type(layer).__name__} of VisToG's tower: semantic tokens run through parts of it, "
+            "which it gathers only as a whole. Name the units with `fsdp_config={'transformer_layer_cls_to_wrap': "
+            "hf_vtc.trainers.sharding.sharded_units(model)}`, or train with `VtcTrainer`, which does."
+        )
 
 
 def _image_layer(
