@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import CASES, STOCK_CASES, collator_of, rows_of, train, trainer_of
-from factories import tiny_model
+from factories import random_batch, tiny_model
 from trainer_helpers import changed, snapshot
 
 from hf_vtc.trainers import VtcTrainer
@@ -179,3 +179,20 @@ def test_no_split_modules_are_modules_of_the_model(method):
         assert part._no_split_modules and set(part._no_split_modules) <= classes
     assert any(name.endswith("DecoderLayer") for name in model._no_split_modules)
     assert set(sharded_units(model)) <= set(model._no_split_modules)
+
+
+def test_which_tiles_are_compressed_changes_no_unit_of_a_stock_trainer():
+    """Or processes would wait for each other when they evaluate."""
+    model, runs = tiny_model("vico"), []
+    for name, module in model.named_modules():
+        if type(module).__name__ in model._no_split_modules:
+            module.register_forward_pre_hook(lambda *_, name=name: runs[-1].append(name))
+    batch = dict(random_batch(model.config, torch.Generator().manual_seed(5), images_per_row=[3]))
+    compressed = []
+    # none, some and all
+    for budget in (1.0, 0.7, 0.26):
+        runs.append([])
+        with torch.no_grad():
+            compressed.append(model(**batch, vtc_budget=budget).router_decisions.float().mean())
+    assert 0 == compressed[0] < compressed[1] < compressed[2] == 1
+    assert runs[0] and runs[0] == runs[1] == runs[2]

@@ -119,7 +119,7 @@ RECORD = register(
             "routing is off (`flash_mode=False`). Train them before switching it on.",
         ),
         # in evaluation a connector runs only if a tile needs it
-        sharding=Sharding(left_out=lambda model: {"Connector"}),
+        sharding=Sharding(),
         trainers=("VicoConsistencyTrainer", "VicoRouterTrainer"),
         baselines=BASELINES,
         recipes=("vico_consistency", "vico_router"),

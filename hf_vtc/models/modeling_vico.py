@@ -287,7 +287,8 @@ class VicoSteps(VicoInit):
     """
 
     config_class = VicoConfig
-    _no_split_modules = ["InternVLVisionLayer", "VisionResolutionRouter", "Connector"]
+    # not the connectors: which of them a process runs depends on its tiles, and FSDP would wait for the others
+    _no_split_modules = ["InternVLVisionLayer", "VisionResolutionRouter"]
 
     def make_parts(self, config: VicoConfig) -> None:
         width = config.text_config.hidden_size
