@@ -106,7 +106,7 @@ class VtcServed(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         features = self.vision.get_image_features(
             pixel_values,
             num_tiles=None if num_tiles is None else num_tiles.flatten(),
-            image_sizes=image_sizes.unflatten(0, (-1,)).reshape(-1, 2),
+            image_sizes=image_sizes.reshape(-1, 2),
             vtc_budget=[budget_of_code(code) for code in budget_code.flatten().tolist()],
         )
         return list(features.pooler_output)

@@ -74,7 +74,9 @@ def test_budgets_of_the_server_of_a_request_and_of_each_image(tmp_path):
     one, two, none = cases(1)
     budgets = [None, 0.25, "full", [0.5, 0.25], [0.25, 0.5]]
     calls = [[asked(model, two, budget)] for budget in budgets] + [[asked(model, none)], [asked(model, one, [0.7])]]
-    found = run_engine(folder, calls, tmp_path, mm_processor_kwargs={"vtc_budget": 0.7})
+    # prompts in parts that are shorter than an image
+    parts = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
+    found = run_engine(folder, calls, tmp_path, mm_processor_kwargs={"vtc_budget": 0.7}, **parts)
     expected = [model.answer(two, 0.7 if budget is None else budget) for budget in budgets]
     expected += [model.answer(none, None), model.answer(one, 0.7)]
     assert [as_ours(model, answer) for (answer,) in found] == expected
