@@ -107,10 +107,17 @@ def test_images_that_get_shorter_in_the_decoder_are_refused(tmp_path):
         run_engine(CARDS / "llavolta-tiny", [], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["vico-tiny", "vistog-tiny"])
-def test_the_backend_for_models_of_transformers_is_refused(name, tmp_path):
-    with pytest.raises(RuntimeError, match="vllm would serve this vtc_.* model uncompressed without saying so"):
-        run_engine(CARDS / name, [], tmp_path, model_impl="transformers")
+@pytest.mark.parametrize("plugins", ["hf_vtc", ""])
+def test_the_backend_for_models_of_transformers_is_refused(plugins, tmp_path, monkeypatch):
+    # without the plugin it is what vLLM makes of a folder that carries its code
+    folder = tmp_path / "exported"
+    exported = ours(CARDS / "vico-tiny")
+    exported.model.save_pretrained(folder)
+    exported.processor.save_pretrained(folder)
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    engine = {"model_impl": "transformers"} if plugins else {}
+    with pytest.raises(RuntimeError, match="vllm would serve this vtc_vico model uncompressed without saying so"):
+        run_engine(folder, [], tmp_path, trust_remote_code=True, **engine)
 
 
 def test_adapters_of_the_decoder_are_applied_and_others_refused(tmp_path):
