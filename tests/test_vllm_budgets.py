@@ -102,9 +102,11 @@ def test_arguments_of_a_request_are_sorted(given, expected):
         ({"budget": 0.5}, r"no argument `budget` \(did you mean `vtc_budget`\?\)"),
         ({"padding": True}, "no argument `padding`"),
         ({"text_kwargs": {"max_length": 5}}, "no argument `max_length`"),
+        ({"images_kwargs": 5}, "`images_kwargs` must be a dictionary of arguments, got 5"),
+        ({"vtc_budget": [0.5, 0.25]}, r"must be one budget for all images of a request, got \[0.5, 0.25\]"),
     ],
 )
-def test_arguments_that_change_no_image_are_refused(given, message):
+def test_arguments_that_an_engine_cannot_honour_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         image_arguments(given)
 

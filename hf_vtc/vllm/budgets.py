@@ -25,19 +25,28 @@ class Planned(NamedTuple):
     codes: list[int]
 
 
-def image_arguments(mm_processor_kwargs: Mapping[str, Any]) -> tuple[Budget | Sequence[Budget], dict[str, Any]]:
+def image_arguments(mm_processor_kwargs: Mapping[str, Any]) -> tuple[Budget, dict[str, Any]]:
     """`vtc_budget`, and fields of the image processor, among the `mm_processor_kwargs` of a request.
 
     Raises:
-        ValueError: an argument is none that changes an image.
+        ValueError: an argument is none that changes an image, or says different things of the images of a request.
     """
     given = {name: value for name, value in mm_processor_kwargs.items() if name not in _GROUPED}
     for group in _GROUPED:
-        given.update(mm_processor_kwargs.get(group) or {})
+        grouped = mm_processor_kwargs.get(group) or {}
+        if not isinstance(grouped, Mapping):
+            raise ValueError(f"`{group}` must be a dictionary of arguments, got {grouped!r}.")
+        given.update(grouped)
     # vLLM's own, for a text that is not used
     given.pop("truncation", None)
     refuse_unknown(given, _IMAGE_ARGUMENTS, "`mm_processor_kwargs`")
-    return given.pop("vtc_budget", None), given
+    vtc_budget = given.pop("vtc_budget", None)
+    if isinstance(vtc_budget, (list, tuple)):
+        raise ValueError(
+            f"`vtc_budget` must be one budget for all images of a request, got {vtc_budget!r}: an engine caches "
+            "images one by one, under the arguments of their request and not under their place in it."
+        )
+    return vtc_budget, given
 
 
 def planned(

@@ -80,7 +80,7 @@ def test_structured_output(client):
         ({"vtc_budget": 1}, "the smallest admissible count is"),
         ({"vtc_budget": 2.5}, "`vtc_budget` must be None or 'auto', 'full'"),
         ({"vtc_budget": True}, "`vtc_budget` must be None or 'auto', 'full'"),
-        ({"vtc_budget": [0.5, 0.5]}, "needs one entry per image: 1 images, 2 entries"),
+        ({"vtc_budget": [0.5, 0.25]}, "must be one budget for all images of a request"),
         ({"budget": 0.5}, r"no argument `budget` \(did you mean `vtc_budget`\?\)"),
         ({"padding": True}, "no argument `padding`"),
     ],
