@@ -169,6 +169,7 @@ async def measure(
             found = await asyncio.gather(*map(one, seeds))
             rates[condition].append(num_requests / (time.perf_counter() - start))
             answers[condition] += found
+    await client.close()
     return [
         {
             "concurrency": concurrency,

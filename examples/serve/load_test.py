@@ -111,6 +111,7 @@ async def load(server: Server, num_requests: int, concurrency: int, budgets: lis
         await asyncio.gather(*[one(kind, request_of(kind, random_source, seen, budgets)) for kind in kinds])
         memory.append(server.memory())
         print(f"{start + count} requests, {len(wrong)} wrong, {memory[-1] / 2**20:.0f} MiB", flush=True)
+    await client.close()
     print(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())))
     return wrong, memory
 
