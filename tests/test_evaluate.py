@@ -221,6 +221,26 @@ def test_baselines_spend_as_many_tokens_image_by_image(name, pages, tmp_path):
                 assert below - slack <= count <= above + slack
 
 
+def test_the_tower_sees_an_image_once(vico, pages, monkeypatch):
+    """However many questions and points there are."""
+    model, processor = vico
+    asked = [{**page, "images": pages[idx % 4]["images"]} for idx, page in enumerate(pages[:6])]
+    apart = hf_vtc.evaluate(model, processor, asked, budgets=["auto"], baselines=["random"], batch_size=1)
+    encode, seen = type(model.model).encode, []
+
+    def counting(self, pixel_values, layout=None):
+        seen.append(len(pixel_values))
+        return encode(self, pixel_values, layout)
+
+    monkeypatch.setattr(type(model.model), "encode", counting)
+    together = hf_vtc.evaluate(model, processor, asked, budgets=["auto"], baselines=["random"], batch_size=6)
+    num_tiles = [processor.image_processor.get_tile_layout(*page["images"][0].size[::-1]).num_tiles for page in pages]
+    assert sum(seen) == sum(num_tiles[:4])
+    for point in ("full", "auto"):
+        texts = [[found.answers[point, page["id"]].answer for page in asked] for found in (together, apart)]
+        assert texts[0] == texts[1]
+
+
 def test_baselines_change_the_answers(report):
     """Of a baseline that is answered by the method nothing could be learned."""
     _, folder = report
@@ -447,6 +467,8 @@ def test_adapters_are_measured_with_the_model(vico, pages):
 def test_the_digest_of_a_checkpoint_is_that_of_its_weights(vico):
     copied = load("vico-tiny")[0]
     copied.config.name_or_path = "elsewhere"
+    # as a trainer leaves it
+    copied.train()
     assert sweep.checkpoint_digest(copied) == sweep.checkpoint_digest(vico[0])
 
 

@@ -77,7 +77,7 @@ def test_lmms_eval_gives_the_accuracy_of_evaluate(folder, budget, processes):
     )
     theirs, lines = accuracy(folder, budget, f"out_{processes}", processes)
     assert theirs == report.row(budget).score
-    answers = {f"page-{line['doc_id']:05d}": line["filtered_resps"][0] for line in lines}
+    answers = {f"page-{line['doc_id']:05d}": line["filtered_resps"] for line in lines}
     assert answers == {key: report.answers[budget, key].answer for key in answers}
 
 

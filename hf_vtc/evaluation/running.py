@@ -252,9 +252,25 @@ class Asker:
         vision = VisionInputs(batch.inputs["pixel_values"], **batch.sizes, vtc_budget=_admitted(batch, wanted))
         _, layout = self._layout(batch, vision)
         start = self._now()
-        batch.features = self.head.model.encode(batch.inputs.pop("pixel_values"), layout)
+        batch.features = self._encoded(batch.inputs.pop("pixel_values"), layout, batch)
         batch.seconds = self._now() - start
         return batch
+
+    def _encoded(self, pixel_values: torch.Tensor, layout: Any, batch: Batch) -> Any:
+        """Features of all images, of which those that several questions show run through the tower once."""
+        shown = [(question.image, place) for question in batch.questions for place in range(question.num_images)]
+        if len(set(shown)) == len(shown) or not self.config.sees_tiles:
+            return self.head.model.encode(pixel_values, layout)
+        tiles = torch.arange(len(pixel_values)).split(batch.num_tiles)
+        firsts = dict(reversed(list(zip(shown, range(len(shown))))))
+        once = torch.cat([tiles[idx] for idx in sorted(firsts.values())])
+        source = torch.empty(len(pixel_values), dtype=torch.long)
+        source[once] = torch.arange(len(once))
+        repeated = torch.cat([source[tiles[firsts[each]]] for each in shown]).to(pixel_values.device)
+        features = self.head.model.encode(pixel_values[once.to(pixel_values.device)], layout)
+        if isinstance(features, dict):
+            return {name: each.index_select(0, repeated) for name, each in features.items()}
+        return features.index_select(0, repeated)
 
     def _layout(self, batch: Batch, vision: VisionInputs) -> Any:
         base = self.head.model

@@ -120,6 +120,15 @@ class Arm:
         return part
 
 
+def rows_of(arms: Mapping[str, Arm], settings: Settings, config: VtcConfig) -> list[Row]:
+    """The lines of all arms; questions are hard by the smaller image beside the same point."""
+    rows = []
+    for name, arm in arms.items():
+        smaller = arms.get(f"smaller beside {arm.points[0].beside or name}")
+        rows.append(row_of(arm, arms[FULL], settings, smaller=smaller, config=config))
+    return rows
+
+
 def row_of(
     arm: Arm,
     full: Arm,

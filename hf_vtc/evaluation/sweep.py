@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from .questions import Question, read_questions, records_to_ask, refuse_training
 from .recommendation import recommend
 from .report import EvalReport, versions
 from .running import Answer, AnswerFile, Asker, batches_of
-from .statistics import scipy_stats
-from .summary import FULL, Arm, Settings, line_name, row_of
+from .statistics import questions_needed, scipy_stats
+from .summary import FULL, Arm, Settings, line_name, rows_of
 
 BASELINES = ("random", "pool", "smaller")
 # tokens that an answer may be longer than the longest reference, and how long it may be where none is known
 _MORE_TOKENS = 8
 _TOKENS_WITHOUT_REFERENCE = 64
+# answered questions from which on it is foreseen how many will be needed, and for which claim
+_ENOUGH_TO_TELL = 200
+_USUAL_MARGIN, _USUAL_CONFIDENCE = 0.01, 0.95
 
 
 def evaluate(
@@ -95,12 +99,11 @@ def evaluate(
         refuse_training_images(records, questions, records_to_ask(train_records, image_folder, group_by))
     questions = _drawn(questions, limit, seed)
     max_new_tokens = max_new_tokens or _longest_answer(processor, questions)
-    asker = Asker(model.eval(), processor, records, max_new_tokens)
+    asker = Asker(model, processor, records, max_new_tokens)
     points = method_points(processor, asker.config, questions, budgets, clip)
     beside, notes = baseline_points(asker, points, questions, baselines, seeds)
     settings = Settings(tolerance, confidence, relative, seed)
     run = {
-        "model": asker.config.name_or_path,
         "checkpoint": checkpoint_digest(asker.head),
         "data": data_digest(questions),
         "metric": ", ".join(sorted({question.metric.name for question in questions})),
@@ -113,30 +116,26 @@ def evaluate(
         "versions": dict(versions()),
     }
     answers = AnswerFile(None if output is None else Path(output), run)
-    ask(asker, questions, [*points, *beside], answers, batch_size, seed)
+    with _answering(model):
+        ask(asker, questions, [*points, *beside], answers, batch_size, seed)
     refuse_other_scores(questions, answers.answers.values())
 
     arms = arms_of([*points, *beside], questions, answers)
-    rows = [
-        row_of(
-            arm,
-            arms[FULL],
-            settings,
-            smaller=arms.get(f"smaller beside {arm.points[0].beside or name}"),
-            config=asker.config,
-        )
-        for name, arm in arms.items()
-    ]
-    facts = {
-        **run,
-        "num_questions": len(questions),
-        "num_images": len({question.image for question in questions}),
-        "tolerance": tolerance,
-        "relative": relative,
-        "confidence": confidence,
-        "seeds": seeds,
-    }
+    rows = rows_of(arms, settings, asker.config)
+    facts = {"model": asker.config.name_or_path, **run, **vars(settings), "seeds": seeds}
+    facts |= {"num_questions": len(questions), "num_images": len({question.image for question in questions})}
     return EvalReport(rows, recommend(arms, rows, settings, holdout), facts, notes, answers.answers)
+
+
+@contextmanager
+def _answering(model: PreTrainedModel) -> Iterator[None]:
+    """The model without dropout while the body runs, and then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def ask(
@@ -147,10 +146,8 @@ def ask(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Answer what is not answered yet."""
-    # in an order by lot, so that what stands in a batch together says nothing
-    order = np.random.default_rng(seed).permutation(len(questions)).tolist()
-    rival, is_warm = Rival(asker, seed), False
+    """Answer what is not answered yet, batch by batch, every point in turn."""
+    order, rival, is_warm = order_of(questions, seed), Rival(asker, seed), False
     with logging.tqdm(total=len(questions) * len(points), desc="Answering", delay=5) as progress:
         for batch_idx, chosen in enumerate(batches_of(questions, batch_size, order)):
             missing = [point for point in points if not answers.has(point, chosen)]
@@ -170,6 +167,30 @@ def ask(
                 respond = asker.answer if point.family == "method" else rival.answer
                 answers.add(*respond(batch, point), batch_idx)
                 progress.update(len(chosen))
+            progress.set_postfix_str(_outlook(points, questions, answers))
+
+
+def order_of(questions: Sequence[Question], seed: int) -> list[int]:
+    """Places of the questions in the order in which they are asked: images by lot, so that what stands in a batch
+    together says nothing, and the questions about one of them after each other, so that the tower sees it once."""
+    places: dict[str, list[int]] = {}
+    for idx, question in enumerate(questions):
+        places.setdefault(question.image, []).append(idx)
+    images = list(places)
+    return [idx for image in np.random.default_rng(seed).permutation(len(images)) for idx in places[images[image]]]
+
+
+def _outlook(points: Sequence[Point], questions: Sequence[Question], answers: AnswerFile) -> str:
+    """How many questions a claim about the method's smallest point will need, once enough are answered to tell."""
+    last = [point for point in points if point.family == "method"][-1]
+    both = [(answers.answers.get((FULL, each.key)), answers.answers.get((last.name, each.key))) for each in questions]
+    pairs = [(full.score, own.score) for full, own in both if full is not None and own is not None]
+    pairs = [(full, own) for full, own in pairs if full is not None]
+    if len(pairs) < _ENOUGH_TO_TELL or last.name == FULL:
+        return ""
+    changed = sum(full != own for full, own in pairs) / len(pairs)
+    needed = questions_needed(changed, _USUAL_MARGIN, _USUAL_CONFIDENCE)
+    return f"{last.name}: {changed:.1%} change, {needed:,} questions would show a loss of less than one point"
 
 
 def refuse_other_scores(questions: Sequence[Question], answers: Iterable[Answer]) -> None:
