@@ -68,7 +68,7 @@ def evaluate(
     Each question is asked at full length, at each budget, and of baselines that spend as many visual tokens.
     """
     check_dtype(dtype)
-    points = None if budgets is None else [parse_budget(text.strip()) for text in budgets.split(",")]
+    points = None if budgets is None else _budgets(budgets)
     rivals = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
     if keep is not None and tolerance is not None:
         raise ValueError("Give `--keep` or `--tolerance`, not both: each says how much of the score may be lost.")
@@ -88,7 +88,10 @@ def evaluate(
     find_device(device)
     on_error = "skip" if skip_bad else "raise"
     with status("Reading records ..."):
-        records = records_to_ask(data, image_folder, group_by, on_error=on_error)
+        try:
+            records = records_to_ask(data, image_folder, group_by, on_error=on_error)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`on_error='skip'`", "`--skip-bad`")) from error
         trained = None if train_data is None else records_to_ask(train_data, train_image_folder, group_by)
     with status(f"Loading {path} ..."):
         loaded, processor = load(path, device, dtype)
@@ -122,4 +125,12 @@ def evaluate(
     console = Console()
     console.print(report)
     if files:
-        console.print(f"Written: {', '.join(map(str, files))}", markup=False)
+        names = ", ".join(file.name for file in files)
+        console.print(f"{save}: {names}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _budgets(text: str) -> list[str | int | float | None]:
+    try:
+        return [parse_budget(each.strip()) for each in text.split(",")]
+    except ValueError as error:
+        raise ValueError(str(error).replace("`--budget` must", "`--budgets`: each must")) from None
