@@ -446,6 +446,20 @@ def test_a_held_out_half_vouches_for_the_choice(vico, pages, report):
     assert "on 9 questions" in found.sentence and "chosen on the other 9" in found.sentence
 
 
+def test_an_answer_that_depends_on_its_batch_is_reported(vico, pages, monkeypatch):
+    asked = {"budgets": ["auto"], "baselines": (), "batch_size": 4}
+    assert not hf_vtc.evaluate(*vico, pages[:4], **asked).notes
+    generate = running.Asker.generate
+
+    def depending(self, inputs):
+        texts, truncated, seconds = generate(self, inputs)
+        return [text + "!" * (len(texts) == 1) for text in texts], truncated, seconds
+
+    monkeypatch.setattr(running.Asker, "generate", depending)
+    (note,) = hf_vtc.evaluate(*vico, pages[:4], **asked).notes
+    assert "4 of 4 questions were answered otherwise alone than in a batch, at auto" in note
+
+
 def test_a_limit_draws_questions(vico, pages):
     found = hf_vtc.evaluate(*vico, pages, budgets=["full"], limit=5)
     assert found.rows[0].num == 5

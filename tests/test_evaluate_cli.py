@@ -50,7 +50,7 @@ def test_eval_prints_a_table_and_one_sentence(data, tmp_path):
     before = (tmp_path / "report" / "samples.jsonl").read_bytes()
     again = run(data, *asked, "--save", str(tmp_path / "report"), "--keep", "0.2", "--json")
     printed = json.loads(again.stdout)
-    assert printed["relative"] and printed["tolerance"] == 0.8 and printed["recommendation"]["point"] == "auto"
+    assert printed["relative"] and printed["tolerance"] == 0.8 and printed["recommendation"]["point"] == "0.5"
     assert (tmp_path / "report" / "samples.jsonl").read_bytes() == before
 
 

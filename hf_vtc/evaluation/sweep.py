@@ -18,7 +18,7 @@ from .points import Point, method_points
 from .questions import Question, read_questions, records_to_ask, refuse_training_images
 from .recommendation import recommend
 from .report import EvalReport, versions
-from .running import Answer, AnswerFile, Asker, batches_of
+from .running import Answer, AnswerFile, Asker, Batch, batches_of
 from .statistics import questions_needed, scipy_stats
 from .summary import FULL, Arm, Settings, line_name, rows_of
 
@@ -28,6 +28,8 @@ _MORE_TOKENS = 8
 _TOKENS_WITHOUT_REFERENCE = 64
 # answered questions from which on it is foreseen how many will be needed, and for which claim
 _ENOUGH_TO_TELL = 200
+# questions that are asked alone too
+_ASKED_ALONE = 8
 _USUAL_MARGIN, _USUAL_CONFIDENCE = 0.01, 0.95
 
 
@@ -117,7 +119,7 @@ def evaluate(
     }
     answers = AnswerFile(None if output is None else Path(output), run)
     with _answering(model):
-        ask(asker, questions, [*points, *beside], answers, batch_size, seed)
+        notes += ask(asker, questions, [*points, *beside], answers, batch_size, seed)
     refuse_other_scores(questions, answers.answers.values())
 
     arms = arms_of([*points, *beside], questions, answers)
@@ -145,9 +147,13 @@ def ask(
     answers: AnswerFile,
     batch_size: int,
     seed: int,
-) -> None:
-    """Answer what is not answered yet, batch by batch, every point in turn."""
-    order, rival, is_warm = order_of(questions, seed), Rival(asker, seed), False
+) -> list[str]:
+    """Answer what is not answered yet, batch by batch, every point in turn.
+
+    Returns:
+        Notes on what was met.
+    """
+    order, rival, is_warm, notes = order_of(questions, seed), Rival(asker, seed), False, []
     with logging.tqdm(total=len(questions) * len(points), desc="Answering", delay=5) as progress:
         for batch_idx, chosen in enumerate(batches_of(questions, batch_size, order)):
             missing = [point for point in points if not answers.has(point, chosen)]
@@ -158,7 +164,7 @@ def ask(
             if not is_warm:
                 # what is set up once is nobody's time
                 asker.answer(batch, points[0])
-                is_warm = True
+                is_warm, notes = True, _otherwise_alone(asker, batch, points)
             # the first of a batch finds the caches cold
             first = batch_idx % len(points)
             for point in [*points[first:], *points[:first]]:
@@ -168,6 +174,21 @@ def ask(
                 answers.add(*respond(batch, point), batch_idx)
                 progress.update(len(chosen))
             progress.set_postfix_str(_outlook(points, questions, answers))
+    return notes
+
+
+def _otherwise_alone(asker: Asker, batch: Batch, points: Sequence[Point]) -> list[str]:
+    """A note if questions of a batch are answered otherwise alone, which no point may depend on."""
+    point = [point for point in points if point.family == "method"][-1]
+    together = {answer.key: answer.answer for answer in asker.answer(batch, point)[0]}
+    others = 0
+    chosen = batch.questions[:_ASKED_ALONE]
+    for question in chosen:
+        (alone,), _ = asker.answer(asker.batch_of([question], [each.budget for each in points]), point)
+        others += alone.answer != together[question.key]
+    if not others:
+        return []
+    return [f"{others} of {len(chosen)} questions were answered otherwise alone than in a batch, at {point.name}."]
 
 
 def order_of(questions: Sequence[Question], seed: int) -> list[int]:
