@@ -38,11 +38,11 @@ def baseline_points(
         if name not in NAMES:
             raise ValueError(f"`baselines` must be of {', '.join(NAMES)}, got {name!r}.")
     config, notes, found = asker.config, [], []
-    own = record_of(config).need("baselines", "`evaluate`")
     methods = [point for point in points if point.budget != "full"]
     images = [size for question in questions for size in question.image_sizes]
-    if not images or not methods:
+    if not images or not methods or not names:
         return [], []
+    own = record_of(config).need("baselines", "`evaluate(..., baselines=...)`")
     for name in dict.fromkeys(names):
         if name == "fixed":
             found += [Point(each, "fixed", "full", "full") for each in own.fixed(config)]

@@ -13,6 +13,8 @@ from .summary import Row
 logger = logging.get_logger(__name__)
 
 _SUFFIXES = (".png", ".svg")
+# ratio of neighbouring labels
+_APART = 1.08
 # told apart without colour too
 _MARKERS = "os^DvP*X"
 # of Okabe and Ito, which colour-blind people tell apart
@@ -31,7 +33,6 @@ def draw(rows: Sequence[Row], recommendation: Recommendation, facts: Mapping[str
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     except ImportError:
         logger.warning("No plot was drawn, since matplotlib is missing: `pip install matplotlib`.")
         return []
@@ -45,9 +46,9 @@ def draw(rows: Sequence[Row], recommendation: Recommendation, facts: Mapping[str
         axes = figure.add_subplot()
         _plot(axes, scored, recommendation, facts, label, value_of)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
+        ticks = _apart([value_of(row) for row in scored if row.family == "method"])
+        axes.set_xticks(ticks, [f"{value:.3g}" for value in ticks])
         for suffix in _SUFFIXES:
             file = folder / f"{name}{suffix}"
             # without its date, so that the same figures give the same file
@@ -55,6 +56,15 @@ def draw(rows: Sequence[Row], recommendation: Recommendation, facts: Mapping[str
             figure.savefig(file, dpi=150, metadata=metadata)
             files.append(file)
     return files
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """Those of the values whose labels have room beside each other on a logarithmic axis."""
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or value > _APART * kept[-1]:
+            kept.append(value)
+    return kept
 
 
 def _plot(
