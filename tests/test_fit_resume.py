@@ -41,6 +41,10 @@ ABSENT = {
 }
 
 
+# a stage that had taken its last step takes it again: from that checkpoint transformers would take one more
+FROM_CHECKPOINT = {"first_stage", "first_saved", "second_stage"}
+
+
 @pytest.fixture(scope="module")
 def start():
     return TESTS.parent / "model_cards" / "base-tiny"
@@ -92,6 +96,7 @@ def test_a_fit_goes_on_where_it_was(killed, whole, start, data, moment):
     lines = []
     again = fit(small_request(start, data, output, METHOD), lines.append)
     assert lines[0] == f"{output}: goes on with what is there"
+    assert ("goes on from checkpoint-2" in "\n".join(lines)) == (moment in FROM_CHECKPOINT)
     assert differing(weights_of(output), weights_of(expected)) == set()
     for stage in ("1_vico_consistency", "2_vico_router"):
         assert losses_in(output / "fit" / "stages" / stage) == losses_in(expected / "fit" / "stages" / stage)

@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..data import VtcCollator, load_records
 from ..evaluation.questions import FIELDS
+from ..files import read_json
 from ..hub.source import load_model, load_processor
 from ..trainers.checkpoints import complete_checkpoints
 from .folder import empty_folder, wait_for, write_whole
@@ -111,10 +112,10 @@ def run_stage(stage: Stage, data: Data, run: RunOptions, report: Report) -> None
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(_ReportingCallback(stage.name, report))
-    found = complete_checkpoints(stage.folder)
-    if found and state.is_main_process:
-        report(f"{stage.name}: goes on from {found[-1].name}")
-    trainer.train(resume_from_checkpoint=bool(found))
+    checkpoint = _checkpoint_under_way(stage.folder)
+    if checkpoint is not None:
+        report(f"{stage.name}: goes on from {checkpoint.name}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     # which the trainer turns off
     for config, value in uses_cache:
         config.use_cache = value
@@ -154,6 +155,18 @@ class _ReportingCallback(TrainerCallback):
             values = {name: value for name, value in logs.items() if isinstance(value, int | float)}
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "epoch")
             self.report(f"{self.name} {state.global_step}/{state.max_steps}: {shown}")
+
+
+def _checkpoint_under_way(folder: Path) -> Path | None:
+    """The last whole checkpoint that has a step before it, None for none.
+
+    From that of the last step transformers would take one step more, if it is not the last of an epoch.
+    """
+    for checkpoint in reversed(complete_checkpoints(folder)):
+        state = read_json(checkpoint / "trainer_state.json")
+        if state["global_step"] < state["max_steps"]:
+            return checkpoint
+    return None
 
 
 def _configs_with_cache(model: PreTrainedModel) -> list[PretrainedConfig]:
