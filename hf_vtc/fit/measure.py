@@ -65,7 +65,8 @@ def check_budgets(model_folder: Path, questions: Path, image_folder: Path, budge
 
 
 def is_measured(folder: Path) -> bool:
-    return (folder / REPORT).is_file()
+    # written one after the other
+    return (folder / REPORT).is_file() and (folder / _TABLE).is_file()
 
 
 def measure(
