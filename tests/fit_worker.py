@@ -1,12 +1,13 @@
-"""Fits that SIGKILL ends between and inside of their parts; run by `test_fit_resume.py`.
+"""A fit that SIGKILL ends between and inside of its parts, again and again; run by `test_fit_resume.py`.
 
     python fit_worker.py model records.json folder
 
-Every fit has a process of its own, forked before anything has trained, and kills itself at one named moment. It leaves
-`folder/<moment>` behind as it was at that moment.
+Every attempt at `folder/out` has a process of its own, forked before anything has trained, goes on where the last one
+was killed and kills itself at the next named moment. `folder/<moment>` is a copy of what was there then.
 """
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def dying_while_publishing() -> None:
     hf_vtc.fit.folder.FitFolder.publish = watched
 
 
-# moment -> what is done to the package so that a fit dies there
+# moment, in the order in which they come -> what is done to the package so that a fit dies there
 MOMENTS: dict[str, Callable[[], None]] = {
     "converting": lambda: dying_at(hf_vtc.fit, "convert"),
     "splitting": lambda: dying_at(hf_vtc.fit.split.Split, "save"),
@@ -80,7 +81,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "first_saved": lambda: dying_at(hf_vtc.fit.stage, "write_whole"),
     "between_stages": lambda: dying_at(hf_vtc.fit, "run_stage", call=2),
     "second_stage": lambda: dying_in(VicoRouterTrainer),
-    "after": lambda: dying_at(EvalReport, "save", call=2),
+    "after": lambda: dying_at(EvalReport, "save"),
     "card": lambda: dying_at(hf_vtc.fit, "export"),
     "publishing": dying_while_publishing,
 }
@@ -92,11 +93,12 @@ def main(model: Path, data: Path, folder: Path) -> None:
         child = os.fork()
         if child == 0:
             prepare()
-            hf_vtc.fit.fit(small_request(model, data, folder / moment, METHOD))
+            hf_vtc.fit.fit(small_request(model, data, folder / "out", METHOD))
             os._exit(1)
         _, status = os.waitpid(child, 0)
         if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
             sys.exit(f"{moment}: the fit was to die, but ended with status {status}")
+        shutil.copytree(folder / "out", folder / moment)
 
 
 if __name__ == "__main__":

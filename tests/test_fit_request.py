@@ -61,6 +61,10 @@ REFUSED = {
         {"overrides": ("batch_size=3", "training.per_device_train_batch_size=2")},
         "mult",
     ),
+    "adapters beside a part": (
+        {"lora": True, "overrides": ("vico_consistency.train_only=[compressed_projector]",)},
+        "Leave one of the two out",
+    ),
     "adapters for nothing": (
         {"stages": ("vico_router",), "reference": str(BASE), "lora": True},
         "`lora` has no effect",

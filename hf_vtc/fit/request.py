@@ -244,6 +244,10 @@ def _recipes(
                 f"Stage {name} compares with the model that the stages before it started from, but is the first. "
                 f"Give that model as `reference`, or set {name}.reference=null where its trainer can do without."
             )
+        if request.lora and "lora" in recipe and "train_only" in recipe:
+            raise ValueError(
+                f"`lora` adds adapters, but stage {name} trains {recipe['train_only']} only. Leave one out."
+            )
         recipes[name] = with_lora(recipe) if request.lora and "lora" in recipe else recipe
     if request.lora and not any("lora" in recipe for recipe in recipes.values()):
         raise ValueError(f"`lora` has no effect: no language model trains in {', '.join(recipes)}. Leave it out.")
