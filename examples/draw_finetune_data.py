@@ -6,22 +6,25 @@
 Without options: ten records that teach a model to sum a form up. Most have one image and one turn; there are two
 turns, two images, a system prompt and a row without an image as well.
 
-With `--pages` every page is asked three questions that the shipped base can answer, one of each kind, which is also a
-field of the record: an evaluation reports kinds apart.
+With `--pages` every page is one conversation of up to eight turns that the shipped base can hold. All of them train;
+an evaluation asks for the last one, whose kind is also a field of the record: kinds are reported apart. No turn tells
+the answer to the last.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from digit_forms import EVALUATED_KINDS, draw_page, page_rng
+from digit_forms import BOX_COLOURS, EVALUATED_KINDS, Question, draw_page, page_rng
 from digit_forms.pages import Page
 
 FOLDER = Path(__file__).parent / "finetune_data"
 # no page of any training or evaluation has them
 SEED, SEED_OF_MANY = 77, 770
 NUM_PAGES = 10
+MOST_TURNS = 8
 QUESTION = "Sum up the form."
 
 
@@ -33,6 +36,12 @@ def summary(page: Page) -> str:
 
 def turn(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def told(question: Question) -> set[str]:
+    """The boxes that a question or its answer names, by colour or place."""
+    text = f"{question.text} {question.answer}"
+    return {colour for colour in BOX_COLOURS if colour in text} | set(re.findall(r"row \d+, column \d+", text))
 
 
 def write(folder: Path, records: list[dict[str, Any]]) -> None:
@@ -69,23 +78,28 @@ def draw_sample(folder: Path) -> None:
 
 
 def draw_many(folder: Path, num_pages: int) -> None:
-    """A record of each kind for every page."""
+    """A conversation about every page, the kinds of its last question in turn."""
     records = []
     for index in range(num_pages):
         rng = page_rng(SEED_OF_MANY, "train", index)
         page, name = draw_page(rng, "train"), f"images/page_{index + 1}.png"
         page.image.save(folder / name)
-        for kind in EVALUATED_KINDS:
-            asked = [question for question in page.questions if question.kind == kind]
-            chosen = asked[rng.integers(len(asked))]
-            messages = turn(f"<image>\n{chosen.text}", chosen.answer)
-            records.append({"id": f"page_{index + 1}_{kind}", "image": name, "kind": kind, "conversations": messages})
+        kind = EVALUATED_KINDS[index % len(EVALUATED_KINDS)]
+        asked = [question for question in page.questions if question.kind in EVALUATED_KINDS]
+        asked = [asked[choice] for choice in rng.permutation(len(asked))]
+        last = next(question for question in asked if question.kind == kind)
+        # turns before it are shown with their answers, which must not hold its own
+        others = [question for question in asked if question.topic != last.topic and not told(question) & told(last)]
+        asked = [*others[: MOST_TURNS - 1], last]
+        messages = [message for question in asked for message in turn(question.text, question.answer)]
+        messages[0]["value"] = f"<image>\n{messages[0]['value']}"
+        records.append({"id": f"page_{index + 1}", "image": name, "kind": kind, "conversations": messages})
     write(folder, records)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pages", type=int, help="draw so many pages with three questions each")
+    parser.add_argument("--pages", type=int, help="draw so many pages, a conversation about each")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write")
     args = parser.parse_args()
     if args.pages is not None and args.output == FOLDER:
