@@ -72,12 +72,22 @@ def blocks_of(path: Path) -> list[Block]:
     return found
 
 
+def is_path_of_repository(word: str) -> bool:
+    """Whether a word names a file or folder of this repository, and not a pattern or one that a command will make."""
+    known = re.fullmatch(r"(?:examples|tests|docs|model_cards|hf_vtc|hf_vtc_cli)/[\w./-]+", word)
+    # DATE, METHOD and the like stand for something
+    return bool(known) and not re.search(r"\b(?!README\b)[A-Z]{3,}\b", word)
+
+
 def problems_of(command: list[str]) -> str | None:
     """What is wrong with a command, as far as can be told without running it."""
     words = [word for word in command if not re.fullmatch(r"\w+=\S*", word)]
     if not words:
         return None
     program, arguments = words[0], words[1:]
+    lost = [word for word in arguments if is_path_of_repository(word) and not (ROOT / word).exists()]
+    if lost:
+        return f"there is no {', '.join(lost)}"
     if program == "hf-vtc":
         return _problem_of_hf_vtc(arguments)
     if program == "accelerate" and arguments[:1] == ["launch"]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from docs_blocks import PAGES
+from docs_blocks import PAGES, is_path_of_repository
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -47,6 +47,13 @@ def test_links_lead_somewhere(page):
         if not target.exists() or anchor and anchor not in anchors_of(target):
             broken.append(link)
     assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_a_page_names_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    named = {word for span in re.findall(r"`([^`\n]+)`", text) for word in span.split("::")[0].split()}
+    assert not [word for word in named if is_path_of_repository(word) and not (ROOT / word).exists()]
 
 
 def test_tables_are_those_of_the_cards_and_of_estimate():
