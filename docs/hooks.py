@@ -176,7 +176,7 @@ def messages_as_markdown() -> str:
     parts = []
     for path, texts in error_messages().items():
         listed = "\n".join(f"    - {_escaped(text)}" for text in texts)
-        parts.append(f'??? note "{path}: {len(texts)}"\n\n{listed}')
+        parts.append(f'??? note "`{path}`: {len(texts)}"\n\n{listed}')
     return "\n\n".join(parts)
 
 
