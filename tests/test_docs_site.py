@@ -76,6 +76,12 @@ def test_shares_in_the_prose_are_those_of_the_cards_or_of_a_paper():
             assert share in PAPERS or any(f"{each:.{places}f}" == share for each in measured), f"{name}: {share} %"
 
 
+def test_pictures_are_small():
+    """They are in every clone."""
+    pictures = [path for path in (ROOT / "docs" / "images").iterdir() if path.is_file()]
+    assert pictures and not [path.name for path in pictures if path.stat().st_size > 200_000]
+
+
 def test_troubleshooting_quotes_messages_that_exist():
     hooks = hooks_of_the_site()
     texts = [text for found in hooks.error_messages().values() for text in found]
