@@ -34,14 +34,20 @@ def demo(
     find_device(device)
     with status(f"Loading {path} ..."):
         loaded = load(path, device, dtype)
-    shipped = is_shipped(path) and SHIPPED_PAGES.is_file()
-    examples = [
-        {"image": page["image"], "question": asked["question"]}
-        for page in (pages_of(None, None) if shipped else ())
-        for asked in page["questions"][-1:]
-    ]
-    page = build_page(*loaded, examples, NOTE_ON_TINY_MODELS if is_shipped(path) else "", max_new_tokens)
+    page = build_page(*loaded, examples_of(path), note_on(path), max_new_tokens)
     address = launch(page, host, port, max_upload, block=False)
     who = "Only this machine reaches it" if host in _LOOPBACK else "EVERYONE WHO REACHES THIS MACHINE CAN USE IT"
     typer.echo(f"{address} ({who}; Ctrl-C ends it)")
     page.block_thread()
+
+
+def examples_of(path: str) -> list[dict[str, str]]:
+    """Pages and a question about each, for a model that comes with hf_vtc; others may read no forms."""
+    if not (is_shipped(path) and SHIPPED_PAGES.is_file()):
+        return []
+    return [{"image": page["image"], "question": page["questions"][-1]["question"]} for page in pages_of(None, None)]
+
+
+def note_on(path: str) -> str:
+    """What users should know of a model, empty for one of their own."""
+    return NOTE_ON_TINY_MODELS if is_shipped(path) else ""

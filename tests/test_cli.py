@@ -24,6 +24,7 @@ from hf_vtc.methods import costs
 from hf_vtc.methods.shapes import Shape
 from hf_vtc.models.tiling_vtc import TilingSettings
 from hf_vtc.report import HARDWARE_NAMES, gain, shapes
+from hf_vtc.report.hardware import CARDS
 from hf_vtc_cli import answers, package
 from hf_vtc_cli.app import app
 from hf_vtc_cli.convert import convert
@@ -610,6 +611,19 @@ def test_estimate_of_other_hardware():
     fast = json.loads(output_of("estimate", "vico-1b", "--json", "--gpu", "a100"))
     assert content["ttft_seconds"] > fast["ttft_seconds"]
     assert "1 TFLOP/s, 100 GB/s" in output_of("estimate", "vico-1b", *slow)
+
+
+def test_estimate_prints_what_its_page_shows(monkeypatch):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "estimate.md").read_text(encoding="utf-8")
+    command = re.search(r"```bash\nhf-vtc (estimate .*)\n```", page)[1]
+    (shown,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert [line.rstrip() for line in output_of(*command.split()).splitlines()] == [
+        line.rstrip() for line in shown.splitlines()
+    ]
+    # the table of hardware is that of the code
+    rows = dict(re.findall(r"\| `(\w+)`[^|]*\| ([^|]+) \|", page))
+    assert {name: card.name for name, card in CARDS.items()}.items() <= rows.items()
 
 
 def test_estimate_measures_this_cpu():

@@ -98,6 +98,8 @@ def page_and_question(page_idx, question_idx):
 
 def test_page_answers_by_its_interface(client):
     image, expected = page_and_question(0, 2)
+    # what users who ask by program are given; the rest is the page's own business
+    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/ask"]
     full, full_facts, full_picture, kept, facts, picture = asked(client, image, expected["question"]).result()
     assert full == kept == expected["answer"]
     assert full_facts.startswith("144 of 144 visual tokens") and facts.startswith("72 of 144 visual tokens")
@@ -196,6 +198,32 @@ print(result.exit_code, result.stderr)
 """
     text = run_python(script, installed=True)
     assert text.startswith("2 Error: The demo page needs gradio: pip install 'hf_vtc[demo]'.")
+
+
+def test_the_space_is_the_same_page(tmp_path, client):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_SERVER_PORT": "0", "GRADIO_TEMP_DIR": str(tmp_path)}
+    environment.pop("MODEL", None)
+    command = [sys.executable, ROOT / "examples" / "space" / "app.py"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = process.stdout.readline().strip()
+            assert address.startswith("http://127.0.0.1:")
+            with httpx.Client(trust_env=False) as http:
+                pages = [http.get(f"{each}config").json() for each in (address, client.src)]
+            shown = [[(each["type"], each["props"].get("label")) for each in page["components"]] for page in pages]
+            assert shown[0] == shown[1]
+        finally:
+            process.terminate()
+
+
+def test_the_space_names_what_it_needs():
+    space = ROOT / "examples" / "space"
+    head = (space / "README.md").read_text(encoding="utf-8").split("---")[1]
+    fields = dict(line.split(": ", 1) for line in head.strip().splitlines())
+    assert fields["sdk"] == "gradio" and (space / fields["app_file"]).is_file()
+    assert "hf_vtc[demo] @ " in (space / "requirements.txt").read_text(encoding="utf-8")
+    # the Hub takes no longer one
+    assert len(fields["short_description"]) <= 60
 
 
 @pytest.fixture(params=[1280, 390])
