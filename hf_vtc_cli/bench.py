@@ -13,11 +13,11 @@ from .options import (
     ImagesOption,
     JsonOption,
     ModelOption,
+    ProgressBar,
     QuestionOption,
     check_dtype,
     parse_budget,
     print_json,
-    progress,
     status,
 )
 from .package import checkpoint_path, pages_of
@@ -70,12 +70,15 @@ def bench(
     budgets = budgets or [default_budget(loaded.config)]
     rounds, reports = warmup + repeats, []
     num_rounds = rounds * len(batch_sizes) * len(budgets)
-    with working_with(source), progress("Measuring, in rounds", num_rounds) as move:
+    with working_with(source), ProgressBar("Measuring, in rounds", num_rounds) as bar:
         for size in batch_sizes:
             inputs = inputs_of(size)
             for each in budgets:
                 done = rounds * len(reports)
-                on_round = lambda num_done, done=done: move(done + num_done)  # noqa: E731
+
+                def on_round(num_done: int, done: int = done) -> None:
+                    bar.move(done + num_done)
+
                 reports.append(measure(loaded, inputs, each, repeats, warmup, on_round=on_round))
     if json_output:
         print_json({"source": source, "reports": [report.to_dict() for report in reports]})

@@ -57,7 +57,7 @@ def estimate(
     from .answers import working_with
 
     config, image_processor, own_size = _of_shape(name) if path is None else _of_path(path)
-    hardware = gpu or "h100" if peak_flops is None else Hardware("other hardware", peak_flops, bandwidth)
+    hardware = Hardware("other hardware", peak_flops, bandwidth) if peak_flops else gpu or "h100"
     with working_with(path or name):
         result = estimate_costs(
             config,

@@ -7,8 +7,6 @@ import re
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,22 +111,31 @@ def status(message: str) -> Any:
     return Console(stderr=True).status(message)
 
 
-@contextmanager
-def progress(message: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar of what is done: on standard error, and only where someone watches.
+class ProgressBar:
+    """A bar of what is done: on standard error, and only where someone watches."""
 
-    Yields:
-        What moves it, called with what is done and, where that has changed, the total.
-    """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(message, total=total)
+    def __init__(self, message: str, total: int):
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(message, total=total)
 
-        def move(num_done: int, new_total: int = total) -> None:
-            bar.update(task, completed=num_done, total=new_total)
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
 
-        yield move
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def move(self, num_done: int, total: int | None = None) -> None:
+        """Say what is done and, where that has changed, of how many."""
+        self._bar.update(self._task, completed=num_done, total=total)
+
+    def print(self, what: Any) -> None:
+        """Print on standard output; the bar, which may be on the same terminal, makes room meanwhile."""
+        self._bar.stop()
+        Console().print(what)
+        self._bar.start()
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -15,11 +15,11 @@ from .options import (
     ImagesOption,
     JsonOption,
     ModelOption,
+    ProgressBar,
     QuestionOption,
     check_dtype,
     parse_budget,
     print_json,
-    progress,
     require_writable_picture,
     status,
 )
@@ -59,42 +59,61 @@ def run(
     from hf_vtc.plot import stack
 
     from . import tables
-    from .answers import find_device, interview, load, with_pictures, working_with
+    from .answers import find_device, with_pictures
 
     # what is found out in a moment, before what takes minutes
     find_device(device)
     pages = with_pictures(pages)
-    console, contents, pictures = Console(), [], [[] for _ in pages]
+    loaded, contents, pictures = None, [], [[] for _ in pages]
     for path in paths:
-        with status(f"Loading {path} ..."):
-            loaded = load(path, device, dtype)
-        with working_with(path), progress(f"Asking {Path(path).name}, by page", len(pages)) as move:
-            budgets = _budgets(chosen, compare, loaded, pages[0])
-
-            def on_page(num_done: int, name: str, answers: list[dict[str, Any]], move: Any = move) -> None:
-                move(num_done)
-                if not json_output and not compare:
-                    console.print(tables.page_table(name, answers))
-
-            content, drawn = interview(*loaded, pages, budgets, max_new_tokens, on_page)
+        loaded, content, drawn = _asked(
+            path, pages, chosen, compare, max_new_tokens, device, dtype, quiet=json_output or compare
+        )
         contents.append({**content, "picture": str(save)})
         for row, page_pictures in zip(pictures, drawn):
             row += page_pictures
 
     stack(pictures).save(save)
+    console = Console(quiet=json_output)
+    for table in tables.closing_tables(contents, compare):
+        console.print(table)
+    console.print(Text(f"What was kept: {save}"))
+    measured, reason = _gain_or_reason(loaded, gain, compare)
     notes = [NOTE_ON_TINY_MODELS] if image and any(map(is_shipped, paths)) else []
-    if not json_output:
-        for table in tables.closing_tables(contents, compare):
-            console.print(table)
-        console.print(Text(f"What was kept: {save}"))
-    measured, reason = _gain_or_reason(loaded[0], gain, compare)
     notes += [reason] if reason else []
+    for line in [*(tables.gain_lines(measured) if measured else ()), *map(Text, notes)]:
+        console.print(line)
     if json_output:
         extra = {"gain": None if measured is None else measured.to_dict(), "notes": notes}
         print_json({"picture": str(save), "models": contents, **extra} if compare else {**contents[0], **extra})
-        return
-    for line in [*(tables.gain_lines(measured) if measured else ()), *map(Text, notes)]:
-        console.print(line)
+
+
+def _asked(
+    path: str,
+    pages: list[dict[str, Any]],
+    chosen: str | int | float | None,
+    compare: bool,
+    max_new_tokens: int,
+    device: str | None,
+    dtype: str | None,
+    quiet: bool,
+) -> tuple[Any, dict[str, Any], list[list[Any]]]:
+    """A model, and what it says of every page, in data and in pictures; each page is printed once it is done."""
+    from . import tables
+    from .answers import interview, load, working_with
+
+    with status(f"Loading {path} ..."):
+        loaded = load(path, device, dtype)
+    with working_with(path), ProgressBar(f"Asking {Path(path).name}, by page", len(pages)) as bar:
+
+        def on_page(num_done: int, name: str, answers: list[dict[str, Any]]) -> None:
+            bar.move(num_done)
+            if not quiet:
+                bar.print(tables.page_table(name, answers))
+
+        budgets = _budgets(chosen, compare, loaded, pages[0])
+        content, drawn = interview(*loaded, pages, budgets, max_new_tokens, on_page)
+    return loaded[0], content, drawn
 
 
 def _gain_or_reason(model: Any, wanted: bool, compare: bool) -> tuple[Any, str]:
@@ -114,8 +133,8 @@ def _gain_or_reason(model: Any, wanted: bool, compare: bool) -> tuple[Any, str]:
             "No gain is measured for this method: an image has one count of visual tokens, or its record names no "
             "shape `100m`. `hf-vtc estimate` counts what models of every shape cost."
         )
-    with progress(f"Measuring {shape}, in rounds", 2) as move:
-        return measure_gain(shape, model.device, model.dtype, on_round=move), ""
+    with ProgressBar(f"Measuring {shape}, in rounds", 2) as bar:
+        return measure_gain(shape, model.device, model.dtype, on_round=bar.move), ""
 
 
 def _budgets(

@@ -3,10 +3,13 @@
 import configparser
 import json
 import os
+import pty
 import re
 import shutil
 import statistics
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -32,6 +35,7 @@ from hf_vtc_cli.errors import in_words_of
 from hf_vtc_cli.estimate import CARD_NAMES
 from hf_vtc_cli.export import export, push
 
+ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = [
     {"question": "What colour is the page?", "answer": "Red", "kind": "coarse"},
     {"question": "How many [boxes]?", "answer": "2", "kind": "middling"},
@@ -285,6 +289,42 @@ def test_run_names_a_budget_once(shipped, budget):
 def test_run_dtype(shipped):
     arguments = ("--image", "b.png", "--dtype", "bfloat16", "--device", "cpu", "--max-new-tokens", 1)
     assert json.loads(output_of("run", "--json", *arguments))["dtype"] == "bfloat16"
+
+
+BAR = """
+from hf_vtc_cli.options import ProgressBar, status
+with status("Loading"):
+    pass
+with ProgressBar("Asking", 2) as bar:
+    bar.move(1)
+    bar.print("a table")
+    bar.move(2)
+"""
+
+
+@pytest.mark.parametrize("settings, coloured", [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_progress_is_shown_where_someone_watches(monkeypatch, settings, coloured):
+    watcher, terminal = pty.openpty()
+    # narrow: what does not fit is left out, and no line wraps
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "40", **settings}
+    command = [sys.executable, "-c", BAR]
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=terminal, text=True, check=True)
+    os.close(terminal)
+    with open(watcher, "rb", buffering=0) as file:
+        shown = file.read(100_000).decode()
+    assert result.stdout == "a table\n"
+    assert "Loading" in shown and "Asking" in shown and "1/2" in shown and "table" not in shown
+    # the bar goes when it is done, whatever colours there are
+    assert (
+        shown.rstrip().endswith(("\x1b[2K", "\x1b[?25h"))
+        and (re.search(r"\x1b\[[0-9;]*3[0-9;]*m", shown) is not None) == coloured
+    )
+
+
+def test_progress_is_silent_where_no_one_watches():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", BAR], env=environment, capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("a table\n", "")
 
 
 def test_right_answers_are_counted():
@@ -614,7 +654,7 @@ def test_estimate_of_other_hardware():
 
 
 def test_estimate_prints_what_its_page_shows(monkeypatch):
-    page = (Path(__file__).resolve().parents[1] / "docs" / "estimate.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "estimate.md").read_text(encoding="utf-8")
     command = re.search(r"```bash\nhf-vtc (estimate .*)\n```", page)[1]
     (shown,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
     monkeypatch.setenv("COLUMNS", "100")

@@ -267,11 +267,22 @@ class Visitor:
         self.browser = browser
 
     def wait(self, what, seconds=120):
+        from selenium.common.exceptions import StaleElementReferenceException
+
         end = time.monotonic() + seconds
-        while not (found := what()):
-            assert time.monotonic() < end, "the page does not show what is expected"
+        while time.monotonic() < end:
+            try:
+                if found := what():
+                    return found
+            except StaleElementReferenceException:
+                # the page has drawn this anew while it was looked at
+                pass
             time.sleep(0.1)
-        return found
+        raise AssertionError("the page does not show what is expected")
+
+    def use(self, label, action):
+        """Do something with a control, once it is there; an action that a new drawing interrupts is done again."""
+        self.wait(lambda: (control := self.labelled(label)) and (action(control), True))
 
     def labelled(self, label):
         """The control of this name, as a screen reader finds it."""
@@ -287,10 +298,11 @@ class Visitor:
         drawn = self.browser.find_elements("css selector", "img[alt^='What the language model sees']")
         return [(each.get_attribute("alt"), each.get_attribute("src")) for each in drawn]
 
+    def click(self, label):
+        self.use(label, lambda control: control.click())
+
     def write(self, label, text):
-        control = self.labelled(label)
-        control.clear()
-        control.send_keys(text)
+        self.use(label, lambda control: (control.clear(), control.send_keys(text)))
 
     def sides(self):
         """Both answers and what is said of their tokens, once all is there."""
@@ -310,32 +322,38 @@ def test_a_visit(server, browser, tmp_path):
 
     # a picture and a question of one's own
     image, expected = page_and_question(3, 2)
-    visitor.wait(lambda: visitor.labelled("Remove Image")).click()
-    upload = visitor.wait(lambda: browser.find_elements("css selector", "input[type=file]"))[0]
-    upload.send_keys(str(image))
+    visitor.click("Remove Image")
+    visitor.wait(
+        lambda: [
+            (upload.send_keys(str(image)), True)
+            for upload in browser.find_elements("css selector", "input[type=file]")
+        ]
+    )
     visitor.wait(lambda: visitor.labelled("Remove Image"))
     visitor.write("Question", expected["question"])
-    visitor.labelled("Ask").click()
+    visitor.click("Ask")
     visitor.wait(lambda: all(visitor.sides()) and len(visitor.pictures()) == 2)
-    full, full_facts, kept, facts = visitor.sides()
+    full, full_facts, kept, facts = visitor.wait(visitor.sides)
     assert full == kept == expected["answer"]
     assert full_facts.startswith("144 of 144 visual tokens, ") and facts.startswith("72 of 144 visual tokens, ")
-    before = visitor.pictures()
+    before = visitor.wait(visitor.pictures)
     assert before[0][1] != before[1][1]
 
     # the budget moves: by the keyboard, as a slider does for everyone
-    slider = visitor.labelled("range slider for Budget: percent of the visual tokens")
-    slider.send_keys("\ue012" * 20)
+    arrow_left = "\ue012"
+    visitor.use(
+        "range slider for Budget: percent of the visual tokens", lambda slider: slider.send_keys(arrow_left * 20)
+    )
     visitor.wait(lambda: (visitor.sides()[3] or "").startswith("36 of 144 visual tokens, "))
     visitor.wait(lambda: visitor.pictures()[1][1] != before[1][1])
-    assert visitor.pictures()[0][1] == before[0][1]
+    assert visitor.wait(visitor.pictures)[0][1] == before[0][1]
     # what the method decides
-    visitor.labelled("Let the method decide instead (auto)").click()
+    visitor.click("Let the method decide instead (auto)")
     visitor.wait(lambda: not (visitor.sides()[3] or "36 of").startswith("36 of"))
 
     # a mistake is a sentence
     visitor.write("Question", " ")
-    visitor.labelled("Ask").click()
+    visitor.click("Ask")
     visitor.wait(lambda: "Write a question first." in browser.find_element("tag name", "body").text)
 
     _assert_fits_and_is_labelled(browser)

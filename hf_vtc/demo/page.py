@@ -5,7 +5,7 @@ import html
 import io
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ __all__ = ["build_page", "launch"]
 # questions that may wait; whoever comes later is told to try again
 _MOST_WAITING = 256
 _LONGEST_QUESTION = 2000
+# parameters below which a first token costs about the same however many tokens there are
+_SMALL_MODEL = 50e6
 # seconds between looks for uploads to remove, and their age then
 _CACHE_SECONDS = (600, 3600)
 _WORDS_OF_BUDGETS = (
@@ -54,6 +56,8 @@ def build_page(
     """
     name = Path(model.config.name_or_path).name
     size = f"{model.num_parameters() / 1e6:,.1f} M parameters, on {model.device}"
+    if model.num_parameters() < _SMALL_MODEL:
+        note = f"{note}\n\nSo small a model spends its time on fixed costs: tokens show the gain here, times do not."
     first = examples[0] if examples else {"image": None, "question": "What is in this picture?"}
     with gr.Blocks(title=f"{name}, full and compressed", analytics_enabled=False, delete_cache=_CACHE_SECONDS) as page:
         gr.Markdown(f"# {name}: the same question with fewer visual tokens\n{size}. {note}")
@@ -79,27 +83,7 @@ def build_page(
         def answer(path: str | None, text: str, percent: float, decides: bool) -> list[Any]:
             return _answer(model, processor, path, text, "auto" if decides else percent / 100, max_new_tokens)
 
-        def answer_again(path: str | None, text: str, percent: float, decides: bool, before: str) -> list[Any]:
-            # a budget that moves before anything was asked, or where nothing can be asked, says nothing
-            if not before or not path or not (text or "").strip():
-                return [gr.skip() for _ in (*full, *kept)]
-            return answer(path, text, percent, decides)
-
-        inputs, outputs = [picture, question, share, auto], [*full, *kept]
-        # one question at a time, whatever asks it
-        common = {"concurrency_id": "model", "concurrency_limit": 1}
-        gr.on([ask.click, question.submit], answer, inputs, outputs, api_name="ask", **common)
-        for event in (share.change, auto.change):
-            event(
-                answer_again,
-                [*inputs, full[0]],
-                outputs,
-                trigger_mode="always_last",
-                show_progress="minimal",
-                api_visibility="private",
-                **common,
-            )
-        auto.change(lambda decides: gr.update(interactive=not decides), auto, share, api_visibility="private")
+        _listen(answer, [picture, question, share, auto], [*full, *kept], ask)
     return page.queue(max_size=_MOST_WAITING, default_concurrency_limit=1)
 
 
@@ -164,6 +148,26 @@ def _side(title: str) -> tuple[Any, ...]:
             gr.Textbox(label=f"{title}: tokens and time", lines=1, interactive=False),
             gr.HTML(label=f"{title}: what the language model sees"),
         )
+
+
+def _listen(answer: Callable[..., list[Any]], inputs: list[Any], outputs: list[Any], ask: Any) -> None:
+    """Ask when the button says so, and again when the budget moves."""
+    _, question, share, auto = inputs
+    # one question at a time, whatever asks it
+    common = {"concurrency_id": "model", "concurrency_limit": 1}
+    gr.on([ask.click, question.submit], answer, inputs, outputs, api_name="ask", **common)
+
+    def answer_again(path: str | None, text: str, percent: float, decides: bool, before: str) -> list[Any]:
+        # a budget that moves before anything was asked, or where nothing can be asked, says nothing
+        if not before or not path or not (text or "").strip():
+            return [gr.skip() for _ in outputs]
+        return answer(path, text, percent, decides)
+
+    # of moves that follow each other fast, the last one counts
+    again = {"trigger_mode": "always_last", "show_progress": "minimal", "api_visibility": "private", **common}
+    for event in (share.change, auto.change):
+        event(answer_again, [*inputs, outputs[0]], outputs, **again)
+    auto.change(lambda decides: gr.update(interactive=not decides), auto, share, api_visibility="private")
 
 
 def _answer(
