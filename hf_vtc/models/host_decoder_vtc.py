@@ -76,6 +76,13 @@ def may_be_shortened(cache: Cache | None) -> bool:
     return cache is not None and "vtc_layout" in vars(cache)
 
 
+def forget_emptied(cache: Cache | None, past: int) -> None:
+    """Drop what was noted on a cache that was emptied since, as `generate` of 4.57 does with static ones."""
+    if cache is not None and past == 0:
+        for name in ("vtc_layout", "vtc_next_position"):
+            vars(cache).pop(name, None)
+
+
 class NextPosition(NamedTuple):
     """Where tokens behind a prompt of `length` columns go on, `(..., B, 1)`; kept on the cache of the prompt."""
 
@@ -92,7 +99,10 @@ def note_next_position(cache: Cache | None, plan: DecodePlan | None) -> None:
 def continued_positions(cache: Cache | None, attention_mask: Any, num_rows: int, length: int) -> torch.Tensor | None:
     """Positions `(..., B, length)` of tokens behind what a cache holds, None where they are a count."""
     known = None if cache is None else vars(cache).get("vtc_next_position")
-    past = 0 if known is None else past_length(cache, attention_mask, length)
+    if known is None:
+        return None
+    past = past_length(cache, attention_mask, length)
+    forget_emptied(cache, past)
     if past == 0:
         return None
     if past < known.length:

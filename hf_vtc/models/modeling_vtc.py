@@ -28,6 +28,7 @@ from .generation_vtc import VtcGenerationMixin
 from .head_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast, full_length_logits, predicting_states
 from .host_decoder_vtc import (
     continued_positions,
+    forget_emptied,
     may_be_shortened,
     note_next_position,
     past_length,
@@ -275,6 +276,8 @@ class VtcModel(VtcVision):
         if past is None and (plan is not None or may_be_shortened(cache)):
             given = input_ids if inputs_embeds is None else inputs_embeds
             past = past_length(cache, attention_mask, given.shape[1])
+        if past is not None:
+            forget_emptied(cache, past)
         if plan is None and not (may_be_shortened(cache) and past > 0):
             outputs = self.language_model(
                 input_ids=input_ids,
@@ -415,7 +418,7 @@ class VtcModel(VtcVision):
             decode_plan = decode_plan.for_rows(given.shape[0])
             if decode_plan.positions is not None:
                 position_ids = decode_plan.positions_of(*columns)
-            elif not decode_plan.is_padded:
+            if not decode_plan.is_padded:
                 # layers of two lengths would need two masks of ones
                 attention_mask = None
             decode_plan = decode_plan.of_columns(*columns)
