@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hf_vtc.methods import record_named, record_of
+from hf_vtc.models.grids_vtc import black_image
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
 from hf_vtc.models.processing_vtc import COUNT_RULES, VtcProcessor
 from hf_vtc.models.tiling_vtc import TilingSettings, anyres_layout
@@ -329,7 +330,7 @@ class GridImages(TiledImages):
         merge = config.vision_config.spatial_merge_size
         rows, columns = draw_int(2, 3, generator), draw_int(2, 4, generator)
         grid = (1, rows * merge, columns * merge)
-        width = config.black_image()["pixel_values"].shape[1]
+        width = black_image(config)["pixel_values"].shape[1]
         inputs = {
             "pixel_values": torch.randn(grid[1] * grid[2], width, generator=generator),
             "image_grid_thw": torch.tensor([grid]),

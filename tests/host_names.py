@@ -185,6 +185,7 @@ HOST_NAMES = [
 OWN_OR_IN_FILES = {
     "_replace": "of named tuples, public in spite of its name",
     "_attn_implementation_autoset": "a key of old config files",
+    "_vision": "how names of towers end in transformers 5",
     "_name_or_path": "a key of config files",
     "_id": "a field of records",
     "_from_model_config": "a key of generation_config.json",

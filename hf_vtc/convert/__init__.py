@@ -170,7 +170,7 @@ def _from_model(
             "`AutoModelForImageTextToText`."
         )
     state = model.state_dict()
-    method, target = target_of(layout.methods(config, state), type(model).__name__, method)
+    method, target = target_of(layout.methods(config, state), type(model).__name__, method, config.get("model_type"))
     check_overrides(overrides, target.config)
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     token_id = layout.stored_image_token_id(config) if image_token_id is None else image_token_id

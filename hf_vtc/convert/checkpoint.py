@@ -16,13 +16,14 @@ from ..methods import RECORDS, Record, record_named
 from ..methods.names import is_method
 from ..models.configuration_vtc import VtcConfig
 from ..models.image_processing_vtc import write_json
-from . import avg_llava_official, convllava_official, internvl_hf, internvl_official, llava_hf, llava_official
+from . import avg_llava_official, convllava_official, internvl_hf, internvl_official, llava_hf, llava_official, qwen_hf
 from .assets import (
     build_processor,
     chat_template_of,
     find_image_token_id,
     generation_settings,
     image_processor_settings,
+    keep_processor,
     load_tokenizer,
 )
 from .folders import local_folder, tower_folder
@@ -40,6 +41,7 @@ LAYOUTS: tuple[Layout, ...] = (
     convllava_official.LAYOUT,
     llava_official.LAYOUT,
     llava_hf.LAYOUT,
+    qwen_hf.LAYOUT,
 )
 
 
@@ -99,7 +101,11 @@ class Checkpoint:
         # what nobody could load fails here; the rest is written as it stands, since transformers would not save it all
         GenerationConfig(**settings)
         write_json(folder / "generation_config.json", settings)
-        if self.tokenizer is not None:
+        if self.tokenizer is None:
+            return
+        if plan.processor is None:
+            keep_processor(self.folder, folder, self.config["model_type"])
+        else:
             build_processor(self.tokenizer, plan).save_pretrained(folder, save_code=save_code)
 
 
@@ -117,7 +123,8 @@ def open_checkpoint(
         _refuse_quantised(config, folder)
         reader = CheckpointReader(folder)
         require_plausible(config, len(reader.tensors), folder)
-        method, target = target_of(layout.methods(config, reader.tensors), folder, method)
+        targets = layout.methods(config, reader.tensors)
+        method, target = target_of(targets, folder, method, config.get("model_type"))
         name = layout.tower_name(config, reader.tensors)
         tower, image_processor = {}, image_processor_settings(folder)
         if name is None:
@@ -179,14 +186,21 @@ def _layout_of(config: Mapping[str, Any], folder: Path) -> Layout:
     return found
 
 
-def target_of(targets: Mapping[str, Record], source: Path | str, method: str | None) -> tuple[str, Record]:
-    """What a checkpoint becomes, where only one thing is possible or the caller has said it."""
+def target_of(
+    targets: Mapping[str, Record], source: Path | str, method: str | None, base: str | None
+) -> tuple[str, Record]:
+    """What a checkpoint of the `model_type` `base` becomes, where one thing is possible or the caller has said it."""
     names = ", ".join(sorted(targets))
     if method is None and len(targets) > 1:
         raise ValueError(f"{source} fits several methods. Give `method`, one of {names}.")
     if method is not None and method not in targets:
         if method in (record.name for record in RECORDS.values()):
             record_named(method).need("base", "conversion")
+            reason = record_named(method).config.refused_bases.get(base)
+            if reason is not None:
+                raise ValueError(
+                    f"{method} does not fit {base}: {reason}. `method` must be one of {names} for {source}."
+                )
         raise ValueError(f"`method` must be one of {names} for {source}, got {method!r}.")
     method = method or next(iter(targets))
     return method, targets[method]

@@ -40,6 +40,11 @@ class VtcCollator:
             raise ValueError(f"`padding_side` must be one of {', '.join(_PADDING_SIDES)}, got {padding_side!r}.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` counts tokens, must be positive or None, got {max_length}.")
+        if "check_sizes" not in dir(processor.image_processor):
+            raise ValueError(
+                f"`processor` must be a `VtcProcessor`, got {type(processor).__name__}. With a processor of "
+                "transformers, give the trainer a collator that calls it, and labels; the models take what it returns."
+            )
         self.processor = processor
         self._tokenizer = ConversationTokenizer(processor)
         self.padding_side = padding_side

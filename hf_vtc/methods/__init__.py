@@ -5,7 +5,18 @@ from pkgutil import iter_modules
 
 from .. import models
 from . import avg_llava, convllava, llavolta, vico, vistog
-from .record import RECORDS, Base, Costs, Record, Sharding, find_record, record_named, record_of, register
+from .record import (
+    RECORDS,
+    Base,
+    Costs,
+    Record,
+    Sharding,
+    find_record,
+    record_named,
+    record_of,
+    refuse_grid_base,
+    register,
+)
 
 __all__ = [
     "RECORDS",
@@ -19,6 +30,7 @@ __all__ = [
     "llavolta",
     "record_named",
     "record_of",
+    "refuse_grid_base",
     "register",
     "vico",
     "vistog",

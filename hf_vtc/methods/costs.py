@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..models.host_vtc import grid_base_of
 from ..models.tiling_vtc import ImageSizes, TileLayout
 
 
@@ -207,6 +208,12 @@ class Workload:
 def tower_of(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> TowerShape | ConvTowerShape:
     """The tower of a model; `image_size` is what a tower without a fixed size sees of an image."""
     vision = sub_config(config, "vision_config")
+    base = grid_base_of(str(vision.get("model_type")))
+    if base is not None:
+        raise ValueError(
+            f"The costs of a tower of {base} are not known, so `estimate` and `bench` do not reach to models on it. "
+            "`count_visual_tokens` gives their token counts; measure their time by hand."
+        )
     if "depths" in vision:
         return ConvTowerShape.from_config(vision, image_size)
     layer = config.get("vision_feature_layer", config.get("select_layer", -1))

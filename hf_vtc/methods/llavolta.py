@@ -17,6 +17,18 @@ from .record import Base, Costs, Record, Sharding, connect_all, register
 from .shapes import of_llava
 
 
+def compressor(config: LlavoltaConfig) -> tuple[str, ...]:
+    """The projector, or the connectors in a tower that has them."""
+    if config.grid_base is None:
+        return ("model.multi_modal_projector",)
+    # not in the config of every tower
+    deeper = vars(config.vision_config).get("deepstack_visual_indexes", ())
+    return (
+        "model.vision_tower.merger",
+        *(f"model.vision_tower.deepstack_merger_list.{idx}" for idx in range(len(deeper))),
+    )
+
+
 def compressor_flops(workload: Workload, num_kept: int) -> float:
     """The projector, which sees every token."""
     return workload.projector_flops(workload.num_features)
@@ -124,8 +136,10 @@ RECORD = register(
         oracle=connect_all,
         draw=draw,
         baselines=BASELINES,
-        compressor=lambda config: ("model.multi_modal_projector",),
-        base=Base(kinds=("internvl", "llava", "llava_next"), official_fields=official_fields),
+        compressor=compressor,
+        base=Base(
+            kinds=("internvl", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl"), official_fields=official_fields
+        ),
         sharding=Sharding(),
         trainers=("LlavoltaTrainer",),
         # a base's projector is no fresh one, which is what the paper's pretraining is for

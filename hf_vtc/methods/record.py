@@ -201,6 +201,12 @@ def register(record: Record) -> Record:
     return record
 
 
+def refuse_grid_base(config: VtcConfig, tool: str, remedy: str) -> None:
+    """Raise a ValueError for a model on a base whose tower sees grids, to which a tool does not reach."""
+    if config.grid_base is not None:
+        raise ValueError(f"{tool} does not reach to models on {config.grid_base}. {remedy}")
+
+
 def record_named(name: str) -> Record:
     """The record of a method, such as `"vico"`.
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
+from .host_vtc import GRID_BASES
 from .tiling_vtc import ImageSizes, pooled_grid, stacked_grids
 
 ROUTER_ATTENTIONS = ("tiles", "tokens")
@@ -45,6 +46,7 @@ class AvgLlavaConfig(VtcConfig):
     """
 
     model_type = "vtc_avg_llava"
+    refused_bases = dict.fromkeys(GRID_BASES, "its pyramid is made of the square grids of tiles")
     takes_decisions = True
     joins_tiles = True
     newline_behind_single_tile = True

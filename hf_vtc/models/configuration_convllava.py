@@ -5,6 +5,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from .configuration_vtc import VtcConfig
+from .host_vtc import GRID_BASES
 from .tiling_vtc import ImageSizes
 
 # ConvNeXt-L with the fifth stage, as in `ConvLLaVA/ConvLLaVA-ConvNeXt-768`
@@ -28,6 +29,7 @@ class ConvllavaConfig(VtcConfig):
     """
 
     model_type = "vtc_convllava"
+    refused_bases = dict.fromkeys(GRID_BASES, "the method is its own tower")
     sees_tiles = False
 
     def __init__(

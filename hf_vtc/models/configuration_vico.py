@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
+from .host_vtc import GRID_BASES
 from .tiling_vtc import ImageSizes
 
 
@@ -31,6 +32,10 @@ class VicoConfig(VtcConfig):
     """
 
     model_type = "vtc_vico"
+    refused_bases = dict.fromkeys(
+        GRID_BASES,
+        "a merger for windows of 4 x 4 visual tokens, and on Qwen3-VL one for each deeper row, is not there",
+    )
     takes_decisions = True
 
     def __init__(

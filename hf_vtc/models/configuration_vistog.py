@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
+from .host_vtc import GRID_BASES
 from .tiling_vtc import ImageSizes
 
 # towers whose layers the semantic tokens can run beside
@@ -45,6 +46,10 @@ class VistogConfig(VtcConfig):
     """
 
     model_type = "vtc_vistog"
+    refused_bases = dict.fromkeys(
+        GRID_BASES,
+        "semantic tokens have no place among patches that the tower attends to by windows and merges by 2 x 2",
+    )
     one_tile_per_image = True
     takes_decisions = True
 

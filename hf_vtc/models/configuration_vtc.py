@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from .grids_vtc import grid_positions
-from .host_vtc import GRID_BASES, PARTS_HAVE_OWN_DTYPE, PREFERS_INSTALLED_CODE, grid_base_of, position_axes
+from .host_vtc import PARTS_HAVE_OWN_DTYPE, PREFERS_INSTALLED_CODE, grid_base_of, position_axes
 from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles
 from .window_vtc import note_on_newer
 
@@ -131,7 +130,7 @@ class VtcConfig(PretrainedConfig):
     @property
     def grid_base(self) -> str | None:
         """The `model_type` of the base whose tower sees images as grids of patches; None for towers that do not."""
-        return grid_base_of(self.vision_config)
+        return grid_base_of(self.vision_config.model_type)
 
     @property
     def sees_tiles(self) -> bool:
@@ -153,20 +152,6 @@ class VtcConfig(PretrainedConfig):
         """(height, width) in pixels of the smallest image that the tower takes."""
         side = self.tile_size if self.grid_base is None else self.token_stride
         return side, side
-
-    def black_image(self) -> dict[str, Any]:
-        """Arguments of `forward` for the smallest image, black."""
-        height, width = self.smallest_image
-        vision = self.vision_config
-        if self.grid_base is None:
-            return {
-                "pixel_values": torch.zeros(1, vision.num_channels, height, width),
-                "num_tiles": torch.ones(1, dtype=torch.long),
-                "image_sizes": torch.tensor([[height, width]]),
-            }
-        side = vision.spatial_merge_size
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return {"pixel_values": torch.zeros(side**2, patch), "image_grid_thw": torch.tensor([[1, side, side]])}
 
     @property
     def shuffle_factor(self) -> int:
@@ -367,8 +352,8 @@ def _sub_config(config: dict | PretrainedConfig | None, default_type: str) -> Pr
         return config
     fields = dict(config or {})
     model_type = fields.pop("model_type", default_type)
-    base = model_type.removesuffix("_vision")
-    if base in GRID_BASES:
+    base = grid_base_of(model_type)
+    if base is not None:
         return _tower_config_class(base)(**fields)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(

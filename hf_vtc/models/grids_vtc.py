@@ -1,5 +1,7 @@
 """Images as grids of visual tokens, each of its own size: arithmetic on grids, without a pixel."""
 
+from typing import Any
+
 import torch
 
 
@@ -32,3 +34,22 @@ def grid_positions(
     positions = ((steps.cumsum(1) - steps) * real).repeat(3, 1, 1)
     positions[:, placeholder_mask] += within
     return positions
+
+
+def black_image(config: Any) -> dict[str, torch.Tensor]:
+    """Arguments of `forward` for the smallest image, black.
+
+    Args:
+        config (`VtcConfig`): of the model.
+    """
+    vision = config.vision_config
+    if config.grid_base is None:
+        height, width = config.smallest_image
+        return {
+            "pixel_values": torch.zeros(1, vision.num_channels, height, width),
+            "num_tiles": torch.ones(1, dtype=torch.long),
+            "image_sizes": torch.tensor([[height, width]]),
+        }
+    side = vision.spatial_merge_size
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {"pixel_values": torch.zeros(side**2, patch), "image_grid_thw": torch.tensor([[1, side, side]])}

@@ -48,7 +48,7 @@ def build_tower(config: PretrainedConfig) -> nn.Module:
 
     Before 5.x CLIP and SigLIP held the tower in another module, which has no use here.
     """
-    base = grid_base_of(config)
+    base = grid_base_of(config.model_type)
     if base is not None:
         # most versions know these towers as parts of their models only
         module, name = _GRID_TOWERS[base]

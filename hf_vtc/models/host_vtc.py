@@ -37,10 +37,10 @@ HEAD_TP_PLAN = dict(LlamaForCausalLM._tp_plan)
 GRID_BASES = ("qwen2_5_vl", "qwen3_vl")
 
 
-def grid_base_of(config: PretrainedConfig) -> str | None:
-    """The `model_type` of the model, one of `GRID_BASES`, to which a tower belongs; None for other towers."""
+def grid_base_of(tower_type: str) -> str | None:
+    """The model, one of `GRID_BASES`, to which a tower of this `model_type` belongs; None for other towers."""
     # a tower of 4.57 has the name of its model
-    base = config.model_type.removesuffix("_vision")
+    base = tower_type.removesuffix("_vision")
     return base if base in GRID_BASES else None
 
 

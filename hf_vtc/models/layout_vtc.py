@@ -268,8 +268,9 @@ def sizes_of_images(
         ValueError: they do not belong together.
     """
     if config.grid_base is not None:
+        sizes = config.sizes_of(None, config.sizes_of_grids(image_sizes))
         _check_patches(image_sizes, vision)
-        return config.sizes_of(None, config.sizes_of_grids(image_sizes))
+        return sizes
     if vision.image_features is None and vision.pixel_values.ndim not in ((4, 5) if config.sees_tiles else (4,)):
         shapes = "(tiles, 3, S, S) or (images, tiles, 3, S, S)" if config.sees_tiles else "(images, 3, H, W)"
         raise ValueError(f"`pixel_values` must be {shapes}, got shape {tuple(vision.pixel_values.shape)}.")

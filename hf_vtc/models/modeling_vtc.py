@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
+from .grids_vtc import black_image
 from .head_vtc import VtcCausalLMOutputWithPast, VtcModelOutputWithPast, full_length_logits, predicting_states
 from .host_decoder_vtc import (
     continued_positions,
@@ -437,7 +438,7 @@ class VtcModel(VtcVision):
         """Visual tokens of one black tile, and rows beside them, through every module that the other processes run."""
         # a router runs on a batch of text if it does where there are images
         undecided = asked.router_decisions is None and leaves_a_choice(asked.vtc_budget)
-        black = self.config.black_image()
+        black = black_image(self.config)
         black["pixel_values"] = black["pixel_values"].to(self.device, self.dtype)
         vision = VisionInputs(**black, vtc_budget=None if undecided else "full")
         layout = layout_of_images(self.config, vision)

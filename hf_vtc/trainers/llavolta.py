@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..methods import record_of
 from .base import VtcTrainer
 from .responses import Responses
 from .schedule import Stage, check_stages, stage_at, stages_of
@@ -64,6 +65,9 @@ class LlavoltaTrainer(VtcTrainer):
         own.config.set_compression(*before)
         if not train_vision_tower and not isinstance(model, PeftModel):
             own.model.vision_tower.requires_grad_(False)
+            for name in record_of(own.config).need("compressor", "training")(own.config):
+                # the connector, which is in the tower of some bases
+                own.get_submodule(name).requires_grad_(True)
         super().__init__(model, args, **kwargs)
         self.stages = [Stage(*stage) for stage in stages]
         self.add_callback(_StageCallback(self))

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..methods import record_of
+from ..models.grids_vtc import black_image
 from .checkpoints import CheckpointTrainer
 from .losses import IGNORE_INDEX
 
@@ -18,6 +19,11 @@ T = TypeVar("T")
 def black_tile(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Inputs of the smallest prompt with an image: the placeholders of one black tile."""
     config = model.config
+    if config.grid_base is not None:
+        ids = torch.full((1, config.image_seq_length), config.image_token_id, device=model.device)
+        black = black_image(config)
+        black["pixel_values"] = black["pixel_values"].to(model.device, model.dtype)
+        return {"input_ids": ids, **black}
     size = config.vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     ids = torch.full((1, config.image_seq_length), config.image_token_id, device=model.device)
