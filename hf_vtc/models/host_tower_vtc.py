@@ -64,7 +64,7 @@ def restore_places(module: nn.Module) -> None:
     From 5.0 on the host does it by the class of the tower; the part that `build_tower` takes of it has no such class
     in the versions that hold one in the other (seen: 5.0).
     """
-    places = module._buffers.get("position_ids")
+    places = dict(module.named_buffers(recurse=False)).get("position_ids")
     if places is not None:
         places.copy_(torch.arange(places.shape[-1]).expand_as(places))
 
