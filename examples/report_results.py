@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hf_vtc
+from hf_vtc.report import config_of_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/measured.md", "docs/choose.md")
@@ -34,51 +35,8 @@ TITLES = {
     "convllava": "ConvLLaVA",
 }
 
-_CLIP_L = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-_INTERN_VIT = {**_CLIP_L, "model_type": "internvl_vision", "image_size": [448, 448], "patch_size": [14, 14]}
-_VICUNA = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32064,
-}
-_QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-_QWEN3_600M = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
-_QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
-# name -> the parts of its config.json that costs depend on, and how many tiles of an image it sees
-SHAPES = {
-    "LLaVA-1.5-7B": ({"model_type": "llava", "vision_config": _CLIP_L, "text_config": _VICUNA}, 1),
-    "LLaVA-NeXT-7B": ({"model_type": "llava_next", "vision_config": _CLIP_L, "text_config": _VICUNA}, 5),
-    "InternVL3.5-1B": (
-        {
-            "model_type": "internvl",
-            "vision_config": _INTERN_VIT,
-            "text_config": {**_QWEN3, **_QWEN3_600M},
-            "downsample_ratio": 0.5,
-        },
-        7,
-    ),
-    "InternVL3.5-8B": (
-        {
-            "model_type": "internvl",
-            "vision_config": _INTERN_VIT,
-            "text_config": {**_QWEN3, **_QWEN3_8B},
-            "downsample_ratio": 0.5,
-        },
-        7,
-    ),
-}
+# of `hf_vtc.report`
+SHAPES = ("llava-1.5-7b", "llava-next-7b", "internvl3.5-1b", "internvl3.5-8b")
 SHARES = (0.5, 0.25, 0.1)
 
 
@@ -115,10 +73,11 @@ def ideal_table() -> str:
     """Per base what `estimate` says can be gained at most, arithmetic alone."""
     header = ("base", "visual tokens", *(f"{share:.0%} kept: first token".replace("%", " %") for share in SHARES))
     rows = []
-    for name, (config, num_tiles) in SHAPES.items():
-        found = [hf_vtc.estimate(config, vtc_budget=share, num_tiles=num_tiles) for share in SHARES]
+    for name in SHAPES:
+        config, shape = config_of_shape(name)
+        found = [hf_vtc.estimate(config, shape.image_size, vtc_budget=share) for share in SHARES]
         gains = [f"{each.ttft_speedup:.2f} (prefill {each.prefill_speedup:.2f})" for each in found]
-        rows.append((name, str(found[0].num_reserved), *gains))
+        rows.append((f"`{name}`", str(found[0].num_reserved), *gains))
     return _markdown(header, rows)
 
 

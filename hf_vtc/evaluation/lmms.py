@@ -66,14 +66,6 @@ class HfVtc(lmms):
         model = load_model(pretrained, dtype if dtype == "auto" else getattr(torch, dtype))
         self._asker = Asker(model.to(self.device).eval(), processor, None, _DEFAULT_NEW_TOKENS)
 
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        return self._world_size
-
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError(
             "hf_vtc answers tasks of output type `generate_until`, and not those that ask for likelihoods."
