@@ -2,11 +2,14 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from contract_samples import GREEDY
 from factories import (
+    METHODS,
     TINY,
     random_batch,
     row_of,
@@ -17,6 +20,7 @@ from factories import (
     tiny_tokenizer,
     uncompressed,
 )
+from llava_checkpoints import stock_model
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -34,10 +38,11 @@ from transformers import (
 from hf_vtc import bench, estimate
 from hf_vtc.auto import REMOTE_CODE_FROM_FOLDER
 from hf_vtc.convert import convert, from_base
+from hf_vtc.convert.refused import REFUSED_BASES
 from hf_vtc.data import VtcCollator
 from hf_vtc.hub import export
 from hf_vtc.lora import compressor_modules, default_lora_config, full_precision_modules
-from hf_vtc.methods import RECORDS
+from hf_vtc.methods import RECORDS, record_named
 from hf_vtc.models.grids_vtc import black_image, grid_positions
 from hf_vtc.models.host_vtc import GRID_BASES
 from hf_vtc.plot import overlay
@@ -50,6 +55,10 @@ pytestmark = pytest.mark.window
 LAYER_IDXS = (0, 1, 2, 3)
 NUM_LAYERS = 3
 BASES = tuple(GRID_BASES)
+
+
+def refused_by(method):
+    return record_named(method).config.refused_bases
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -265,11 +274,10 @@ def test_wrong_grids_are_refused(base):
 def test_methods_that_do_not_fit_are_refused_by_name(base, method, tmp_path):
     fields = TINY[f"llavolta on {base}"].config
     parts = {name: fields[name] for name in ("vision_config", "text_config")}
-    record = next(record for record in RECORDS.values() if record.name == method)
     if method != "convllava":
         with pytest.raises(ValueError, match=f"vtc_{method} does not fit {base}"):
-            record.config(**parts)
-    with pytest.raises(ValueError, match="does not fit" if method != "convllava" else "convllava"):
+            record_named(method).config(**parts)
+    with pytest.raises(ValueError, match=f"{method} does not fit {base}"):
         from_base(uncompressed(model_of(base)), method)
 
 
@@ -462,3 +470,39 @@ def test_tools_that_do_not_reach_refuse_by_name(base, tmp_path):
 
     with pytest.raises(ValueError, match="`processor` must be a `VtcProcessor`, got Stock"):
         VtcCollator(Stock())
+
+
+def test_a_base_that_the_host_lacks_is_refused_with_the_version_it_needs(base, monkeypatch):
+    from hf_vtc.convert import qwen_hf
+
+    stock = uncompressed(model_of(base))
+    monkeypatch.setattr(qwen_hf, "CONFIG_MAPPING", {})
+    with pytest.raises(ImportError, match=f"{base} needs transformers >= {re.escape(GRID_BASES[base])}"):
+        from_base(stock, "llavolta")
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED_BASES))
+def test_other_bases_are_refused_by_name(model_type, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=f"'{model_type}', which no method fits yet: "):
+        from_base(tmp_path, "llavolta")
+
+
+TILED = ("internvl", "llava", "llava_next")
+CASES = [(kind, name) for kind in TILED for name in ("vico", "vistog", "convllava") if kind in refused_by(name)]
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_bases_of_tiles_are_refused_with_the_reason(kind, method, tmp_path):
+    stock = uncompressed(tiny_model("vico")) if kind == "internvl" else stock_model(kind)
+    with pytest.raises(ValueError, match=f"{method} does not fit {kind}: {re.escape(refused_by(method)[kind])}"):
+        from_base(stock, method)
+
+
+def test_the_table_of_bases_has_no_blank():
+    table = (Path(__file__).parents[1] / "docs" / "bases.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 12
+    for name, *cells in rows:
+        assert len(cells) == len(METHODS), name
+        assert all(cell.strip().startswith(("proven", "refused: ")) for cell in cells), name

@@ -15,7 +15,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..files import blaming, replacing_folder
-from .checkpoint import LAYOUTS, build_model, check_overrides, open_checkpoint, refuse_tower, target_of
+from .checkpoint import (
+    LAYOUTS,
+    build_model,
+    check_overrides,
+    open_checkpoint,
+    refuse_base,
+    refuse_tower,
+    target_of,
+)
 from .plan import Source, fresh_tensors, match
 from .shards import num_bytes
 from .writing import ConversionReport, write_model
@@ -164,6 +172,7 @@ def _from_model(
     config = model.config.to_dict()
     layout = next((layout for layout in LAYOUTS if layout.model_classes and layout.matches(config)), None)
     if layout is None or model.get_output_embeddings() is None:
+        refuse_base(config["model_type"], type(model).__name__)
         classes = [name for each in LAYOUTS for name in each.model_classes]
         raise ValueError(
             f"The base must be one of {', '.join(classes)}, got {type(model).__name__}. Load it by "

@@ -29,6 +29,7 @@ from .assets import (
 from .folders import local_folder, tower_folder
 from .layout import Layout
 from .plan import Plan, Renamed, Source, fresh_tensors, match, require_plausible
+from .refused import REFUSED_BASES
 from .shards import CheckpointReader
 
 logger = logging.get_logger(__name__)
@@ -174,11 +175,21 @@ def refuse_tower(vision_tower: str | os.PathLike | None, source: Path | str) -> 
         raise ValueError(f"`vision_tower` is of no use for {source}, which has its tower. Leave it out.")
 
 
+def refuse_base(model_type: str | None, source: Path | str) -> None:
+    """Raise a ValueError for a base of transformers that no method fits."""
+    if model_type in REFUSED_BASES:
+        raise ValueError(
+            f"{source} is a model of type {model_type!r}, which no method fits yet: {REFUSED_BASES[model_type]}. "
+            "docs/bases.md of hf_vtc says which bases there are."
+        )
+
+
 def _layout_of(config: Mapping[str, Any], folder: Path) -> Layout:
     found = next((layout for layout in LAYOUTS if layout.matches(config)), None)
     if found is None:
         if is_method(config.get("model_type")):
             raise ValueError(f"{folder} is a model of hf_vtc already. Load it by `from_pretrained`.")
+        refuse_base(config.get("model_type"), folder)
         raise ValueError(
             f"{folder} has an unknown layout: `model_type` {config.get('model_type')!r}, architectures "
             f"{config.get('architectures')}. Supported: {'; '.join(layout.title for layout in LAYOUTS)}."

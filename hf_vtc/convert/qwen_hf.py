@@ -7,7 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from ..methods import Record
-from ..models.host_vtc import GRID_BASES
+from ..models.host_vtc import GRID_BASES, require_base
 from .internvl_hf import require_object
 from .layout import Layout
 from .plan import Plan, Renamed, Source, is_tied
@@ -55,6 +55,7 @@ def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     """
     config, stored = source.config, source.stored
     base = config["model_type"]
+    require_base(base, CONFIG_MAPPING)
     require_object(config, "vision_config")
     # old files have the decoder's fields beside the others
     parts = CONFIG_MAPPING[base].from_dict(dict(config))

@@ -29,7 +29,7 @@ class ConvllavaConfig(VtcConfig):
     """
 
     model_type = "vtc_convllava"
-    refused_bases = dict.fromkeys(GRID_BASES, "the method is its own tower")
+    refused_bases = dict.fromkeys(("internvl", "llava", "llava_next", *GRID_BASES), "the method is its own tower")
     sees_tiles = False
 
     def __init__(

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from .grids_vtc import grid_positions
-from .host_vtc import PARTS_HAVE_OWN_DTYPE, PREFERS_INSTALLED_CODE, grid_base_of, position_axes
+from .host_vtc import PARTS_HAVE_OWN_DTYPE, PREFERS_INSTALLED_CODE, grid_base_of, position_axes, require_base
 from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles
 from .window_vtc import note_on_newer
 
@@ -365,6 +365,7 @@ def _sub_config(config: dict | PretrainedConfig | None, default_type: str) -> Pr
 
 @lru_cache
 def _tower_config_class(base: str) -> type[PretrainedConfig]:
+    require_base(base, CONFIG_MAPPING)
     # 4.57 knows it by no name of its own
     return type(CONFIG_MAPPING[base]().vision_config)
 

@@ -8,6 +8,7 @@ later version renames must fail loudly, and not select what was written for an o
 """
 
 import dataclasses
+from collections.abc import Container
 
 import transformers
 from transformers import Cache, LlamaForCausalLM, PretrainedConfig
@@ -33,8 +34,9 @@ PARTS_HAVE_OWN_DTYPE = RELEASE < (5, 0)
 HEAD_TP_PLAN = dict(LlamaForCausalLM._tp_plan)
 
 
-# models whose tower sees every image at its own size, as a grid of patches, and has the connector in it
-GRID_BASES = ("qwen2_5_vl", "qwen3_vl")
+# models whose tower sees every image at its own size, as a grid of patches, and has the connector in it, and the first
+# version of transformers that has them
+GRID_BASES = {"qwen2_5_vl": "4.49", "qwen3_vl": "4.57"}
 
 
 def grid_base_of(tower_type: str) -> str | None:
@@ -42,6 +44,15 @@ def grid_base_of(tower_type: str) -> str | None:
     # a tower of 4.57 has the name of its model
     base = tower_type.removesuffix("_vision")
     return base if base in GRID_BASES else None
+
+
+def require_base(base: str, known: Container[str]) -> None:
+    """Raise an ImportError for one of `GRID_BASES` that is not among those that the installed transformers knows."""
+    if base not in known:
+        raise ImportError(
+            f"{base} needs transformers >= {GRID_BASES[base]}, installed is {transformers.__version__}. Upgrade it: "
+            f"`pip install 'transformers>={GRID_BASES[base]}'`."
+        )
 
 
 # what every stock forward takes beyond its named arguments: for attention, losses and outputs
