@@ -262,6 +262,25 @@ def test_a_reloaded_model_computes_the_same_bits(model, tmp_path):
             assert torch.equal(loaded(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("training", (False, True))
+def test_no_images_are_as_none(model, training):
+    """A trainer that deals out images has none for a batch of text."""
+    batch = dict(batch_of(model, 3, images_per_row=[1]))
+    given = {name: batch[name][:0] for name in ("pixel_values", "num_tiles", "image_sizes") if name in batch}
+    text = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+    model.train(training)
+    assert torch.isfinite(model(**text, **given).loss)
+    model.eval()
+    assert torch.equal(model(**text, **given).loss, model(**text).loss)
+    assert torch.equal(
+        model.generate(input_ids=text["input_ids"], **given, **GREEDY), model.generate(text["input_ids"], **GREEDY)
+    )
+    with pytest.raises(ValueError, match="no `pixel_values` were given"):
+        model(batch["input_ids"], **given)
+    with pytest.raises(ValueError, match="at least one image"):
+        model.get_image_features(given["pixel_values"])
+
+
 def test_tiles_may_come_in_a_block_for_each_image(model):
     """As those of LLaVA-NeXT's processor, which holds for every method that cuts images into tiles."""
     batch = dict(batch_of(model, 3, images_per_row=[2, 0, 2], padding_side="left"))

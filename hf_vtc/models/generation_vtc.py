@@ -145,7 +145,7 @@ class VtcGenerationMixin(GenerationMixin):
         held = None if "prepare_inputs_for_generation" in vars(self) else held_by(cache, input_ids, mask, vision)
         if held is not None:
             behind, later = held.behind(vision), input_ids[:, held.length :]
-            if len(behind.pixel_values) == 0:
+            if not behind.given:
                 self.model.require_no_placeholders(later)
                 text = self.get_input_embeddings()(later)
                 packed = PackedPrompt(text, None, None, torch.ones_like(later, dtype=torch.bool))

@@ -30,6 +30,9 @@ class VisionInputs:
         return self.pixel_values is not None or self.image_features is not None
 
     def __post_init__(self) -> None:
+        if self.pixel_values is not None and len(self.pixel_values) == 0:
+            # what is left of a batch's images for its rows of text
+            self.pixel_values = None
         for name in ("num_tiles", "image_sizes", "router_decisions", "image_grid_thw"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, torch.Tensor):

@@ -360,6 +360,8 @@ class VtcVision(VtcPreTrainedModel):
         """
         refuse_unknown(kwargs, FORWARD_ARGUMENTS)
         vision = VisionInputs(pixel_values, None, num_tiles, image_sizes, vtc_budget, image_grid_thw=image_grid_thw)
+        if not vision.given:
+            raise ValueError("`pixel_values` must hold at least one image, got none.")
         layout = layout_of_images(self.config, vision)
         if layout.asks_scores and self.routes_by_text:
             raise ValueError(
