@@ -16,7 +16,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import AutoProcessor, set_seed
 
 from hf_vtc import AutoModelForVision2Seq
@@ -24,6 +23,7 @@ from hf_vtc.data import VtcCollator, load_records
 from hf_vtc.fit.recipe import (
     RunOptions,
     build_trainer,
+    process_state,
     read_recipe,
     recipe_file,
     trainer_class,
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> VtcTrainer:
     args = parse_arguments(arguments)
     recipe = read_recipe(recipe_file(args.recipe), args.overrides)
     run = RunOptions(args.output, args.seed, args.workers, args.logging_steps, args.save_steps, args.report_to)
-    training = training_arguments(recipe, run, PartialState().num_processes)
+    training = training_arguments(recipe, run, process_state().num_processes)
     trainer_class(recipe)
     set_seed(args.seed)
     processor = AutoProcessor.from_pretrained(args.model)

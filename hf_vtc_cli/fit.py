@@ -136,11 +136,10 @@ def _fields(pairs: list[str]) -> dict[str, Any]:
 
 def _print(measured: Any, output: Path, json_output: bool) -> None:
     """What was measured, in the main process of a run."""
-    from accelerate import PartialState
-
     from hf_vtc.fit import score_text
+    from hf_vtc.fit.recipe import process_state
 
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     if json_output:
         print_json({"before": measured and measured.before, "after": measured and measured.after})

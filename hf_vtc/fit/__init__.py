@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -26,6 +25,7 @@ from ..models.prompt_vtc import Budget
 from .card import score_text, sections_of
 from .folder import REPORT, FitFolder, wait_for
 from .measure import Measured, check_budgets, is_measured, measure, progress_bars
+from .recipe import process_state
 from .request import FitRequest, Plan, plan
 from .split import Split, split_records, write_held_out
 from .stage import Data, Report, Stage, run_stage
@@ -52,7 +52,7 @@ def fit(request: FitRequest, report: Report = lambda line: None) -> Measured | N
         RecordError: a record cannot be used.
         RuntimeError: another run works in the output.
     """
-    state = PartialState()
+    state = process_state()
     planned = plan(request, state.num_processes)
     folder = FitFolder(Path(request.output).absolute())
     if not state.is_main_process:
@@ -130,7 +130,7 @@ class _Run:
 
     def train(self) -> None:
         """All stages, in every process."""
-        if not PartialState().is_main_process:
+        if not process_state().is_main_process:
             self._wait_for_main()
         model = self.start
         for idx, (name, recipe) in enumerate(self.plan.recipes.items(), start=1):

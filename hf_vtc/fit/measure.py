@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import AutoConfig
 from transformers.utils import logging
 
@@ -17,6 +16,7 @@ from ..files import read_json
 from ..hub.source import load_model, load_processor
 from ..models.prompt_vtc import Budget
 from .folder import REPORT
+from .recipe import process_state
 from .stage import release_memory
 
 _TABLE = "report.md"
@@ -90,7 +90,7 @@ def measure(
         budgets, metric, seed: see `hf_vtc.evaluate`.
         folder (`Path`): of the report.
     """
-    device = PartialState().device
+    device = process_state().device
     model = load_model(model_folder, dtype)
     if device.type == "cpu":
         # 16-bit arithmetic is slow or inexact on most CPUs

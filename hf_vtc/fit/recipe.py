@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from accelerate import PartialState
 from packaging.version import Version
 from peft import get_peft_model
 from torch import nn
@@ -68,6 +69,11 @@ class RunOptions:
     logging_steps: int = 10
     save_steps: int = 500
     report_to: str = "none"
+
+
+def process_state() -> PartialState:
+    """This process among those of its run; by itself accelerate looks for others on a CPU only if it is told to."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def recipe_file(name: str | Path) -> Path:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import (
@@ -31,7 +30,7 @@ from ..files import read_json
 from ..hub.source import load_model, load_processor
 from ..trainers.checkpoints import complete_checkpoints
 from .folder import empty_folder, wait_for, write_whole
-from .recipe import Recipe, RunOptions, build_trainer, prepare_model, training_arguments
+from .recipe import Recipe, RunOptions, build_trainer, prepare_model, process_state, training_arguments
 from .split import Split
 
 Report = Callable[[str], None]
@@ -91,7 +90,7 @@ def run_stage(stage: Stage, data: Data, run: RunOptions, report: Report) -> None
         run ([`RunOptions`]): its `output` is the folder of the stage.
         report (`Callable[[str], None]`): told what goes on, by the main process.
     """
-    state, saving = PartialState(), stage.folder / "saving"
+    state, saving = process_state(), stage.folder / "saving"
     if state.is_main_process:
         empty_folder(saving)
     # before any model, which DeepSpeed would load in parts
