@@ -136,6 +136,8 @@ def test_fifty_questions_at_once_are_all_answered(server):
         (None, "What?", 50, "Choose a picture first."),
         ("form_1.png", "  ", 50, "Write a question first."),
         ("form_1.png", "What?", 1, "smallest admissible count is 36"),
+        ("form_1.png", "What?", None, "Choose a budget from 1 to 100 percent."),
+        ("form_1.png", "What?", 150, "Choose a budget from 1 to 100 percent."),
         ("broken.png", "What?", 50, "This picture cannot be read: "),
         ("bomb.png", "What?", 50, "This picture cannot be read: "),
     ],
@@ -152,6 +154,17 @@ def test_page_refuses_in_sentences(client, tmp_path, name, question, percent, me
         asked(client, path, question, percent).result()
     # where an upload lies is nobody's business
     assert "uploads" not in str(caught.value)
+
+
+def test_page_reads_uploads_only(server):
+    # a file of this machine, named by whoever asks
+    image, expected = page_and_question(0, 2)
+    with httpx.Client(trust_env=False, timeout=300) as http:
+        for path in (str(image), "/etc/hostname"):
+            call, upload = f"{server.address}gradio_api/call/ask", {"path": path, "meta": {"_type": "gradio.FileData"}}
+            event = http.post(call, json={"data": [upload, expected["question"], 50, False]}).json()["event_id"]
+            said = http.get(f"{call}/{event}").text
+            assert "event: error" in said and "event: complete" not in said
 
 
 def test_upload_has_a_limit(server):

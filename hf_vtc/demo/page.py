@@ -69,6 +69,8 @@ def build_page(
             with gr.Column():
                 question = gr.Textbox(first["question"], label="Question", lines=2, max_length=_LONGEST_QUESTION)
                 share = gr.Slider(1, 100, 50, step=1, label="Budget: percent of the visual tokens")
+                # the number beside it can be emptied, which gradio refuses in words of its own
+                share.preprocess = lambda percent: percent
                 auto = gr.Checkbox(False, label="Let the method decide instead (auto)")
                 ask = gr.Button("Ask", variant="primary")
         with gr.Row():
@@ -80,7 +82,9 @@ def build_page(
             gr.Examples(rows, [picture, question], label="Pages to ask about", example_labels=labels)
         gr.Markdown(_WORDS_OF_BUDGETS)
 
-        def answer(path: str | None, text: str, percent: float, decides: bool) -> list[Any]:
+        def answer(path: str | None, text: str, percent: float | None, decides: bool) -> list[Any]:
+            if not decides and not _is_percent(percent):
+                raise gr.Error("Choose a budget from 1 to 100 percent.", title="No budget", print_exception=False)
             return _answer(model, processor, path, text, "auto" if decides else percent / 100, max_new_tokens)
 
         _listen(answer, [picture, question, share, auto], [*full, *kept], ask)
@@ -157,9 +161,9 @@ def _listen(answer: Callable[..., list[Any]], inputs: list[Any], outputs: list[A
     common = {"concurrency_id": "model", "concurrency_limit": 1}
     gr.on([ask.click, question.submit], answer, inputs, outputs, api_name="ask", **common)
 
-    def answer_again(path: str | None, text: str, percent: float, decides: bool, before: str) -> list[Any]:
+    def answer_again(path: str | None, text: str, percent: float | None, decides: bool, before: str) -> list[Any]:
         # a budget that moves before anything was asked, or where nothing can be asked, says nothing
-        if not before or not path or not (text or "").strip():
+        if not before or not path or not (text or "").strip() or not (decides or _is_percent(percent)):
             return [gr.skip() for _ in outputs]
         return answer(path, text, percent, decides)
 
@@ -168,6 +172,10 @@ def _listen(answer: Callable[..., list[Any]], inputs: list[Any], outputs: list[A
     for event in (share.change, auto.change):
         event(answer_again, [*inputs, outputs[0]], outputs, **again)
     auto.change(lambda decides: gr.update(interactive=not decides), auto, share, api_visibility="private")
+
+
+def _is_percent(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 1 <= value <= 100
 
 
 def _answer(

@@ -11,9 +11,9 @@ from ..models.tiling_vtc import TileLayout, joined_order, unpadded_grids
 Colour = tuple[int, int, int]
 # what stands before a line of a legend: a colour, several for tiles that are `filled`, or nothing
 Swatch = Colour | Literal["many"] | None
+PAPER = (255, 255, 255)
 # Okabe-Ito: told apart by readers with any colour vision
 FULL_COLOUR = (0, 114, 178)
-PAPER = (255, 255, 255)
 COMPRESSED_COLOUR = (213, 94, 0)
 
 
