@@ -49,6 +49,12 @@ class LlavoltaConfig(VtcConfig):
             that the released code gave; needs `"avgpool1d"`, and a `compress_layer_idx` of at least 1 where images get
             shorter behind the embeddings (the released code cannot decode at 0).
 
+    On a base whose tower sees grids (Qwen3-VL, Qwen2.5-VL) windows stay inside of an image's grid: `"avgpool1d"` takes
+    `compress_stride` neighbours of a row, `"avgpool2d"` squares, and those at an edge are means of what is there. With
+    h x w tokens the admissible counts are h * ceil(w / S), and ceil(h / s) * ceil(w / s) for sides s; a larger
+    `compress_stride` leaves one token of each row, or of the image. Positions are places in an image there and are
+    kept: -1 is refused, as are `"kmeans"`, and on Qwen2.5-VL `"attention"`.
+
     The other fields are those of `VtcConfig`.
     """
 

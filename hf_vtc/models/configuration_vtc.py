@@ -28,6 +28,8 @@ class VtcConfig(PretrainedConfig):
 
     Args:
         vision_config (`dict` or `PretrainedConfig`): the tower; a dict needs `model_type`. Default: InternViT-300M.
+            That of Qwen3-VL or Qwen2.5-VL sees images as grids of patches and has the connector in it; the fields of
+            connector and tiles below are left out then.
         text_config (`dict` or `PretrainedConfig`): the decoder; a dict needs `model_type`. Default: Qwen3.
         image_token_id (`int`): id of the placeholder token in `input_ids`. It may lie beyond the vocabulary, which
             then has no row for it.

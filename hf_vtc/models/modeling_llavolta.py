@@ -8,9 +8,10 @@ Before decoder layer K every span of V visual tokens becomes floor(V / S) means 
 its positions. A pooled token stands where its first member stood, `S` apart, at position `(S - 1) // 2` further on.
 
 Ours: spans from the prompt instead of a constant, left padding, text-only rows, unequal counts per row, beams, static
-caches, every decoder of the Llama, Qwen2, Qwen3 and Mistral families; budgets; compressors other than means. Where we
-differ: positions are exact where the original rounds means in float16 (from position 1024 on), unless
-`float16_positions` asks for that, and decoding with K = 0 works.
+caches, every decoder of the Llama, Qwen2, Qwen3 and Mistral families; budgets; compressors other than means; grids of
+Qwen's bases, whose windows end with a row and whose tokens keep their coordinates. Where we differ: positions are
+exact where the original rounds means in float16 (from position 1024 on), unless `float16_positions` asks for that, and
+decoding with K = 0 works.
 
 `modeling_compressors_llavolta.py` makes spans shorter, `host_decoder_vtc.py` runs the layers around that; this file
 says which spans, and by how much.

@@ -171,21 +171,13 @@ def pack_visual_tokens(
         device, kept, source, flat_source, moved, counted, mask, *back
     )
     if position_ids is not None:
-        position_ids = gathered_positions(position_ids, source)
-        if moved is not None:
-            position_ids = (position_ids - moved).clamp(min=0)
+        position_ids = gathered_positions(position_ids, source, moved)
     if layer_rows is not None:
         layer_rows = layer_rows.flatten(1, 2).index_select(1, flat_source).unflatten(1, source.shape)
-    return PackedPrompt(
-        inputs_embeds=inputs_embeds.flatten(0, 1).index_select(0, flat_source).unflatten(0, source.shape),
-        attention_mask=None if mask is None else mask.long(),
-        position_ids=position_ids if counted is None else counted,
-        kept_mask=on_device,
-        source_index=source,
-        expand_index=expand_index,
-        kept_index=kept_index,
-        layer_rows=layer_rows,
-    )
+    embeds = inputs_embeds.flatten(0, 1).index_select(0, flat_source).unflatten(0, source.shape)
+    mask = None if mask is None else mask.long()
+    position_ids = position_ids if counted is None else counted
+    return PackedPrompt(embeds, mask, position_ids, on_device, source, expand_index, kept_index, layer_rows)
 
 
 def packing_indices(kept: torch.Tensor, counts: torch.LongTensor) -> tuple[torch.Tensor, ...]:
@@ -213,10 +205,13 @@ def packing_indices(kept: torch.Tensor, counts: torch.LongTensor) -> tuple[torch
     return source.unflatten(0, mask.shape), mask, expand_index, kept_index
 
 
-def gathered_positions(position_ids: torch.Tensor, source: torch.LongTensor) -> torch.Tensor:
-    """Positions `(..., B or 1, L)` at `source` `(B, K)`."""
+def gathered_positions(
+    position_ids: torch.Tensor, source: torch.LongTensor, moved: torch.LongTensor | None = None
+) -> torch.Tensor:
+    """Positions `(..., B or 1, L)` at `source` `(B, K)`, lower by `moved` `(B, K)`."""
     axes = position_ids.shape[:-2]
-    return position_ids.expand(*axes, source.shape[0], -1).gather(-1, source.expand(*axes, -1, -1))
+    gathered = position_ids.expand(*axes, source.shape[0], -1).gather(-1, source.expand(*axes, -1, -1))
+    return gathered if moved is None else (gathered - moved).clamp(min=0)
 
 
 def pack_shortened(
