@@ -601,6 +601,11 @@ def test_run_measures_a_gain(shipped, small_shapes):
     assert json.loads(output_of("run", "--json", "--max-new-tokens", 1))["gain"] is None
 
 
+def test_gain_on_a_slow_machine_is_one_round(small_shapes):
+    result = gain.measure_gain("vico-100m", torch.device("cpu"), torch.float32, max_seconds=0.0)
+    assert len(result.full_seconds) == len(result.kept_seconds) == 1
+
+
 def test_run_says_why_there_is_no_gain(shipped, small_shapes, model_cards):
     # an image has one count of visual tokens
     arguments = ("--gain", "--image", "b.png", "--max-new-tokens", 1, "--model", model_cards / "convllava-tiny")
