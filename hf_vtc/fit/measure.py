@@ -38,6 +38,7 @@ class Measured:
 
     @classmethod
     def load(cls, before: Path, after: Path) -> "Measured":
+        """From the folders of two reports."""
         table = (after / _TABLE).read_text(encoding="utf-8")
         return cls(read_json(before / REPORT), read_json(after / REPORT), table)
 

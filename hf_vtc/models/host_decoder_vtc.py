@@ -79,7 +79,7 @@ def may_be_shortened(cache: Cache | None) -> bool:
 def forget_emptied(cache: Cache | None, past: int) -> None:
     """Drop what was noted on a cache that was emptied since, as `generate` of 4.57 does with static ones."""
     if cache is not None and past == 0:
-        for name in ("vtc_layout", "vtc_next_position"):
+        for name in ("vtc_layout", "vtc_next_position", "vtc_prompt"):
             vars(cache).pop(name, None)
 
 

@@ -51,6 +51,7 @@ class Gain:
         return median(full / kept for full, kept in zip(self.full_seconds, self.kept_seconds, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
+        """Every field, and the speed-up, for JSON."""
         return {**asdict(self), "speedup": self.speedup}
 
     def __str__(self) -> str:
