@@ -129,6 +129,8 @@ def main() -> None:
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     # on a CPU torch keeps a compiled kernel for each of the last 1024 shapes, and prompts have many lengths
     environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16"
+    # a connection that rests while the machine is busy is not to be closed under the next request
+    environment["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "600"
     with serving(arguments.model, *options, **environment) as server:
         wrong, memory = asyncio.run(load(server, arguments.requests, arguments.concurrency, ["full", 0.7, 0.5, 0.3]))
     growth = memory[-1] / memory[0] - 1
