@@ -87,6 +87,7 @@ def test_every_moment_is_tested():
     assert set(MOMENTS) == set(THERE) == set(ABSENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", sorted(THERE))
 def test_a_fit_goes_on_where_it_was(killed, whole, start, data, moment):
     output, (expected, measured) = killed / "out", whole
