@@ -16,7 +16,7 @@ import hf_vtc
 ROOT = Path(__file__).parent.parent
 NUM_QUESTIONS = 20
 
-lmms_eval = pytest.importorskip("lmms_eval", reason="lmms-eval is missing: `pip install 'hf-vtc[lmms]'`")
+lmms_eval = pytest.importorskip("lmms_eval.api.model", reason="lmms-eval is missing: `pip install 'hf-vtc[lmms]'`")
 
 
 @pytest.fixture(scope="module")

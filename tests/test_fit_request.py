@@ -63,7 +63,7 @@ REFUSED = {
     ),
     "adapters beside a part": (
         {"lora": True, "overrides": ("vico_consistency.train_only=[compressed_projector]",)},
-        "Leave one of the two out",
+        "Leave one out",
     ),
     "adapters for nothing": (
         {"stages": ("vico_router",), "reference": str(BASE), "lora": True},

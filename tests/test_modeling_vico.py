@@ -45,7 +45,9 @@ def test_route_tiles_rounds_thresholds_to_the_routers_dtype():
 
 
 def test_most_compressible_breaks_ties_by_order():
-    assert most_compressible(torch.tensor([0.5, 0.9, 0.5, 0.1]), 2).tolist() == [True, True, False, False]
+    p_compress = torch.tensor([0.5, 0.9, 0.5, 0.1, 0.2, 0.2, 0.3])
+    marked = most_compressible(p_compress, torch.tensor([4, 2, 1]), torch.tensor([2, 1, 0]))
+    assert marked.tolist() == [True, True, False, False, True, False, False]
 
 
 @pytest.mark.parametrize("as_share", (True, False))
@@ -62,7 +64,8 @@ def test_every_admissible_budget_is_honoured(model, as_share):
                 out = model(**batch, vtc_budget=budgets)
             assert out.num_visual_tokens[image] == count
             decisions = out.router_decisions.split(batch["num_tiles"].tolist())
-            assert torch.equal(decisions[image], most_compressible(probabilities[image], num_compressed))
+            marked = most_compressible(probabilities[image], torch.tensor([tiles]), torch.tensor([num_compressed]))
+            assert torch.equal(decisions[image], marked)
             assert not any(bool(other.any()) for idx, other in enumerate(decisions) if idx != image)
             # one token more than admissible changes nothing, one less takes the next count or raises
             assert model.count_visual_tokens(**batch, vtc_budget=budgets)[image] == count

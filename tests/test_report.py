@@ -294,8 +294,8 @@ def test_estimate_uses_the_given_tiling():
 def test_estimate_counts_the_compressor():
     official = {**internvl("8B"), "model_type": "vtc_vico", "image_seq_length": 256, "router_num_heads": 16}
     none, every = (estimate(official, num_tiles=1, vtc_budget=count) for count in (256, 64))
-    # 17 and 30 GFLOP for the two connectors, 4.7 for the router, most of it for keys of all patches
-    assert [round(result.compressor_flops / 1e9, 1) for result in (none, every)] == [21.8, 34.7]
+    # 17 and 30 GFLOP for the two connectors, 4.9 for the router, of which 4.3 do not grow with the tiles
+    assert [round(result.compressor_flops / 1e9, 1) for result in (none, every)] == [22.0, 34.9]
     assert estimate(internvl("8B")).compressor_flops == 0
 
 

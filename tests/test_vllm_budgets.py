@@ -19,7 +19,7 @@ SIZES = [(40, 70), (32, 96), (90, 33)]
 def pair_of(method):
     fields = {"compress_layer_idx": -1} if method == "llavolta" else {}
     model, processor = tiny_model(method, **fields), tiny_processor(method)
-    processor.model_config = model.config
+    processor.model_config, processor.return_layout = model.config, True
     return model, processor
 
 

@@ -77,7 +77,8 @@ class FitFolder:
                         f"{_difference(name, before.get(name), settings.get(name))}. Give another folder, or remove "
                         "this one to begin anew."
                     )
-            write_whole(self.settings, json.dumps(settings, indent=1) + "\n")
+            if settings != before:
+                write_whole(self.settings, json.dumps(settings, indent=1) + "\n")
             return True
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise FileExistsError(f"`output` {self.output} holds something that is no fit. Give another folder.")

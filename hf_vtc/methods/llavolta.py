@@ -13,7 +13,7 @@ from ..models.modeling_llavolta import LlavoltaForConditionalGeneration, Llavolt
 from .baselines import Baseline, Baselines, Instead, Met, between
 from .costs import Workload
 from .drawing import Drawing, Kept, Swatch, Tile, cells_of, colour_of, kept_line, token_sequence
-from .record import Base, Costs, Record, Sharding, connect_all, register
+from .record import Base, Costs, Record, Sharding, connect_all, refuse_grid_base, register
 from .shapes import of_llava
 
 
@@ -44,6 +44,7 @@ def layers(config: LlavoltaConfig, num_layers: int, num_reserved: int, num_kept:
 def draw(kept: Kept) -> Drawing:
     """The patches that become one token, in a colour of their own."""
     config, layout, count = kept.config, kept.layout, kept.num_tokens
+    refuse_grid_base(config, "`overlay`", "The tokens of an image are its grid, row by row.")
     side = math.isqrt(config.image_seq_length)
     rule = config.unpad_rule if config.mm_patch_merge_type == "spatial_unpad" else None
     order = token_sequence(layout, (side, side), rule)

@@ -29,10 +29,11 @@ def router_flops(workload: Workload) -> float:
     """The router, which reads the features of every tile."""
     config, width = workload.config, workload.tower.width
     heads, patches = config.router_num_heads, workload.tower.num_patches
-    # four attentions of one query: keys of all patches, which the last three share, values of what every head pooled
-    router = linear_flops(2 * 4 + 4 * heads + 2 * patches, width, width) + 4 * 2.0 * (1 + heads) * patches * width
+    # four attentions of one query, folded with the projection of keys, over all patches; values of what a head pooled
+    router = linear_flops(2 * 4 + 4 + 4 * heads, width, width) + 4 * 2.0 * (2 * heads) * patches * width
     router += linear_flops(4, width, 4 * width, width)
-    return workload.num_tiles * router
+    # both layers tell what their projections are, once for all tiles
+    return workload.num_tiles * router + linear_flops(2 * (width + 1), width, width)
 
 
 def oracle(base: torch.nn.Module, output: Any) -> Callable[[torch.Tensor], None]:

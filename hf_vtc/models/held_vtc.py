@@ -1,7 +1,7 @@
 """What a filled cache knows of its prompt: images that it holds are neither encoded nor packed again."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class HeldPrompt:
         source_index (`torch.LongTensor` of shape `(B, K)`): original positions of packed ones.
         marks (`torch.LongTensor` of shape `(T,)`): a number of each tile, by which images are known again.
         num_images (`int`): of the prompt.
-        asked (`VisionInputs`): what was said about them, without pixels.
+        vtc_budget, router_decisions: what was asked for them.
         plan ([`DecodePlan`], *optional*): of the packed prompt.
     """
 
@@ -34,7 +34,8 @@ class HeldPrompt:
     source_index: torch.LongTensor
     marks: torch.Tensor
     num_images: int
-    asked: VisionInputs
+    vtc_budget: Budget | Sequence[Budget]
+    router_decisions: torch.Tensor | None
     plan: DecodePlan | None
 
     @property
@@ -60,11 +61,10 @@ class HeldPrompt:
 
     def was_asked(self, vision: VisionInputs) -> bool:
         """Whether a call asks for the images here what was asked for when they were packed."""
-        now, then = vision.router_decisions, self.asked.router_decisions
+        now, then = vision.router_decisions, self.router_decisions
         if now is not None or then is not None:
             return now is not None and then is not None and torch.equal(now[: len(then)].cpu(), then.cpu())
-        now, then = vision.vtc_budget, self.asked.vtc_budget
-        return _first(now, self.num_images) == _first(then, self.num_images)
+        return _first(vision.vtc_budget, self.num_images) == _first(self.vtc_budget, self.num_images)
 
     def behind(self, vision: VisionInputs) -> VisionInputs:
         """What a call says about the images behind those here."""
@@ -76,7 +76,7 @@ class HeldPrompt:
             None if vision.num_tiles is None else vision.num_tiles[num_images:],
             None if vision.image_sizes is None else vision.image_sizes[num_images:],
             list(budget)[num_images:] if isinstance(budget, (list, tuple)) else budget,
-            None if decisions is None else decisions[len(self.asked.router_decisions) :],
+            None if decisions is None else decisions[len(self.router_decisions) :],
         )
 
     def followed_by(self, packed: PackedPrompt) -> PackedPrompt:
@@ -123,8 +123,8 @@ def hold(
     if source is None:
         source = torch.arange(shape[1], device=input_ids.device).expand(shape)
     mask = input_ids.new_ones(shape) if packed.attention_mask is None else packed.attention_mask
-    marks, asked = marks_of(vision.pixel_values), replace(vision, pixel_values=None)
-    cache.vtc_prompt = HeldPrompt(input_ids, attention_mask, mask, source, marks, num_images, asked, plan)
+    marks, asked = marks_of(vision.pixel_values), (vision.vtc_budget, vision.router_decisions)
+    cache.vtc_prompt = HeldPrompt(input_ids, attention_mask, mask, source, marks, num_images, *asked, plan)
 
 
 def marks_of(pixel_values: torch.Tensor) -> torch.LongTensor:

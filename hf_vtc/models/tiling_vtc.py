@@ -304,7 +304,8 @@ def unpadded_grids(
 
 def stacked_grids(grids: Sequence[tuple[int, int]]) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Rows and columns `(G, 1)` of G token grids, for `unpadded_grids` of all of them at once."""
-    rows, columns = torch.tensor(grids).T[..., None]
+    # on the CPU also where a model is being built on another device
+    rows, columns = torch.tensor(grids, device="cpu").T[..., None]
     return rows, columns
 
 

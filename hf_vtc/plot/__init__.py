@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig, ProcessorMixin
 
-from ..methods import record_of, refuse_grid_base, vico
+from ..methods import record_of, vico
 from ..methods.drawing import COMPRESSED_COLOUR, FULL_COLOUR, PAPER, Kept
 from ..models.image_processing_vtc import VtcImageProcessor
 from .canvas import compose
@@ -56,8 +56,6 @@ def overlay(
         ValueError: the decisions do not fit this image, `output` does not hold what the method decides, or nothing is
             known about drawing this method.
     """
-    if config is not None:
-        refuse_grid_base(config, "`overlay`", "The tokens of an image are its grid, row by row.")
     cutter = processor.image_processor if isinstance(processor, ProcessorMixin) else processor or VtcImageProcessor()
     picture = cutter.fetch_images(image)
     layout = cutter.get_tile_layout(picture.height, picture.width)
