@@ -30,11 +30,10 @@ _MODEL_METHODS = ("forward", "generate", "count_visual_tokens", "get_image_featu
 _ERRORS = re.compile(r"(Error|Exception|OpsUnavailable|UntrustedPlace)$")
 _OF_ALL_METHODS = {
     "configuration_vtc": ("VtcConfig",),
-    "modeling_vtc": ("VtcForConditionalGeneration",),
     "generation_vtc": ("VtcGenerationMixin",),
     "processing_vtc": ("VtcProcessor",),
     "image_processing_vtc": ("VtcImageProcessor",),
-    "head_vtc": ("VtcCausalLMOutputWithPast",),
+    "head_vtc": ("VtcForConditionalGeneration", "VtcCausalLMOutputWithPast"),
 }
 
 log = logging.getLogger("mkdocs.hooks.hf_vtc")

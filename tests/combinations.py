@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from hf_vtc.models.configuration_avg_llava import AvgLlavaConfig
 from hf_vtc.models.configuration_llavolta import LlavoltaConfig
 from hf_vtc.models.configuration_vico import VicoConfig
+from hf_vtc.models.head_vtc import VtcForConditionalGeneration
 from hf_vtc.models.layout_vtc import Layout
 from hf_vtc.models.modeling_avg_llava import AvgLlavaInit, AvgLlavaSteps
 from hf_vtc.models.modeling_llavolta import LlavoltaModel, LlavoltaSteps
 from hf_vtc.models.modeling_vico import VicoInit, VicoSteps
-from hf_vtc.models.modeling_vtc import VtcForConditionalGeneration, VtcModel
+from hf_vtc.models.modeling_vtc import VtcModel
 from hf_vtc.models.prompt_vtc import BY_SCORES
 from hf_vtc.models.tiling_vtc import ImageSizes
 from hf_vtc.models.vision_vtc import Choice, Scores, VisualTokens

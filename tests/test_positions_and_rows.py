@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from hf_vtc.models.configuration_llavolta import LlavoltaConfig
+from hf_vtc.models.head_vtc import VtcForConditionalGeneration
 from hf_vtc.models.modeling_llavolta import LlavoltaModel, LlavoltaSteps
-from hf_vtc.models.modeling_vtc import VtcForConditionalGeneration, VtcModel
+from hf_vtc.models.modeling_vtc import VtcModel
 from hf_vtc.models.prompt_vtc import VisionInputs
 
 pytestmark = pytest.mark.window

@@ -9,57 +9,12 @@ import torch
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from hf_vtc.methods import record_named
+from hf_vtc.methods.shapes import CLIP_L_336, CONVNEXT_L_1536, INTERN_VIT_300M, QWEN3_8B, VICUNA_7B
 
 METHODS = ("vico", "avg_llava", "llavolta", "vistog", "convllava")
 # a text token before the images that is none of the decoder's special ones, and the placeholder
 _FIRST_TEXT_ID, IMAGE_TOKEN_ID = 10, 9
 
-CLIP_L_336 = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-INTERN_VIT_300M = {
-    "model_type": "internvl_vision",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "attention_bias": True,
-    "image_size": [448, 448],
-    "patch_size": [14, 14],
-}
-CONVNEXT_L_1536 = {
-    "model_type": "convnext",
-    "hidden_sizes": [192, 384, 768, 1536, 3072],
-    "depths": [3, 3, 27, 3, 6],
-    "image_size": 1536,
-}
-VICUNA_7B = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-}
-QWEN3_8B = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-}
 _TINY_DECODER = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -1,10 +1,24 @@
 """What our models give back, and what a head computes of it: the rows that count, and no others (contract C2)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import Cache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.utils import can_return_tuple
+
+from .configuration_vtc import VtcConfig
+from .generation_vtc import VtcGenerationMixin
+from .host_vtc import HEAD_TP_PLAN, cache_of, named_cache
+from .prompt_vtc import Budget
+from .vision_vtc import Features, VtcPreTrainedModel, VtcVision
 
 
 @dataclass
@@ -93,3 +107,119 @@ def full_length_logits(
     # dropped positions repeat the kept ones before them
     repeats = (outputs.kept_mask.flatten().cumsum(0) - 1).clamp(min=0)
     return head(states.flatten(0, 1)[kept_index])[repeats].unflatten(0, outputs.kept_mask.shape)
+
+
+class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
+    """A `VtcModel` of `modeling_vtc.py` with a language modelling head. Abstract."""
+
+    _tp_plan = HEAD_TP_PLAN
+
+    def __init__(self, config: VtcConfig, model: VtcVision):
+        super().__init__(config)
+        self.model = model
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.model.set_decoder(decoder)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `VtcModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def count_visual_tokens(self, *args: Any, **kwargs: Any) -> torch.LongTensor:
+        """See `VtcModel.count_visual_tokens`."""
+        return self.model.count_visual_tokens(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_tiles: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        vtc_budget: Budget | Sequence[Budget] = None,
+        router_decisions: torch.Tensor | None = None,
+        image_features: Features | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> VtcCausalLMOutputWithPast:
+        """Full-length prompts in, full-length logits or a loss out; see `VtcModel.forward` for the arguments.
+
+        Args:
+            labels (`(B, L)`): ids to predict, -100 = none; placeholders never count. In training mode only the loss is
+                computed, on kept rows; in eval mode the logits as well.
+            logits_to_keep (`int` or index tensor): logits of the last positions only, 0 = all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            num_tiles=num_tiles,
+            image_sizes=image_sizes,
+            vtc_budget=vtc_budget,
+            router_decisions=router_decisions,
+            image_features=image_features,
+            image_grid_thw=image_grid_thw,
+            **kwargs,
+        )
+        loss = logits = None
+        if labels is not None:
+            _, placeholder_mask = self.model.find_placeholders(input_ids, inputs_embeds)
+            labels = labels.masked_fill(placeholder_mask.to(labels.device), -100)
+            if attention_mask is not None and attention_mask.ndim == 2:
+                # nothing stands before the first token of a row, on whichever side the row is padded
+                unread = nn.functional.pad(attention_mask[:, :-1] == 0, (1, 0), value=True)
+                labels = labels.masked_fill(unread.to(labels.device), -100)
+            loss = self._next_token_loss(outputs, labels, **kwargs)
+        if labels is None or not self.training:
+            logits = full_length_logits(self.lm_head, outputs, logits_to_keep)
+        return VtcCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            **named_cache(cache_of(outputs)),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            router_logits=outputs.router_logits,
+            router_decisions=outputs.router_decisions,
+            kept_mask=outputs.kept_mask,
+            kept_index=outputs.kept_index,
+            num_visual_tokens=outputs.num_visual_tokens,
+        )
+
+    def _next_token_loss(self, outputs: VtcModelOutputWithPast, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Equal to the full-length loss, from compact rows; `shift_labels` among `kwargs` replaces the targets."""
+        shift_labels = kwargs.pop("shift_labels", None)
+        if shift_labels is not None:
+            shift_labels = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100)
+        states, targets = predicting_states(outputs, labels, shift_labels)
+        vocab_size = self.config.text_config.vocab_size
+        return self.loss_function(
+            logits=self.lm_head(states), labels=None, vocab_size=vocab_size, shift_labels=targets, **kwargs
+        )

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_avg_llava import AvgLlavaConfig
+from .head_vtc import VtcForConditionalGeneration
 from .layout_vtc import Layout
 from .modeling_router_avg_llava import GranularityRouter, filter_text
-from .modeling_vtc import VtcForConditionalGeneration, VtcModel
+from .modeling_vtc import VtcModel
 from .ops_vtc import pool_pyramid
 from .packing_vtc import first_slots, to_device
 from .prompt_vtc import BY_SCORES

@@ -19,8 +19,9 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from .configuration_convllava import ConvllavaConfig
+from .head_vtc import VtcForConditionalGeneration
 from .layout_vtc import Layout, layout_of_images
-from .modeling_vtc import VtcForConditionalGeneration, VtcModel
+from .modeling_vtc import VtcModel
 from .prompt_vtc import VisionInputs
 from .tower_vtc import Connector
 from .vision_vtc import VtcVisionHalf

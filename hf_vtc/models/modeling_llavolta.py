@@ -23,9 +23,10 @@ from dataclasses import replace
 import torch
 
 from .configuration_llavolta import LlavoltaConfig
+from .head_vtc import VtcForConditionalGeneration
 from .layout_vtc import Layout
 from .modeling_compressors_llavolta import float16_means, shorten
-from .modeling_vtc import VtcForConditionalGeneration, VtcModel
+from .modeling_vtc import VtcModel
 from .packing_vtc import DecodePlan, PackedPrompt, Span, first_slots, pack_shortened
 from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf
 

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from .configuration_vico import VicoConfig
+from .head_vtc import VtcForConditionalGeneration
 from .layout_vtc import Layout
-from .modeling_vtc import VtcForConditionalGeneration, VtcModel
+from .modeling_vtc import VtcModel
 from .packing_vtc import first_slots, to_device
 from .prompt_vtc import BY_SCORES
 from .tower_vtc import Connector

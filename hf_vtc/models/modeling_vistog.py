@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_vistog import VistogConfig
+from .head_vtc import VtcForConditionalGeneration
 from .host_tower_vtc import class_token_of
 from .layout_vtc import Layout
 from .modeling_tower_vistog import run_tower
-from .modeling_vtc import VtcForConditionalGeneration, VtcModel
+from .modeling_vtc import VtcModel
 from .ops_vtc import assign_segment_mean, segment_mean_of
 from .packing_vtc import first_slots, to_device
 from .tower_vtc import Connector

@@ -3,8 +3,9 @@
 import torch
 
 from .configuration_pruning import PruningConfig
+from .head_vtc import VtcForConditionalGeneration
 from .layout_vtc import Layout
-from .modeling_vtc import VtcForConditionalGeneration, VtcModel
+from .modeling_vtc import VtcModel
 from .packing_vtc import to_device
 from .tower_vtc import Connector
 from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf
