@@ -39,6 +39,8 @@ def base_folder(tmp_path: Path) -> Path:
         ("language_model.lm_head.weight", "lm_head.weight"),
         ("language_model.model.norm.weight", "model.language_model.norm.weight"),
         ("language_model.norm.weight", "model.language_model.norm.weight"),
+        ("model.language_model.model.norm.weight", "model.language_model.norm.weight"),
+        ("model.language_model.norm.weight", "model.language_model.norm.weight"),
         ("vision_tower.embeddings.cls_token", "model.vision_tower.embeddings.cls_token"),
         ("multi_modal_projector.linear_1.bias", "model.multi_modal_projector.linear_1.bias"),
         ("model.multi_modal_projector.linear_1.bias", "model.multi_modal_projector.linear_1.bias"),

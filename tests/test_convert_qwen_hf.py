@@ -21,13 +21,13 @@ from qwen_models import BASES, batch_of, model_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_vtc.auto import REMOTE_CODE_FROM_FOLDER
 from hf_vtc.convert import convert, from_base

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_samples import random_image
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hf_vtc.models  # noqa: F401 - registers the Auto classes
 from hf_vtc.models.image_processing_vtc import IMAGENET_MEAN, IMAGENET_STD, VtcImageProcessor

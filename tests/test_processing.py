@@ -9,10 +9,12 @@ from factories import tiny_processor, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils.hub import PushToHubMixin
 
 import hf_vtc.models  # noqa: F401 - registers the Auto classes
+from hf_vtc.auto import REMOTE_CODE_FROM_FOLDER
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
 from hf_vtc.models.processing_vtc import VtcProcessor
 
@@ -376,13 +378,15 @@ def test_save_pretrained_copies_the_code_that_the_folder_names(tmp_path):
 
 @pytest.mark.window
 @pytest.mark.slow
+@pytest.mark.skipif(not REMOTE_CODE_FROM_FOLDER, reason="remote code from a local folder needs transformers >= 5.11")
 def test_trust_remote_code_in_a_process_without_the_package(tmp_path, run_python):
     tiny_processor().save_pretrained(tmp_path / "folder")
     image_of(30, 60).save(tmp_path / "image.png")
     script = """
 import sys
 import torch
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 folder, image, out = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 assert type(AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)).__name__ == "VtcImageProcessor"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from factories import tiny_processor, tiny_tokenizer
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hf_vtc.models  # noqa: F401 - registers the Auto classes
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor

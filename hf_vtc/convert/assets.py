@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from ..files import read_json, read_text
@@ -34,7 +34,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     settings = read_json(file) if file.is_file() else {}
     try:
         if settings.get("tokenizer_class") not in _GENERIC_CLASSES:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            # of a config.json that it does not know, 5.0 takes a class without rules for the one named
+            return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig(), trust_remote_code=False)
         # without a class name transformers would ask config.json, whose `model_type` it does not know
         spelling = {}
         if isinstance(settings.get("extra_special_tokens"), list):

@@ -11,10 +11,10 @@ from .layout import Layout
 from .plan import Plan, ProcessorSettings, Renamed, Source, architecture_fields, is_tied
 from .targets import plan_base, targets_of
 
-# files of 4.52 and later keep the names that the model had before its parts moved under `model`
+# files of 4.52 and later keep the names that the model had before its parts moved under `model`, and 5.5 mixes both
 _OLD_PREFIXES = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"^language_model\.(model\.)?"), "model.language_model."),
+    (re.compile(r"^(model\.)?language_model\.(model\.)?"), "model.language_model."),
     (re.compile(r"^vision_tower\."), "model.vision_tower."),
     (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
 )
@@ -58,8 +58,8 @@ def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     config, stored = source.config, source.stored
     text = require_object(config, "text_config")
     head = head_name(stored)
-    prefix = "model.language_model." if "model.language_model.norm.weight" in stored else "language_model.model."
-    tied = is_tied(source, text, head, f"{prefix}embed_tokens.weight")
+    embeddings = next((name for name in stored if name.endswith("embed_tokens.weight")), "")
+    tied = is_tied(source, text, head, embeddings)
     vision_config = CONFIG_MAPPING["internvl_vision"](**architecture_fields(require_object(config, "vision_config")))
     return plan_base(
         target,

@@ -64,8 +64,8 @@ def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     if config["model_type"] == "llava_next":
         anyres = {"image_grid_pinpoints": config.get("image_grid_pinpoints", LLAVA_NEXT_PINPOINTS)}
     head = head_name(stored)
-    prefix = "model.language_model." if "model.language_model.norm.weight" in stored else "language_model.model."
-    tied = is_tied(source, text, head, f"{prefix}embed_tokens.weight")
+    embeddings = next((name for name in stored if name.endswith("embed_tokens.weight")), "")
+    tied = is_tied(source, text, head, embeddings)
     tower = tower_config(require_object(config, "vision_config"))
     decoder = decoder_config(text, "llama", tied)
     return plan_base(

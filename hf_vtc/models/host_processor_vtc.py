@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .host_vtc import RELEASE
@@ -23,7 +24,13 @@ except ImportError:
     # 4.57, where an image processor without torchvision derives from the base class itself
     from transformers.image_processing_utils import BaseImageProcessor as ImageProcessorBase
 
-__all__ = ["ImageProcessorBase", "ProcessorBase"]
+__all__ = ["ImageProcessorBase", "ProcessorBase", "TextArguments"]
+
+
+class TextArguments(TextKwargs, total=False):
+    """Arguments of the tokenizer. 5.10 and 5.11 read this one and drop it, since they do not declare it."""
+
+    return_text_replacement_offsets: bool | None
 
 
 class _CallBackport(ProcessorMixin):

@@ -24,7 +24,7 @@ from .chat_templates_vtc import (  # noqa: F401  public under this name too
     vicuna_template,
 )
 from .counting_vtc import COUNT_RULES
-from .host_processor_vtc import ProcessorBase
+from .host_processor_vtc import ProcessorBase, TextArguments
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
 from .tiling_vtc import TilingSettings, images_apart, refuse_misnamed, refuse_unknown
@@ -44,6 +44,7 @@ class VtcProcessorKwargs(ProcessingKwargs, total=False):
     """Arguments of a call. Rows are padded unless `padding=False`: batches of images rarely have one length."""
 
     images_kwargs: VtcImagesKwargs
+    text_kwargs: TextArguments
     _defaults = {"text_kwargs": {"padding": True}}
 
 
@@ -58,10 +59,7 @@ _NESTED_ARGUMENTS = {
     "videos_kwargs": frozenset(),
     "audio_kwargs": frozenset(),
 }
-_CALL_ARGUMENTS = frozenset(
-    (*_IMAGE_ARGUMENTS, *_TEXT_ARGUMENTS, *_NESTED_ARGUMENTS)
-    + ("return_mm_token_type_ids", "return_text_replacement_offsets")
-)
+_CALL_ARGUMENTS = frozenset((*_IMAGE_ARGUMENTS, *_TEXT_ARGUMENTS, *_NESTED_ARGUMENTS, "return_mm_token_type_ids"))
 # how a folder or repository is found and read, which holds for the model's configuration in it too
 _SOURCE_ARGUMENTS = (
     "cache_dir",
