@@ -8,6 +8,7 @@ built and loaded without a language model, and `modeling_vtc.py` adds one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -305,17 +306,13 @@ class VtcVision(VtcPreTrainedModel):
             starts = dict(zip(bank, torch.tensor([0, *map(len, parts)]).cumsum(0).tolist(), strict=False))
             num_tiles = layout.sizes.num_tiles
             first_tiles = (num_tiles.cumsum(0) - num_tiles).tolist()
-            orders, end = [], sum(map(len, parts))
-            # of all images at once, since one alone costs as much
-            maps = (
-                {}
-                if layout.sizes.grids is None
-                else {idx: layout.sizes.kept(grids[idx], self.config.unpad_rule).tolist() for idx in bank}
-            )
-            firsts = []
-            for image_idx, (idx, first_tile) in enumerate(zip(chosen, first_tiles, strict=True)):
-                orders.append(self._token_order(layout, image_idx, grids[idx], maps.get(idx)))
-                firsts.append(starts[idx] + first_tile * grids[idx][0] * grids[idx][1])
+            order_of = lru_cache(None)(self._token_order)  # images of one shape share theirs
+            shapes = self._shapes_of_maps(layout, chosen, grids)
+            orders, end = [order_of(*shape) for shape in shapes], sum(map(len, parts))
+            firsts = [
+                starts[idx] + first_tile * grids[idx][0] * grids[idx][1]
+                for idx, first_tile in zip(chosen, first_tiles, strict=True)
+            ]
             if newline is not None:
                 parts.append(newline[None].to(parts[0]))
             order, lengths = torch.cat(orders), torch.tensor([len(order) for order in orders])
@@ -324,18 +321,37 @@ class VtcVision(VtcPreTrainedModel):
             joined = torch.cat(parts).index_select(0, source)
         return touch(joined, newline) if self.training and newline is not None else joined
 
+    def _shapes_of_maps(
+        self, layout: Layout, chosen: list[int], grids: Sequence[tuple[int, int]]
+    ) -> list[tuple[tuple[int, int], int, tuple[int, int] | None, tuple[int, int] | None]]:
+        """Arguments of `_token_order` for each image."""
+        num_tiles = layout.sizes.num_tiles.tolist()
+        if layout.sizes.grids is None:
+            return [(grids[idx], num, None, None) for idx, num in zip(chosen, num_tiles, strict=True)]
+        # of all images at once, since one alone costs as much
+        kept = {idx: layout.sizes.kept(grids[idx], self.config.unpad_rule).tolist() for idx in set(chosen)}
+        tile_grids = layout.sizes.grids.tolist()
+        return [
+            (grids[idx], num_tiles[image_idx], tuple(tile_grids[image_idx]), tuple(kept[idx][image_idx]))
+            for image_idx, idx in enumerate(chosen)
+        ]
+
     def _token_order(
-        self, layout: Layout, image_idx: int, token_grid: tuple[int, int], maps: list[list[int]] | None
+        self,
+        token_grid: tuple[int, int],
+        num_tiles: int,
+        tile_grid: tuple[int, int] | None,
+        kept: tuple[int, int] | None,
     ) -> torch.LongTensor:
-        """Which token of an image stands where, counted in the order of its tiles; -1 = newline. `maps` are (rows,
-        columns) that are left of every image's map, None where tiles are not joined."""
-        num_tiles, per_tile = int(layout.sizes.num_tiles[image_idx]), token_grid[0] * token_grid[1]
-        if maps is None:
+        """Which token of an image stands where, counted in the order of its tiles; -1 = newline. `kept` are (rows,
+        columns) that are left of its map, None where tiles are not joined."""
+        per_tile = token_grid[0] * token_grid[1]
+        if kept is None:
             return torch.arange(num_tiles * per_tile)
         if num_tiles == 1:
             single = torch.arange(per_tile)
             return nn.functional.pad(single, (0, int(self.config.newline_behind_single_tile)), value=-1)
-        return joined_order(tuple(layout.sizes.grids[image_idx].tolist()), token_grid, tuple(maps[image_idx]))
+        return joined_order(tile_grid, token_grid, kept)
 
     @can_return_tuple
     def get_image_features(
