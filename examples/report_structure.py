@@ -15,7 +15,9 @@ What is counted, and where a CPU cannot tell what an accelerator would do:
   of it, each one copy to an accelerator unless the tensor is there already;
 - *host time*: from the return of the first `to_host` to the first layer of the language model, without what an
   accelerator computes: the tower, all modules (connectors, router, rotary embeddings), and AVG-LLaVA's pooling and
-  text filter, which are functions. Widths are tiny; gathers of states are included, and so is a CPU's time for them.
+  text filter, which are functions. Widths are tiny; gathers of states are included, and so is a CPU's time for them;
+- *idle time*: the same from the return of the last `to_host`, for which an accelerator has done all that it was given,
+  so that it waits for the host meanwhile; in a call without and with gradients.
 """
 
 import argparse
@@ -268,14 +270,18 @@ class HostClock:
         self.decoder = model.model.language_model
         self.parts = set(model.modules()) - {model, model.model, self.decoder}
         self.arrived = self.away = self.entered = self.seconds = None
+        self.last_arrived = self.last_away = self.idle_seconds = None
         self.depth = 0
 
     def as_start(self, function: Callable) -> Callable:
         @wraps(function)
         def start(*tensors):
             arrived = function(*tensors)
+            now = time.perf_counter()
             if self.arrived is None:
-                self.arrived, self.away = time.perf_counter(), 0.0
+                self.arrived, self.away = now, 0.0
+            if tensors:
+                self.last_arrived, self.last_away = now, self.away
             return arrived
 
         return start
@@ -304,11 +310,14 @@ class HostClock:
         return work
 
     def stop(self, module: Any, args: Any) -> None:
-        self.seconds = time.perf_counter() - self.arrived - self.away
+        now = time.perf_counter()
+        self.seconds = now - self.arrived - self.away
+        self.idle_seconds = now - self.last_arrived - (self.away - self.last_away)
         raise FirstLayer
 
 
-def host_seconds(model: Any, inputs: dict[str, Any]) -> float:
+def host_seconds(model: Any, inputs: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of the host from the first and from the last transfer to the first layer of the language model."""
     from torch.nn.modules import module as hooks
 
     clock = HostClock(model)
@@ -324,7 +333,7 @@ def host_seconds(model: Any, inputs: dict[str, Any]) -> float:
                 stack.enter_context(replaced(name, clock.as_device_work))
             model(**inputs, use_cache=False)
     except FirstLayer:
-        return clock.seconds
+        return clock.seconds, clock.idle_seconds
     finally:
         for handle in handles:
             handle.remove()
@@ -345,26 +354,32 @@ def run_once(function: Callable) -> Callable:
 
 
 def host_milliseconds(method: str) -> dict[str, Any]:
-    """Host time of a prefill at each budget, without the first call, which fills caches and runs tower and router.
+    """Host and idle time of a prefill at each budget, and of a call with gradients at `"auto"`.
 
-    Later calls are given what these found: half a second of arithmetic would leave a CPU's caches cold to the host.
+    The first call fills caches and runs tower and router. Later ones are given what these found: half a second of
+    arithmetic would leave a CPU's caches cold to the host.
     """
     import torch
 
     model, inputs = long_images(method)
 
-    def measure(budget: Any) -> dict[str, float]:
+    def measure(budget: Any, train: bool = False) -> dict[str, float]:
         asked = {**inputs, "vtc_budget": budget}
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.set_grad_enabled(train), ExitStack() as stack:
             stack.enter_context(patch.object(model.model, "encode", run_once(model.model.encode)))
             if hasattr(model.model, "router"):
                 router = model.model.router
                 stack.enter_context(patch.object(router, "forward", run_once(router.forward)))
+            model.train(train)
             host_seconds(model, asked)
-            seconds = [host_seconds(model, asked) for _ in range(REPEATS)]
-        return {"least": 1e3 * min(seconds), "median": 1e3 * statistics.median(seconds)}
+            seconds, idle = zip(*(host_seconds(model, asked) for _ in range(REPEATS)), strict=True)
+        return {
+            "least": 1e3 * min(seconds),
+            "median": 1e3 * statistics.median(seconds),
+            "idle": 1e3 * statistics.median(idle),
+        }
 
-    return of_budgets(measure)
+    return {**of_budgets(measure), "training": measure("auto", train=True)}
 
 
 def measured() -> dict[str, Any]:
@@ -418,7 +433,7 @@ def printed(reports: dict[str, dict[str, Any]]) -> str:
         "long_files": f"files over {MAX_FILE_LINES} lines",
     }
     sizes = [[label, *(report["sizes"].get(key, 0) for report in reports.values())] for key, label in labels.items()]
-    counts, carriers, times = [], [], []
+    counts, carriers, times, idle = [], [], [], []
     for method in first["counts"]:
         for budget in map(str, BUDGETS):
             found = [report["counts"][method][budget] for report in reports.values()]
@@ -430,6 +445,10 @@ def printed(reports: dict[str, dict[str, Any]]) -> str:
             spent = [report["host"][method][budget] for report in reports.values()]
             cells = [REFUSED if each == REFUSED else f"{each['least']:.1f} ({each['median']:.1f})" for each in spent]
             times.append([f"`{method}`", budget, *cells])
+        for label, key in {"auto": "auto", "auto, with gradients": "training"}.items():
+            idle.append(
+                [f"`{method}`", label, *(f"{each['host'][method][key]['idle']:.1f}" for each in reports.values())]
+            )
     stock = [counts_in_words(report["stock_token"]) for report in reports.values()]
     counts.append(["plain language model", "", "token", *stock])
     return "\n\n".join(
@@ -441,6 +460,8 @@ def printed(reports: dict[str, dict[str, Any]]) -> str:
             as_table(["method", "budget", *revisions], carriers),
             f"Host milliseconds, least (median) of {REPEATS} calls:",
             as_table(["method", "budget", *revisions], times),
+            f"Milliseconds from the last transfer on, in which an accelerator waits, median of {REPEATS} calls:",
+            as_table(["method", "budget", *revisions], idle),
         ]
     )
 
