@@ -4,16 +4,12 @@ The image rows of an attention do not see the semantic tokens (VisToG's isolated
 are bit for bit those of the plain tower, and the semantic tokens cost their own rows and nothing else.
 """
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .host_tower_vtc import LayerParts, embed_patches, parts_of_layer, run_tower_layer
-from .tower_vtc import tower_path
+from .tower_vtc import outputs_of, tower_path
 
 
 def isolated_attention(
@@ -47,27 +43,6 @@ def isolated_attention(
         mask = torch.cat([own.new_ones(num_groups, num_image), own], dim=1)
     attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
-
-
-@contextmanager
-def outputs_of(*modules: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect what modules return while the body runs: position in `modules` -> output."""
-    outputs, thread = {}, threading.get_ident()
-
-    def keep(idx: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            # another thread may run the same model at this moment
-            if threading.get_ident() == thread:
-                outputs[idx] = output
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(idx)) for idx, module in enumerate(modules)]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _run(modules: tuple[nn.Module, ...], states: torch.Tensor) -> torch.Tensor:

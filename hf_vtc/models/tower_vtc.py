@@ -5,6 +5,9 @@ one gives, before any norm behind it, in CLIP and SigLIP. Of every other tower -
 it, as InternVL reads InternViT.
 """
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -75,6 +78,27 @@ def run_tower_to(tower: nn.Module, pixel_values: torch.Tensor, feature_layer: in
 def _reads_output(tower: nn.Module, feature_layer: int) -> bool:
     """Whether a hidden state is the tower's output, with the norm behind it."""
     return feature_layer == -1 and tower.config.model_type not in ("clip_vision_model", "siglip_vision_model")
+
+
+@contextmanager
+def outputs_of(*modules: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect what modules return while the body runs: position in `modules` -> output."""
+    outputs, thread = {}, threading.get_ident()
+
+    def keep(idx: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            # another thread may run the same model at this moment
+            if threading.get_ident() == thread:
+                outputs[idx] = output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(idx)) for idx, module in enumerate(modules)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class UnshuffleLayerNorm(nn.LayerNorm):
