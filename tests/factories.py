@@ -461,6 +461,17 @@ TINY = {
         (0.3, 0.6),
     ),
 }
+TINY |= {
+    "visionzip": Tiny(
+        {"vision_config": _VISION, "text_config": _TEXT, "downsample_ratio": 0.5}, _DYNAMIC, _stock_internvl
+    ),
+    "cdpruner": Tiny(
+        {"vision_config": _CLIP, "text_config": _TEXT, "vision_feature_layer": -2},
+        _DYNAMIC,
+        _stock_llava,
+        scored=("auto", "some"),
+    ),
+}
 METHODS = tuple(TINY)
 # methods on bases whose processors are not ours
 TINY |= {

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SIXTH = ROOT / "tests" / "sixth_method"
-IMPORT = "from . import avg_llava, convllava, llavolta, vico, vistog\n"
+IMPORT = "from . import avg_llava, cdpruner, convllava, llavolta, vico, visionzip, vistog\n"
 FACTORY_ENTRY = """TINY["pruning"] = Tiny(
     {"vision_config": _CLIP, "text_config": _TEXT, "vision_feature_layer": -2},
     _DYNAMIC,

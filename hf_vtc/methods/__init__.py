@@ -4,7 +4,7 @@ and its record here."""
 from pkgutil import iter_modules
 
 from .. import models
-from . import avg_llava, convllava, llavolta, vico, vistog
+from . import avg_llava, cdpruner, convllava, llavolta, vico, visionzip, vistog
 from .record import (
     RECORDS,
     Base,
@@ -25,6 +25,7 @@ __all__ = [
     "Record",
     "Sharding",
     "avg_llava",
+    "cdpruner",
     "convllava",
     "find_record",
     "llavolta",
@@ -33,6 +34,7 @@ __all__ = [
     "refuse_grid_base",
     "register",
     "vico",
+    "visionzip",
     "vistog",
 ]
 

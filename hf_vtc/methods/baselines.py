@@ -60,6 +60,16 @@ class Baseline:
     problem: Callable[[VtcConfig], str] = lambda config: ""
 
 
+def _nothing_else(met: Met) -> Instead:
+    raise NotImplementedError
+
+
+BY_SUBSET = Baseline(
+    _nothing_else, problem=lambda config: "as many tokens by lot are what `subset` keeps: ask for that one"
+)
+"""That of a method whose decision by lot is a subset of the visual tokens."""
+
+
 @dataclass(frozen=True)
 class Baselines:
     """What a method can be compared with.

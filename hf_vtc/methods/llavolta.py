@@ -13,20 +13,8 @@ from ..models.modeling_llavolta import LlavoltaForConditionalGeneration, Llavolt
 from .baselines import Baseline, Baselines, Instead, Met, between
 from .costs import Workload
 from .drawing import Drawing, Kept, Swatch, Tile, cells_of, colour_of, kept_line, token_sequence
-from .record import Base, Costs, Record, Sharding, connect_all, refuse_grid_base, register
+from .record import Base, Costs, Record, Sharding, connect_all, connector_names, refuse_grid_base, register
 from .shapes import of_llava
-
-
-def compressor(config: LlavoltaConfig) -> tuple[str, ...]:
-    """The projector, or the connectors in a tower that has them."""
-    if config.grid_base is None:
-        return ("model.multi_modal_projector",)
-    # not in the config of every tower
-    deeper = vars(config.vision_config).get("deepstack_visual_indexes", ())
-    return (
-        "model.vision_tower.merger",
-        *(f"model.vision_tower.deepstack_merger_list.{idx}" for idx in range(len(deeper))),
-    )
 
 
 def compressor_flops(workload: Workload, num_kept: int) -> float:
@@ -137,7 +125,7 @@ RECORD = register(
         oracle=connect_all,
         draw=draw,
         baselines=BASELINES,
-        compressor=compressor,
+        compressor=connector_names,
         base=Base(
             kinds=("internvl", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl"), official_fields=official_fields
         ),

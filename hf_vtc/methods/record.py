@@ -52,6 +52,18 @@ def connect_all(base: nn.Module, output: Any) -> Callable[[Any], Any]:
     return base.multi_modal_projector
 
 
+def connector_names(config: VtcConfig) -> tuple[str, ...]:
+    """Names of the connectors of a method without parts of its own; a tower that sees grids has them in it."""
+    if config.grid_base is None:
+        return ("model.multi_modal_projector",)
+    # not in the config of every tower
+    deeper = vars(config.vision_config).get("deepstack_visual_indexes", ())
+    return (
+        "model.vision_tower.merger",
+        *(f"model.vision_tower.deepstack_merger_list.{idx}" for idx in range(len(deeper))),
+    )
+
+
 @dataclass(frozen=True)
 class Costs:
     """What a method adds to the costs of tower and language model. Means, norms and sorting are left out.
@@ -125,7 +137,8 @@ class Record:
         sharding ([`Sharding`]): for FSDP and ZeRO.
         trainers (`tuple[str, ...]`): names of those classes of `hf_vtc.trainers` that are for this method alone.
         baselines ([`Baselines`]): what an evaluation compares the method with.
-        recipes (`tuple[str, ...]`): names of the recipes in `hf_vtc/fit/recipes` that `hf-vtc fit` runs in turn.
+        recipes (`tuple[str, ...]`): names of the recipes in `hf_vtc/fit/recipes` that `hf-vtc fit` runs in turn; none
+            where there is nothing to train.
         shapes (`Mapping[str, Shape]`): sizes of its models, by the end of their name: `"7b"` of AVG-LLaVA becomes
             `avg-llava-7b` for `estimate` and `bench`; `"100m"` is the one that `hf-vtc run` measures.
         processor, image_processor (`type`): what prepares its prompts and images.
