@@ -20,6 +20,14 @@ def resolved(budget, model):
     return some_budget(model) if budget == "some" else budget
 
 
+def settled(model, batch, budget):
+    """What fixes which visual tokens stay, whatever text comes behind: the budget, or what it made of this batch."""
+    if model.model.budgets_settle or budget == "full" or "pixel_values" not in batch:
+        return {"vtc_budget": budget} if "pixel_values" in batch else {}
+    with torch.no_grad():
+        return {"router_decisions": model(**batch, vtc_budget=budget).router_decisions}
+
+
 def first_part(tower):
     """What looks at the pixels."""
     kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from contract_samples import settled
 from factories import CONTRACTED, budgets_of, random_batch, tiny_model, uncompressed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -71,12 +72,12 @@ def test_two_caches_are_refused_and_one_under_both_names_is_not(model):
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_continues_a_cache_under_either_name(model, name):
     batch = batch_of(model)
-    budget = budgets_of(model.config)[0]
-    first = model.generate(**batch, **GREEDY, vtc_budget=budget, return_dict_in_generate=True)
+    fixed = settled(model, batch, budgets_of(model.config)[0])
+    first = model.generate(**batch, **GREEDY, **fixed, return_dict_in_generate=True)
     whole = {**batch, "input_ids": torch.cat([first.sequences, torch.tensor([[9, 11]])], 1)}
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
-    expected = model.generate(**whole, **GREEDY, vtc_budget=budget)
-    again = model.generate(**whole, **GREEDY, vtc_budget=budget, **{name: cache_of(first)})
+    expected = model.generate(**whole, **GREEDY, **fixed)
+    again = model.generate(**whole, **GREEDY, **fixed, **{name: cache_of(first)})
     assert torch.equal(again, expected)
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from contract_samples import GREEDY, batch_of, resolved, some_budget
+from contract_samples import GREEDY, batch_of, resolved, settled, some_budget
 from factories import CONTRACTED, images_of, row_of, tiny_model
 from torch import nn
 from torch.nn import functional as F
@@ -32,11 +32,10 @@ def test_generate_equals_uncached_recomputation(model, budget, padding_side):
 
 def greedy_without_cache(model, inputs, budget, num_tokens):
     """One full forward pass per token, on the unpadded row alone."""
-    tokens = []
+    tokens, fixed = [], settled(model, inputs, budget)
     for _ in range(num_tokens):
         with torch.no_grad():
-            extra = {"vtc_budget": budget} if "pixel_values" in inputs else {}
-            tokens.append(int(model(**inputs, **extra, use_cache=False).logits[0, -1].argmax()))
+            tokens.append(int(model(**inputs, **fixed, use_cache=False).logits[0, -1].argmax()))
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[tokens[-1]]])], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return tokens
@@ -75,12 +74,11 @@ def test_sampling_with_a_seed_equals_uncached_recomputation(model):
 
 def logits_without_cache(model, inputs, new_tokens, budget):
     """Logits `(num_new, vocab_size)` of each new token from one forward pass over the whole unpadded row."""
-    length = inputs["input_ids"].shape[1]
+    length, fixed = inputs["input_ids"].shape[1], settled(model, inputs, budget)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], new_tokens[None]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    extra = {"vtc_budget": budget} if "pixel_values" in inputs else {}
     with torch.no_grad():
-        return model(**inputs, **extra, use_cache=False).logits[0, length - 1 : -1]
+        return model(**inputs, **fixed, use_cache=False).logits[0, length - 1 : -1]
 
 
 def test_generate_with_static_cache(model):
@@ -104,13 +102,21 @@ def test_generate_continues_a_conversation(model, images_later, budget):
     reserved = int(model.count_visual_tokens(**whole, vtc_budget="full")[0])
     first_length = image_ends[reserved] + 2
     first = {"input_ids": ids[:, :first_length], **first_image}
-    turn = model.generate(**first, **GREEDY, vtc_budget=budget, return_dict_in_generate=True)
+    fixed = settled(model, whole, budget)
+    of_first = dict(fixed)
+    if "router_decisions" in fixed:
+        of_first["router_decisions"] = fixed["router_decisions"][:reserved]
+    turn = model.generate(**first, **GREEDY, **of_first, return_dict_in_generate=True)
 
     whole["input_ids"] = torch.cat([turn.sequences, ids[:, first_length:]], dim=1)
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
-    expected = model.generate(**whole, **GREEDY, vtc_budget=budget)
-    again = model.generate(**whole, **GREEDY, vtc_budget=budget, past_key_values=turn.past_key_values)
+    expected = model.generate(**whole, **GREEDY, **fixed)
+    again = model.generate(**whole, **GREEDY, **fixed, past_key_values=turn.past_key_values)
     assert torch.equal(again, expected)
+    if "router_decisions" in fixed:
+        turn = model.generate(**first, **GREEDY, vtc_budget=budget, return_dict_in_generate=True)
+        with pytest.raises(ValueError, match="past_key_values.* need `router_decisions`"):
+            model.generate(**whole, **GREEDY, vtc_budget=budget, past_key_values=turn.past_key_values)
     if images_later:
         with pytest.raises(ValueError, match="past_key_values"):
             model.generate(**whole, **GREEDY, past_key_values=again_cache(model, first, budget))
@@ -118,32 +124,32 @@ def test_generate_continues_a_conversation(model, images_later, budget):
 
 def test_generate_encodes_no_image_that_the_cache_holds(model, monkeypatch):
     """Later turns of a padded batch run no tower, and give what they give without a cache; changed images do."""
-    budget = some_budget(model)
     first = batch_of(model, 31, num_rows=2, images_per_row=[2, 1], padding_side="left")
-    turn = model.generate(**first, **GREEDY, vtc_budget=budget, return_dict_in_generate=True)
+    fixed = settled(model, first, some_budget(model))
+    turn = model.generate(**first, **GREEDY, **fixed, return_dict_in_generate=True)
     later = torch.randint(5, 20, (2, 3), generator=torch.Generator().manual_seed(3))
     second = {**first, "input_ids": torch.cat([turn.sequences, later], dim=1)}
     second["attention_mask"] = F.pad(
         first["attention_mask"], (0, second["input_ids"].shape[1] - first["input_ids"].shape[1]), value=1
     )
-    expected = model.generate(**second, **GREEDY, vtc_budget=budget)
+    expected = model.generate(**second, **GREEDY, **fixed)
 
     encoded, encode = [], model.model.encode
     monkeypatch.setattr(model.model, "encode", lambda *args: encoded.append(args) or encode(*args))
     cache = copy.deepcopy(turn.past_key_values)
-    again = model.generate(**second, **GREEDY, vtc_budget=budget, past_key_values=cache)
+    again = model.generate(**second, **GREEDY, **fixed, past_key_values=cache)
     assert torch.equal(again, expected) and not encoded
     # what the second turn left on the cache serves a third
     third = {**second, "input_ids": torch.cat([again, later], dim=1)}
     third["attention_mask"] = F.pad(
         second["attention_mask"], (0, third["input_ids"].shape[1] - second["input_ids"].shape[1]), value=1
     )
-    again = model.generate(**third, **GREEDY, vtc_budget=budget, past_key_values=cache)
-    assert not encoded and torch.equal(again, model.generate(**third, **GREEDY, vtc_budget=budget))
+    again = model.generate(**third, **GREEDY, **fixed, past_key_values=cache)
+    assert not encoded and torch.equal(again, model.generate(**third, **GREEDY, **fixed))
 
     encoded.clear()
     changed = {**second, "pixel_values": second["pixel_values"] + 1}
-    model.generate(**changed, **GREEDY, vtc_budget=budget, past_key_values=turn.past_key_values)
+    model.generate(**changed, **GREEDY, **fixed, past_key_values=turn.past_key_values)
     assert len(encoded) == 1
 
 

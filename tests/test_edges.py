@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract_samples import first_part
+from contract_samples import first_part, settled
 from factories import CONTRACTED, budgets_of, random_batch, row_of, tiny_model
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import GenerationConfig
@@ -226,12 +226,14 @@ def test_virtual_tokens_of_prompt_learning_stand_before_the_prompt(model, budget
     """Generation from a prompt with learnt embeddings in front is that of the same embeddings given by hand."""
     budget = budgets_of(model.config)[0] if budget == "some" else budget
     batch = dict(row_of(batch_of(model, num_rows=1, images_per_row=[1]), 0))
+    # a question that virtual tokens are no part of
+    fixed = settled(model, batch, budget)
     adapted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     virtual = adapted.get_prompt(1).detach()
-    out = adapted.generate(**batch, **GREEDY, vtc_budget=budget)
+    out = adapted.generate(**batch, **GREEDY, **fixed)
     embeds = torch.cat([virtual, model.get_input_embeddings()(batch["input_ids"])], dim=1)
     rest = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
-    expected = model.generate(inputs_embeds=embeds, **rest, **GREEDY, vtc_budget=budget)
+    expected = model.generate(inputs_embeds=embeds, **rest, **GREEDY, **fixed)
     assert torch.equal(out[:, batch["input_ids"].shape[1] :], expected)
     text = torch.tensor([[5, 6, 7]])
     embeds = torch.cat([virtual, model.get_input_embeddings()(text)], dim=1)

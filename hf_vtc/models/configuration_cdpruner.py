@@ -23,6 +23,7 @@ class CdprunerConfig(TrainingFreeConfig):
     """
 
     model_type = "vtc_cdpruner"
+    takes_decisions = True
     joins_tiles = True
 
     def __init__(

@@ -92,7 +92,8 @@ class VtcGenerationMixin(GenerationMixin):
             packed_ids, num_cached = packed.pack_ids(input_ids), cache.get_seq_length()
             _require_shorter_cache(num_cached, packed_ids.shape[1])
             new_images = bool((packed_ids[:, num_cached:] == self.config.image_token_id).any())
-            _require_settled_decisions(vision, num_cached > 0 and (new_images or self.model.routes_by_text))
+            if num_cached > 0 and (new_images or self.model.routes_by_text):
+                _require_settled_decisions(vision, self.model.budgets_settle)
         out = self._generate_packed(packed, input_ids, generation_config, kwargs)
         filled = cache_of(out) if isinstance(out, ModelOutput) else cache
         if filled is not None:
@@ -322,10 +323,18 @@ def _require_shorter_cache(num_cached: int, packed_length: int) -> None:
         )
 
 
-def _require_settled_decisions(vision: VisionInputs, can_change: bool) -> None:
-    if can_change and vision.router_decisions is None and leaves_a_choice(vision.vtc_budget):
+def _require_settled_decisions(vision: VisionInputs, budgets_settle: bool) -> None:
+    if vision.router_decisions is not None:
+        return
+    if leaves_a_choice(vision.vtc_budget):
         raise ValueError(
             "A filled `past_key_values` and a longer prompt need a fixed `vtc_budget` or `router_decisions`: with "
             "'auto' a new image, or new text where the router reads it, can change how many tokens the cached images "
             "should have. Fix the budget, or start without the cache."
+        )
+    entries = vision.vtc_budget if isinstance(vision.vtc_budget, (list, tuple)) else [vision.vtc_budget]
+    if not budgets_settle and any(entry != "full" for entry in entries):
+        raise ValueError(
+            "A filled `past_key_values` and a longer prompt need `router_decisions` here: new text changes which "
+            "tokens of the cached images should stay. Give those of the first call, or start without the cache."
         )

@@ -14,7 +14,8 @@ further sets are equally improbable, and the most relevant tokens are taken. Whe
 embedding of the text of the row, in the vocabulary of the language model, on every base. The paper does so for
 InternVL3 and Qwen2.5-VL, but asks CLIP's own text encoder for LLaVA, which no checkpoint of LLaVA has in it: its
 numbers for LLaVA are those of another relevance. Chat template and turns are part of that text, and in training the
-answers are.
+answers are: whatever is added to a prompt can change which tokens stay. `generate` chooses once, for the prompt; to
+compute it again with its answer, or to go on with its cache, give the `router_decisions` that `forward` gave for it.
 """
 
 import torch
@@ -94,6 +95,7 @@ class CdprunerSteps:
 
     config_class = CdprunerConfig
     routes_by_text = True
+    budgets_settle = False
     _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "InternVLVisionLayer", "Connector"]
 
     def make_parts(self, config: CdprunerConfig) -> None:
@@ -101,7 +103,7 @@ class CdprunerSteps:
 
     def score(self, features: Features, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         """Which visual tokens stay, and all of them as `connect` needs them."""
-        if not any(layout.levels):
+        if layout.router_decisions is not None or not any(layout.levels):
             return None
         if prompts is None:
             raise ValueError(
@@ -135,17 +137,35 @@ class CdprunerSteps:
 
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
         """What was found, as the host knows how many it is."""
+        if layout.router_decisions is not None:
+            stays = _checked_decisions(layout.router_decisions, layout.num_reserved)
+            num_kept = torch.stack([own.sum() for own in stays.split(layout.num_reserved.tolist())])
+            return Choice(num_kept, num_kept, stays)
         stays = scores[0] if scores else torch.ones(int(layout.num_reserved.sum()), dtype=torch.bool)
         return Choice(layout.num_leaving, layout.num_leaving, stays)
 
     def connect(self, features: Features, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
         """The visual tokens that stay, at their own placeholders."""
-        if scores is None:
-            return super().connect(features, choice, layout, scores)
-        visual, slots = scores.reused, choice.decisions.nonzero().flatten()
+        visual = super().connect(features, choice, layout, None) if scores is None else scores.reused
+        if bool(choice.decisions.all()):
+            return visual
+        slots = choice.decisions.nonzero().flatten()
         (kept,) = to_device(visual.embeds.device, slots)
         rows = None if visual.layer_rows is None else visual.layer_rows.index_select(1, kept)
         return VisualTokens(visual.embeds.index_select(0, kept), slots, layer_rows=rows)
+
+
+def _checked_decisions(decisions: torch.Tensor, num_reserved: torch.LongTensor) -> torch.BoolTensor:
+    total = int(num_reserved.sum())
+    if decisions.shape != (total,) or decisions.dtype != torch.bool:
+        raise ValueError(
+            f"`router_decisions` needs a truth value per visual token, True = stays, shape ({total},), got "
+            f"{decisions.dtype} of shape {tuple(decisions.shape)}."
+        )
+    for image_idx, own in enumerate(decisions.split(num_reserved.tolist())):
+        if not bool(own.any()):
+            raise ValueError(f"`router_decisions` must keep a visual token of every image, of image {image_idx} none.")
+    return decisions
 
 
 class CdprunerVision(CdprunerSteps, VtcVisionHalf):

@@ -175,6 +175,8 @@ class VtcVision(VtcPreTrainedModel):
 
     # whether text that comes later can change what a router decided for an image
     routes_by_text = False
+    # whether a budget that is a number settles what was decided, or `router_decisions` alone
+    budgets_settle = True
 
     def __init__(self, config: VtcConfig):
         super().__init__(config)
