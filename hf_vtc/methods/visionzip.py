@@ -1,5 +1,6 @@
 """VisionZip: dominant tokens of each tile, and means of the others. Training-free."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,20 +9,31 @@ import torch
 from ..models.configuration_visionzip import VisionzipConfig
 from ..models.modeling_visionzip import VisionzipForConditionalGeneration, VisionzipModel
 from .baselines import BY_SUBSET, Baselines
-from .costs import Workload
+from .costs import Workload, linear_flops
 from .drawing import Drawing, Kept, Tile, colour_of, kept_line
 from .record import Base, Costs, Record, Sharding, connector_names, register
 from .shapes import of_llava
 
 
 def compressor_flops(workload: Workload, num_kept: int) -> float:
-    """The projector of what is kept, cosines of keys, and means; the attention of one class token is left out."""
-    projector = workload.projector_flops(num_kept)
-    if num_kept == workload.num_features:
-        return projector
-    per_tile, width = workload.config.image_seq_length, workload.tower.width
-    folded = width * workload.config.shuffle_factor**2
-    return projector + 2.0 * per_tile * (workload.num_features * width + num_kept * folded)
+    """The projector of what is kept; attention that is read, products of keys, and means."""
+    config, tiles, width, patches = (
+        workload.config,
+        workload.num_tiles,
+        workload.tower.width,
+        workload.tower.num_patches,
+    )
+    flops = workload.projector_flops(num_kept)
+    if workload.wants_all:
+        return flops
+    rows, columns = (1, patches + 1) if config.has_class_token else (patches, patches)
+    flops += linear_flops(tiles * rows, width, columns)
+    if num_kept < workload.num_features:
+        per_tile, folded = config.image_seq_length, width * config.shuffle_factor**2
+        flops += linear_flops(tiles * per_tile, width, per_tile)
+        # as many of each tile as the first one has
+        flops += linear_flops(tiles * math.ceil(num_kept / tiles), per_tile, folded)
+    return flops
 
 
 def oracle(base: torch.nn.Module, output: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
