@@ -92,18 +92,25 @@ def test_tiles_share_what_an_image_keeps():
 
 def attention_by_host(model, pixel_values):
     """Attention, keys and features of the layer that is read, the first from the maps of the stock tower."""
-    tower, config, seen = model.model.vision_tower, model.config, []
+    tower, config, seen = model.model.vision_tower, model.config, {}
     layers = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
     # the last hidden state is what the last layer gives
     layer = layers[config.vision_feature_layer]
     attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
-    handle = attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    handles = [
+        attention.k_proj.register_forward_hook(lambda module, args, output: seen.update(keys=output)),
+        attention.register_forward_hook(lambda module, args, output: seen.update(maps=output[1])),
+    ]
     features = model.model.encode(pixel_values)["features"]
-    handle.remove()
-    maps = tower(pixel_values, output_attentions=True).attentions[config.vision_feature_layer].mean(1)
+    if config.vision_config.model_type == "clip_vision_model":
+        # which gives its maps only so on transformers 4.57
+        tower(pixel_values, output_attentions=True)
+    for handle in handles:
+        handle.remove()
+    maps, keys = seen["maps"].mean(1), seen["keys"]
     if config.has_class_token:
-        return maps[:, 0, 1:], seen[0][:, 1:], features
-    return maps.mean(1), seen[0], features
+        return maps[:, 0, 1:], keys[:, 1:], features
+    return maps.mean(1), keys, features
 
 
 def folded_by_hand(rows, model):
@@ -184,3 +191,19 @@ def test_counts_of_every_size_are_admissible():
 def test_fields_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config("visionzip", **fields)
+
+
+@torch.no_grad()
+def test_decisions_of_the_caller_are_taken():
+    model = tiny_model("visionzip")
+    batch = dict(random_batch(model.config, torch.Generator().manual_seed(8), num_rows=2, images_per_row=[1, 1]))
+    own = model(**batch, vtc_budget=0.5)
+    given = model(**batch, router_decisions=own.router_decisions)
+    assert torch.equal(given.logits, own.logits)
+    groups = {"router_decisions": own.router_decisions.clone()}
+    assert torch.equal(model.count_visual_tokens(**batch, **groups), own.num_visual_tokens)
+    groups["router_decisions"][0] = 3
+    with pytest.raises(ValueError, match="must count the visual tokens of each tile from 0 on"):
+        model(**batch, **groups)
+    with pytest.raises(ValueError, match="needs the visual token of its tile that each token becomes"):
+        model(**batch, router_decisions=own.router_decisions[1:])

@@ -60,16 +60,6 @@ class Baseline:
     problem: Callable[[VtcConfig], str] = lambda config: ""
 
 
-def _nothing_else(met: Met) -> Instead:
-    raise NotImplementedError
-
-
-BY_SUBSET = Baseline(
-    _nothing_else, problem=lambda config: "as many tokens by lot are what `subset` keeps: ask for that one"
-)
-"""That of a method whose decision by lot is a subset of the visual tokens."""
-
-
 @dataclass(frozen=True)
 class Baselines:
     """What a method can be compared with.
@@ -96,3 +86,9 @@ def between(target: float, options: Sequence[int], generator: torch.Generator) -
         return above if below is None else below
     share = (target - below) / (above - below)
     return above if float(torch.rand((), generator=generator)) < share else below
+
+
+def groups_by_lot(met: Met) -> Instead:
+    """The patches of each tile shared out by lot among groups of the same sizes."""
+    order = torch.stack([torch.randperm(len(tile), generator=met.generator) for tile in met.decisions])
+    return Instead(met.num_kept, {"router_decisions": met.decisions.gather(1, order)})

@@ -4,7 +4,7 @@ import torch
 
 from ..models.configuration_cdpruner import CdprunerConfig
 from ..models.modeling_cdpruner import CdprunerForConditionalGeneration, CdprunerModel
-from .baselines import BY_SUBSET, Baselines
+from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload
 from .drawing import PAPER, Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
 from .record import Base, Costs, Record, Sharding, connect_all, connector_names, refuse_grid_base, register
@@ -46,6 +46,13 @@ def draw(kept: Kept) -> Drawing:
     return Drawing([Tile(colour, each, filled=compressed) for each in cells], legend)
 
 
+def tokens_by_lot(met: Met) -> Instead:
+    """As many visual tokens of each image, whichever they are."""
+    images = met.decisions.split([counts[0] for counts in met.counts])
+    decisions = [own[torch.randperm(len(own), generator=met.generator)] for own in images]
+    return Instead(met.num_kept, {"router_decisions": torch.cat(decisions)})
+
+
 RECORD = register(
     Record(
         CdprunerConfig,
@@ -54,7 +61,7 @@ RECORD = register(
         costs=Costs(compressor_flops),
         oracle=connect_all,
         draw=draw,
-        baselines=Baselines(random=BY_SUBSET),
+        baselines=Baselines(random=Baseline(tokens_by_lot, is_drawn=True)),
         compressor=connector_names,
         base=Base(kinds=("internvl", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl")),
         sharding=Sharding(),

@@ -8,7 +8,7 @@ import torch
 
 from ..models.configuration_visionzip import VisionzipConfig
 from ..models.modeling_visionzip import VisionzipForConditionalGeneration, VisionzipModel
-from .baselines import BY_SUBSET, Baselines
+from .baselines import Baseline, Baselines, groups_by_lot
 from .costs import Workload, linear_flops
 from .drawing import Drawing, Kept, Tile, colour_of, kept_line
 from .record import Base, Costs, Record, Sharding, connector_names, register
@@ -77,7 +77,7 @@ RECORD = register(
         costs=Costs(compressor_flops),
         oracle=oracle,
         draw=draw,
-        baselines=Baselines(random=BY_SUBSET),
+        baselines=Baselines(random=Baseline(groups_by_lot, is_drawn=True)),
         compressor=connector_names,
         base=Base(kinds=("internvl", "llava")),
         sharding=Sharding(),

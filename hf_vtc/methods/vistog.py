@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..models.configuration_vistog import VistogConfig
 from ..models.modeling_vistog import VistogForConditionalGeneration, VistogModel
-from .baselines import Baseline, Baselines, Instead, Met
+from .baselines import Baseline, Baselines, Instead, Met, groups_by_lot
 from .costs import Workload, linear_flops
 from .drawing import Drawing, Kept, Tile, colour_of, kept_line
 from .record import Base, Costs, Record, Sharding, register
@@ -74,12 +74,6 @@ def draw(kept: Kept) -> Drawing:
 def layers_of_the_tower(model: PreTrainedModel) -> set[str]:
     """Semantic tokens run through parts of the tower's layers, which are gathered as a whole only when called so."""
     return {type(module).__name__ for module in model.model.vision_tower.modules()}
-
-
-def groups_by_lot(met: Met) -> Instead:
-    """The patches of each tile shared out by lot among groups of the same sizes."""
-    order = torch.stack([torch.randperm(len(tile), generator=met.generator) for tile in met.decisions])
-    return Instead(met.num_kept, {"router_decisions": met.decisions.gather(1, order)})
 
 
 def grid_cells(met: Met) -> Instead:

@@ -37,6 +37,8 @@ class VisionzipConfig(TrainingFreeConfig):
         GRID_BASES, "the attention of its tower is not read: its images lie in one sequence, in windows on Qwen2.5-VL"
     )
 
+    takes_decisions = True
+
     def __init__(
         self,
         vision_config: dict | PretrainedConfig | None = None,

@@ -123,34 +123,61 @@ class VisionzipSteps:
         factor = self.config.shuffle_factor
         return pixel_unshuffle(grid, factor, self.config.ps_version).unflatten(-1, (factor**2, -1))
 
+    def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
+        """As many tokens as each image is allowed, or those of the caller's groups, which are checked."""
+        if layout.router_decisions is None:
+            return Choice(layout.num_leaving, layout.num_leaving)
+        num_tiles = layout.sizes.num_tiles
+        num_kept = _tokens_of_groups(layout.router_decisions, (int(num_tiles.sum()), self.config.image_seq_length))
+        per_image = torch.zeros_like(num_tiles).index_add(0, torch.repeat_interleave(num_tiles), num_kept)
+        return Choice(per_image, per_image)
+
     def connect(
         self, features: dict[str, torch.Tensor], choice: Choice, layout: Layout, scores: Scores | None
     ) -> VisualTokens:
         """Zip the tiles of images that shrink, and project what is left of each, in tile order."""
-        patches, config = features["features"], self.config
-        if not any(layout.levels):
+        patches, config, given = features["features"], self.config, layout.router_decisions
+        if given is None and not any(layout.levels):
             visual = super().connect(patches, choice, layout, scores)
             own = torch.arange(config.image_seq_length, device=patches.device)
             visual.router_decisions = own.expand(len(patches), -1)
             return visual
-        if "attention" not in features:
+        if given is None and "attention" not in features:
             raise ValueError(
                 "`image_features` hold no attention, as `encode` gives them for `vtc_budget='full'`. Encode without "
                 "that budget, or ask for it here too."
             )
-        num_kept = shared_out(layout.num_leaving, layout.sizes.num_tiles)
+        num_kept = shared_out(layout.num_leaving, layout.sizes.num_tiles) if given is None else given.amax(1) + 1
         num_contextual = (config.contextual_share * num_kept + 0.5).long()
         most = int(num_kept.max())
         kept = first_slots(torch.full_like(num_kept, most), num_kept)
         slots = first_slots(torch.full_like(num_kept, config.image_seq_length), num_kept)
-        kept, *counts = to_device(patches.device, kept, num_kept, num_contextual)
-        groups = zipped_groups(features["attention"], features["keys"], *counts)
+        kept, groups, *counts = to_device(patches.device, kept, given, num_kept, num_contextual)
+        if groups is None:
+            groups = zipped_groups(features["attention"], features["keys"], *counts)
         members = F.one_hot(groups + 1, most + 1)[..., 1:].transpose(1, 2)
         # a mean of one token is the token itself, and what lies behind a tile's last one is not read
         means = segment_mean_of(members, self.folded(patches).flatten(2), eps=0.0, empty_eps=1.0)
         states = means.flatten(0, 1).index_select(0, kept)
         embeds = self.multi_modal_projector(states.unflatten(-1, (config.shuffle_factor**2, -1)))
         return VisualTokens(embeds.flatten(0, 1), slots, router_decisions=groups)
+
+
+def _tokens_of_groups(groups: torch.Tensor, expected: tuple[int, int]) -> torch.LongTensor:
+    """Visual tokens of each tile `(T,)` by the caller's groups, which are checked."""
+    if tuple(groups.shape) != expected or groups.dtype != torch.long:
+        raise ValueError(
+            "`router_decisions` needs the visual token of its tile that each token becomes, -1 for none, whole "
+            f"numbers of shape {expected}, got {groups.dtype} of shape {tuple(groups.shape)}."
+        )
+    num_kept = groups.amax(1) + 1
+    for tile, (own, count) in enumerate(zip(groups, num_kept.tolist(), strict=True)):
+        if int(own.min()) < -1 or count == 0 or len(own[own >= 0].unique()) != count:
+            raise ValueError(
+                "`router_decisions` must count the visual tokens of each tile from 0 on, none of them without a "
+                f"token, -1 for tokens that are dropped, got {own.tolist()} for tile {tile}."
+            )
+    return num_kept
 
 
 def shared_out(num_kept: torch.LongTensor, num_tiles: torch.LongTensor) -> torch.LongTensor:
