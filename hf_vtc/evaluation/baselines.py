@@ -1,14 +1,15 @@
 """Baselines: other ways to spend as many visual tokens, image by image, as the method's point beside them.
 
 `random`: the method's own decision by lot. `pool`: means of a regular grid. `smaller`: a smaller image, cut into
-fewer tiles, none compressed. `subset`: tokens of full length by lot. `fixed`: one decision for all images. Where an
-image has no such count, its two neighbours are mixed by lot so that the count is expected.
+fewer tiles, none compressed. `subset`: tokens of full length by lot. `fixed`: one decision for all images. Names of
+`comparators.py`: a training-free method on the same model. Where an image has no such count, its two neighbours are
+mixed by lot so that the count is expected.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from ..methods.baselines import Baseline, Instead, Met, between
 from ..models.configuration_vtc import VtcConfig
 from ..models.packing_vtc import filled, first_slots, kept_positions, pack_visual_tokens
 from ..models.prompt_vtc import VisionInputs
+from .comparators import COMPARATORS, comparator
 from .points import Point
 from .questions import Question
 from .running import Answer, Asker, Batch
 
-NAMES = ("random", "pool", "smaller", "subset", "fixed")
+NAMES = ("random", "pool", "smaller", "subset", "fixed", *COMPARATORS)
 
 
 def baseline_points(
@@ -81,6 +83,11 @@ def _problem(asker: Asker, name: str, image_sizes: Sequence[tuple[int, int]]) ->
         return own.pool.problem(config)
     if name == "pool":
         return "" if config.mm_patch_merge_type == "flat" else "rows of joined tiles have no one length"
+    if name in COMPARATORS:
+        try:
+            comparator(asker, name)
+        except ValueError as error:
+            return str(error).removesuffix(".")
     if name == "smaller" and all(len(smaller_options(asker.processor, [size])) == 1 for size in image_sizes):
         return "the image processor cuts every image into as many tiles, however small it is"
     return ""
@@ -104,6 +111,7 @@ class Rival:
 
     asker: Asker
     seed: int
+    comparators: dict[str, Asker] = field(default_factory=dict)
 
     def answer(self, batch: Batch, point: Point) -> tuple[list[Answer], float]:
         """Answers of a baseline's point, and seconds, the tower's included."""
@@ -111,6 +119,8 @@ class Rival:
             return self.asker.answer(batch, point)
         if point.family == "smaller":
             return self._smaller(batch, point)
+        if point.family in COMPARATORS:
+            return self._compared(batch, point)
         own = record_of(self.asker.config).baselines
         if point.family == "fixed":
             return self._instead(batch, point, own.fixed(self.asker.config)[point.name])
@@ -179,6 +189,22 @@ class Rival:
             {"inputs_embeds": packed.inputs_embeds, "attention_mask": real.to(embeds.device)}
         )
         return self._answers(batch, point, texts, truncated, Instead(kept, {})), seconds + batch.seconds
+
+    def _compared(self, batch: Batch, point: Point) -> tuple[list[Answer], float]:
+        """The same model as a training-free method, from the pixels on."""
+        if point.family not in self.comparators:
+            self.comparators[point.family] = comparator(self.asker, point.family)
+        asker, wanted = self.comparators[point.family], self._met(batch, point).num_kept
+        # any share says that there is something to choose
+        part = asker.batch_of(batch.questions, [0.5])
+        kept = [max(tokens, min(counts)) for tokens, counts in zip(wanted, part.counts, strict=True)]
+        inputs = {**part.inputs, "image_features": part.features, "vtc_budget": kept}
+        texts, truncated, seconds = asker.generate(inputs)
+        clipped = batch.per_question([more > tokens for more, tokens in zip(kept, wanted)])
+        answers = self.asker.as_answers(
+            batch, point, texts, truncated, batch.per_question(kept), batch.num_reserved, clipped
+        )
+        return answers, seconds + part.seconds
 
     def _smaller(self, batch: Batch, point: Point) -> tuple[list[Answer], float]:
         """Images cut into fewer tiles; questions whose images are cut alike are asked together."""

@@ -170,6 +170,11 @@ class Record:
         """As in names of files and in `method="vico"`."""
         return self.model_type.removeprefix(PREFIX)
 
+    @property
+    def is_training_free(self) -> bool:
+        """Whether the method adds nothing to a base that would have to be trained."""
+        return self.recipes == ()
+
     def need(self, part: str, tool: str) -> Any:
         """A part of the record.
 
