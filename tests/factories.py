@@ -476,7 +476,18 @@ METHODS = tuple(TINY)
 # methods on bases whose processors are not ours
 TINY |= {
     f"llavolta on {base}": Tiny(
-        {**fields, "compress_layer_idx": 1, "compress_stride": 4}, {}, _stock_qwen, (0.5, 0.75), GridImages()
+        {**fields, "compress_layer_idx": 1, "compress_stride": 4},
+        {
+            "tiling": "patches",
+            "patch_size": 4,
+            "token_stride": 8,
+            "min_pixels": 256,
+            "max_pixels": 1024,
+            "count_rule": "stride",
+        },
+        _stock_qwen,
+        (0.5, 0.75),
+        GridImages(),
     )
     for base, fields in {"qwen3_vl": _QWEN3_VL, "qwen2_5_vl": _QWEN2_5_VL}.items()
 }

@@ -1,4 +1,4 @@
-"""Qwen3-VL and Qwen2.5-VL of transformers as bases: equal models, processor, remote code, and what is refused."""
+"""Qwen3-VL and Qwen2.5-VL of transformers as bases: equal models and processor, and what is refused."""
 
 import json
 import re
@@ -22,14 +22,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForImageTextToText,
-    AutoTokenizer,
+    AutoProcessor,
     GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from hf_vtc.auto import REMOTE_CODE_FROM_FOLDER
 from hf_vtc.convert import convert, from_base
 from hf_vtc.convert.refused import REFUSED_BASES
 from hf_vtc.methods import RECORDS, record_named
@@ -83,61 +82,58 @@ def test_from_base_equals_the_stock_model_bit_for_bit(base, tmp_path):
             assert torch.equal(model(**batch).logits, models[0](**batch).logits)
 
 
-@pytest.mark.skipif(not REMOTE_CODE_FROM_FOLDER, reason="remote code from a local folder needs transformers >= 5.11")
-def test_remote_code_gives_the_same_logits(base, tmp_path, run_python):
-    model = model_of(base)
-    model.save_pretrained(tmp_path / "model")
-    batch = dict(batch_of(model, 9, images_per_row=[1, 2]))
-    with torch.no_grad():
-        torch.save({"batch": batch, "logits": model(**batch).logits}, tmp_path / "expected.pt")
-    script = """
-import sys, torch
-from transformers import AutoModelForImageTextToText
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
-saved = torch.load(sys.argv[2])
-with torch.no_grad():
-    print(torch.equal(model(**saved["batch"]).logits, saved["logits"]), type(model).__module__.split(".")[0])
-"""
-    assert run_python(script, tmp_path / "model", tmp_path / "expected.pt").split() == ["True", "transformers_modules"]
-
-
 def qwen_tokenizer():
     """The tiny tokenizer, whose placeholder is spelt as Qwen spells it."""
     backend = Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str().replace("<IMG_CONTEXT>", "<|image_pad|>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", eos_token="<|im_end|>")
 
 
-@pytest.mark.parametrize("named", (False, True))
-def test_the_processor_of_the_base_is_kept(base, tmp_path, named):
+def stock_images(**settings):
+    # that of PIL, whose name the releases differ about
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    except ImportError:
+        return Qwen2VLImageProcessor(**settings)
+    return Qwen2VLImageProcessorPil(**settings)
+
+
+def test_the_processor_gives_what_that_of_the_base_gives(base, tmp_path):
     stock = stock_folder(base, tmp_path / "hf")
     qwen_tokenizer().save_pretrained(tmp_path / "hf")
-    with pytest.raises(ValueError, match="preprocessor_config.json"):
-        convert(tmp_path / "hf", tmp_path / "dst", "llavolta")
+    (tmp_path / "hf" / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     vision = stock.config.vision_config
-    images = Qwen2VLImageProcessor(patch_size=vision.patch_size, merge_size=2, min_pixels=64, max_pixels=4096)
+    images = stock_images(
+        patch_size=vision.patch_size, merge_size=2, min_pixels=512, max_pixels=4096, image_mean=[0.5] * 3
+    )
     images.save_pretrained(tmp_path / "hf")
-    file = tmp_path / "hf" / "preprocessor_config.json"
-    settings = json.loads(file.read_text())
-    wanted = {"qwen3_vl": "Qwen3VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}[base]
-    if named:
-        file.write_text(json.dumps(settings | {"processor_class": "SomeProcessor"}))
     convert(tmp_path / "hf", tmp_path / "dst", "llavolta")
-    kept = json.loads((tmp_path / "dst" / "preprocessor_config.json").read_text())
-    assert kept == settings | {"processor_class": "SomeProcessor" if named else wanted}
+    processor = AutoProcessor.from_pretrained(tmp_path / "dst")
+    assert (processor.chat_template, processor.image_token) == ("{{ messages }}", "<|image_pad|>")
+    noise = torch.randint(256, (90, 130, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pictures = [Image.fromarray(noise.numpy()).resize(size) for size in ((130, 90), (40, 24), (17, 50), (9, 9))]
+    expected = images(pictures, return_tensors="pt")
+    counts = (expected["image_grid_thw"].prod(-1) // 4).tolist()
+    inputs = processor(images=pictures, text=["x".join(["<|image_pad|>"] * 4) + "x"], return_tensors="pt")
+    assert torch.equal(inputs["image_grid_thw"], expected["image_grid_thw"])
+    # 255 is divided by here, and its inverse is multiplied with there
+    torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-6)
+    assert [processor.reserved_tokens(picture.height, picture.width) for picture in pictures] == counts
 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "dst")
-    inputs = AutoImageProcessor.from_pretrained(tmp_path / "dst")(
-        [Image.new("RGB", (40, 24), "red"), Image.new("RGB", (17, 50))], return_tensors="pt"
-    )
-    counts = (inputs["image_grid_thw"].prod(-1) // 4).tolist()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dst")
-    ids = tokenizer("x".join("<|image_pad|>" * count for count in counts) + "x", return_tensors="pt")["input_ids"]
-    assert model.count_visual_tokens(ids, **inputs, vtc_budget="full").tolist() == counts
-    assert model.generate(ids, **inputs, **GREEDY).shape[1] == ids.shape[1] + GREEDY["max_new_tokens"]
+    assert model.count_visual_tokens(**inputs, vtc_budget="full").tolist() == counts
+    # what the processor of the base returns is taken as well
+    for given in (inputs, {**inputs, **expected, "mm_token_type_ids": torch.zeros_like(inputs["input_ids"])}):
+        length = inputs["input_ids"].shape[1] + GREEDY["max_new_tokens"]
+        assert model.generate(**given, **GREEDY).shape[1] == length
 
-    file.write_text(json.dumps(settings | {"auto_map": {"AutoImageProcessor": "x.Y"}}))
-    with pytest.raises(ValueError, match="auto_map"):
-        convert(tmp_path / "hf", tmp_path / "other", "llavolta")
+
+@pytest.mark.parametrize(("name", "value"), (("patch_size", 3), ("merge_size", 4), ("do_resize", False)))
+def test_settings_of_another_image_processor_are_refused(base, tmp_path, name, value):
+    stock_folder(base, tmp_path / "hf")
+    qwen_tokenizer().save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ValueError, match=f"`{name}` of the image processor must be"):
+        convert(tmp_path / "hf", tmp_path / "dst", "llavolta")
 
 
 # what is refused

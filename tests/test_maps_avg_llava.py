@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
+from hf_vtc.models.grids_vtc import pooled_grid
 from hf_vtc.models.ops_vtc import pool_pyramid
-from hf_vtc.models.tiling_vtc import anyres_layout, best_canvases, joined_order, pooled_grid, unpadded_grids
+from hf_vtc.models.tiling_vtc import anyres_layout, best_canvases, joined_order, unpadded_grids
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 

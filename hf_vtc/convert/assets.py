@@ -7,7 +7,7 @@ from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from ..files import read_json, read_text
-from ..models.image_processing_vtc import VtcImageProcessor, write_json
+from ..models.image_processing_vtc import VtcImageProcessor
 from ..models.processing_vtc import VtcProcessor
 from .plan import Plan
 
@@ -136,53 +136,6 @@ def build_processor(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> VtcProces
     settings = plan.processor
     fields = {"image_seq_length": plan.config.image_seq_length, **settings.fields}
     return VtcProcessor(VtcImageProcessor(**settings.images), tokenizer, **fields)
-
-
-# what the processor of a base is made of, in folders of any transformers version
-_PROCESSOR_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
-)
-# by the `model_type` of the base
-_PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
-
-
-def keep_processor(source: Path, folder: Path, base: str) -> None:
-    """Copy the processor of a base, which serves its methods as it is: it reserves all visual tokens of an image.
-
-    Raises:
-        ValueError: the source has no settings of an image processor, or names code of its own.
-    """
-    if not image_processor_settings(source):
-        raise ValueError(
-            f"{source} has a tokenizer but no preprocessor_config.json, without which its images cannot be prepared. "
-            "Copy it from the repository of the base."
-        )
-    named = False
-    for name in _PROCESSOR_FILES:
-        if not (source / name).is_file():
-            continue
-        if not name.endswith("config.json"):
-            (folder / name).write_bytes((source / name).read_bytes())
-            continue
-        settings = read_json(source / name)
-        if "auto_map" in settings:
-            raise ValueError(f"{name} of {source} names code of its own (`auto_map`), which is not taken over.")
-        named = named or name != "tokenizer_config.json" and "processor_class" in settings
-        write_json(folder / name, settings)
-    if not named:
-        # without it the processor would be looked up by the model, which is ours
-        name = "processor_config.json" if (folder / "processor_config.json").is_file() else "preprocessor_config.json"
-        write_json(folder / name, {**read_json(folder / name), "processor_class": _PROCESSORS[base]})
 
 
 def generation_settings(

@@ -23,7 +23,6 @@ from .assets import (
     find_image_token_id,
     generation_settings,
     image_processor_settings,
-    keep_processor,
     load_tokenizer,
 )
 from .folders import local_folder, tower_folder
@@ -104,10 +103,7 @@ class Checkpoint:
         write_json(folder / "generation_config.json", settings)
         if self.tokenizer is None:
             return
-        if plan.processor is None:
-            keep_processor(self.folder, folder, self.config["model_type"])
-        else:
-            build_processor(self.tokenizer, plan).save_pretrained(folder, save_code=save_code)
+        build_processor(self.tokenizer, plan).save_pretrained(folder, save_code=save_code)
 
 
 def open_checkpoint(

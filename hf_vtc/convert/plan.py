@@ -132,7 +132,7 @@ class Plan:
         ignored (`dict[str, str]`): source name -> why it is left out on purpose (a head tied to the embeddings).
         fresh_modules (`tuple[str, ...]`): submodules that the source lacks and that are initialised.
         optional (`Callable[[str], bool]`): whether a new name may be missing though the source has its module.
-        processor (`ProcessorSettings`, *optional*): of images and prompts; None keeps the processor of the source.
+        processor (`ProcessorSettings`): of images and prompts.
         is_base (`bool`): whether the source compresses nothing, so that the result knows what the source knew and
             whatever it has besides is fresh.
         notes (`list[str]`): what the caller should know.
@@ -142,7 +142,7 @@ class Plan:
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
     rename: Callable[[str], Renamed | None]
-    processor: ProcessorSettings | None
+    processor: ProcessorSettings
     ignored: dict[str, str] = field(default_factory=dict)
     fresh_modules: tuple[str, ...] = ()
     optional: Callable[[str], bool] = lambda name: False

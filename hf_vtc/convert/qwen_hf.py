@@ -4,14 +4,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..methods import Record
+from ..models.chat_templates_vtc import chatml_template
 from ..models.host_vtc import GRID_BASES, require_base
 from .internvl_hf import require_object
 from .layout import Layout
-from .plan import Plan, Renamed, Source, is_tied
+from .plan import Plan, ProcessorSettings, Renamed, Source, is_tied
 from .targets import plan_base, targets_of
+
+_IMAGE_TOKEN = "<|image_pad|>"
+# of transformers' image processor, which files may leave out: CLIP's colours, and limits in pixels
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280
 
 _PREFIXES = (
     (re.compile(r"^(model\.)?visual\."), "model.vision_tower."),
@@ -75,15 +81,58 @@ def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
             "tie_word_embeddings": tied,
         },
         rename=rename,
-        processor=None,
+        processor=_processor(source, parts.vision_config),
         ignored={head: "equal to the input embeddings"} if tied and head else {},
         notes=["Images only: a prompt with a video is refused."],
     )
 
 
+def _processor(source: Source, vision: PretrainedConfig) -> ProcessorSettings:
+    """Settings of our processor from those of the base's; a part that does what ours does not is refused."""
+    given = source.image_processor
+    only = {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "do_resize": True,
+        "rescale_factor": 1 / 255,
+    }
+    for name, value in only.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"`{name}` of the image processor must be {value} for this tower, got {given[name]}. Repair its file."
+            )
+    size = given.get("size") or {}
+    limits = {
+        "min_pixels": given.get("min_pixels") or size.get("shortest_edge") or _MIN_PIXELS,
+        "max_pixels": given.get("max_pixels") or size.get("longest_edge") or _MAX_PIXELS,
+    }
+    return ProcessorSettings(
+        images={
+            "tiling": "patches",
+            "patch_size": vision.patch_size,
+            "token_stride": vision.patch_size * vision.spatial_merge_size,
+            "resample": given.get("resample", 3),
+            "image_mean": given.get("image_mean", _MEAN),
+            "image_std": given.get("image_std", _STD),
+            "do_rescale": given.get("do_rescale", True),
+            "do_normalize": given.get("do_normalize", True),
+            **limits,
+        },
+        fields={
+            "image_token": _IMAGE_TOKEN,
+            # the template writes them
+            "image_start_token": None,
+            "image_end_token": None,
+            "count_rule": "stride",
+            "chat_template": source.chat_template or chatml_template(f"<|vision_start|>{_IMAGE_TOKEN}<|vision_end|>"),
+        },
+    )
+
+
 LAYOUT = Layout(
     title="Qwen2.5-VL and Qwen3-VL of transformers (`model_type` 'qwen2_5_vl', 'qwen3_vl')",
-    image_token="<|image_pad|>",
+    image_token=_IMAGE_TOKEN,
     matches=matches,
     methods=methods,
     rename=rename,

@@ -20,7 +20,7 @@ def plan_base(
     layout: str,
     fields: Mapping[str, Any],
     rename: Callable[[str], Renamed | None],
-    processor: ProcessorSettings | None,
+    processor: ProcessorSettings,
     ignored: dict[str, str],
     notes: list[str],
 ) -> Plan:
@@ -32,7 +32,7 @@ def plan_base(
         layout (`str`): name of the source layout.
         fields (`Mapping`): fields of `VtcConfig` that the source gives, `text_config` among them.
         rename (`Callable[[str], Renamed | None]`): pure map of names of the layout.
-        processor (`ProcessorSettings`, *optional*): what the base needs; None keeps the processor of the source.
+        processor (`ProcessorSettings`): what the base needs.
         ignored (`dict[str, str]`): source name -> why it is left out on purpose.
         notes (`list[str]`): what the caller should know about the source.
     """
@@ -46,7 +46,7 @@ def plan_base(
         rename = _without_projector(rename)
         notes = [*notes, "The base's projector follows a pixel shuffle: a plain one is freshly initialised."]
     config = target.config(**new_fields)
-    if processor is not None and processor.fields.get("count_rule", "").startswith("unpad_"):
+    if processor.fields.get("count_rule", "").startswith("unpad_"):
         fields_of_it = {**processor.fields, "count_rule": f"unpad_{config.unpad_rule}"}
         processor = ProcessorSettings(processor.images, fields_of_it)
     return Plan(

@@ -7,8 +7,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
+from .grids_vtc import pooled_grid
 from .host_vtc import GRID_BASES
-from .tiling_vtc import ImageSizes, pooled_grid, stacked_grids
+from .tiling_vtc import ImageSizes, stacked_grids
 
 ROUTER_ATTENTIONS = ("tiles", "tokens")
 ROUTER_TEXTS = ("first_image", "row")

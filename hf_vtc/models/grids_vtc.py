@@ -1,8 +1,96 @@
-"""Images as grids of visual tokens, each of its own size: arithmetic on grids, without a pixel."""
+"""Images as grids of visual tokens, each of its own size: their sizes, patches, positions and windows."""
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
+
+# patches of Qwen's towers hold two frames, which are the same of an image
+_FRAMES_OF_PATCH = 2
+# of the sides of an image, above which the published processors refuse it
+_LONGEST = 200
+
+
+def size_of_grid(height: int, width: int, stride: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in pixels to which an image is resized: multiples of `stride` near its own size and shape.
+
+    Args:
+        height, width (`int`): of the image, in pixels.
+        stride (`int`): side of one visual token, in pixels.
+        min_pixels, max_pixels (`int`): of the resized image, where its shape allows.
+
+    Raises:
+        ValueError: the image is too long and thin.
+
+    Source: `smart_resize` of Qwen's processors, whose double precision decides what is rounded.
+    """
+    if max(height, width) > _LONGEST * min(height, width):
+        raise ValueError(
+            f"An image may be {_LONGEST} times as long as wide at most, got {height} x {width} pixels (height x "
+            "width). Crop it first."
+        )
+    rows, columns = round(height / stride), round(width / stride)
+    num_pixels = rows * columns * stride**2
+    if num_pixels > max_pixels:
+        shrunk = math.sqrt(height * width / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrunk / stride)) for side in (height, width))
+    elif num_pixels < min_pixels:
+        grown = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grown / stride) for side in (height, width))
+    return rows * stride, columns * stride
+
+
+def patches_of(pixels: np.ndarray, patch_size: int, merge: int) -> np.ndarray:
+    """Patches of an image in the order in which the tower's connector merges them.
+
+    Args:
+        pixels (`np.ndarray` of shape `(3, H, W)`): sides are multiples of `patch_size * merge`.
+        patch_size (`int`): side of a patch, in pixels.
+        merge (`int`): side of what becomes one visual token, in patches.
+
+    Returns:
+        `(H / patch_size * W / patch_size, 3 * 2 * patch_size^2)`: the patches of one visual token follow each other.
+    """
+    channels, height, width = pixels.shape
+    rows, columns = height // (patch_size * merge), width // (patch_size * merge)
+    split = pixels.reshape(channels, rows, merge, patch_size, columns, merge, patch_size)
+    patches = split.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
+    return patches.repeat(_FRAMES_OF_PATCH, axis=5).reshape(rows * columns * merge**2, -1)
+
+
+def pooled_grid(side: int, scale: int) -> tuple[int, int]:
+    """(rows, columns) that `scale` tokens form when columns and rows of a square grid are halved in turns.
+
+    Args:
+        side (`int`): of the grid.
+        scale (`int`): tokens that remain.
+
+    Raises:
+        ValueError: halving does not lead there.
+    """
+    halvings = max(side * side // max(scale, 1), 1).bit_length() - 1
+    rows, columns = 2 ** (halvings // 2), 2 ** (halvings - halvings // 2)
+    if scale * rows * columns != side * side or side % rows or side % columns:
+        raise ValueError(
+            f"A granularity of {scale} tokens cannot be reached by halving columns and rows of a {side} x {side} grid "
+            f"in turns. Use {side * side} divided by 1, 2, 4, ... as far as its sides are even."
+        )
+    return side // rows, side // columns
+
+
+def grid_windows(length: int, columns: int, high: int, wide: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Windows of `high` x `wide` tokens of one grid, row by row; those at its edges have the members that are there.
+
+    Args:
+        length (`int`): tokens, a multiple of `columns`.
+
+    Returns:
+        Members of all windows, one after the other, and how many each has.
+    """
+    places = torch.arange(length)
+    window = places // columns // high * -(-columns // wide) + places % columns // wide
+    return torch.argsort(window, stable=True), torch.bincount(window)
 
 
 def grid_positions(

@@ -241,3 +241,26 @@ def _to_bytes(values: np.ndarray, where: str) -> np.ndarray:
             "uint8; pixels that are normalised already belong into `pixel_values` of the model."
         )
     return levels.astype(np.uint8)
+
+
+def has_unit_range(images: Any) -> bool:
+    """Whether floats or booleans, which stand for 0..1, are among (lists of) images."""
+    if isinstance(images, (list, tuple)):
+        return any(has_unit_range(item) for item in images)
+    if isinstance(images, torch.Tensor):
+        return images.is_floating_point() or images.dtype == torch.bool
+    if isinstance(images, np.ndarray):
+        return images.dtype == np.bool_ or np.issubdtype(images.dtype, np.floating)
+    return isinstance(images, Image.Image) and images.mode == "F"
+
+
+def flattened(images: Any) -> list[Image.Image]:
+    """The images of nested lists, in order."""
+    if isinstance(images, list):
+        return [image for item in images for image in flattened(item)]
+    return [images]
+
+
+def sizes_of_images(images: Any) -> list[tuple[int, int]]:
+    """(height, width) in pixels of (lists of lists of) PIL images, as `fetch_images` gives them."""
+    return [(image.height, image.width) for image in flattened(images)]

@@ -19,8 +19,9 @@ from transformers import BatchFeature
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from .grids_vtc import patches_of
 from .host_processor_vtc import ImageProcessorBase
-from .image_loading_vtc import load_images
+from .image_loading_vtc import flattened, has_unit_range, load_images
 from .padding_vtc import PaddedImages
 from .tiling_vtc import TileLayout, TilingSettings, refuse_misnamed, refuse_unknown, square_size
 
@@ -33,6 +34,8 @@ LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1
 _SEVERAL_TILES = ("anyres", "dynamic")
 # how many times as many pixels a large batch may have by its padding
 _MOST_PADDING = 4
+# fields of `tiling="patches"` alone
+_OF_PATCHES = ("patch_size", "min_pixels", "max_pixels")
 # keys of `preprocessor_config.json` that are no fields
 _WRITTEN_BY_HOSTS = ("auto_map", "image_processor_type", "processor_class", "feature_extractor_type")
 
@@ -52,6 +55,9 @@ class VtcImageProcessorKwargs(TypedDict, total=False):
     use_thumbnail: bool | None
     image_grid_pinpoints: list | tuple | None
     token_stride: int | None
+    patch_size: int | None
+    min_pixels: int | None
+    max_pixels: int | None
     crop_to_patches: bool | None
     input_data_format: str | None
     return_tensors: str | None
@@ -65,9 +71,10 @@ class VtcImageProcessor(ImageProcessorBase):
     orientation is applied to PIL images and files. Float arrays hold 0..1.
 
     Args:
-        tiling (`str`): `"single"`, `"pad"`, `"anyres"`, `"dynamic"`, `"crop"` or `"keep_aspect"`, see `tiling_vtc.py`.
+        tiling (`str`): `"single"`, `"pad"`, `"anyres"`, `"dynamic"`, `"crop"`, `"keep_aspect"` or `"patches"`, see
+            `tiling_vtc.py`.
         size (`int` or `dict`): side of a tile in pixels, also as `{"height": S, "width": S}`; for `"keep_aspect"` the
-            short side of the image.
+            short side of the image; of no meaning for `"patches"`.
         resample (`int`): PIL filter of every resize, 3 is bicubic.
         image_mean (`Sequence[float]`): mean per channel of pixels in 0..1; for `"pad"` also the padding colour.
         image_std (`Sequence[float]`): standard deviation per channel.
@@ -78,7 +85,9 @@ class VtcImageProcessor(ImageProcessorBase):
         use_thumbnail (`bool`): whether `"dynamic"` appends the whole image when there is more than one tile.
         image_grid_pinpoints (`Sequence[Sequence[int]]`): canvases of `"anyres"`, (height, width) in pixels.
         token_stride (`int`, *optional*): side in pixels of one visual token, for models whose token count follows from
-            the pixels of the image (ConvLLaVA: 64). `image_sizes` are then processed sizes.
+            the pixels of the image (ConvLLaVA: 64, Qwen3-VL: 32). `image_sizes` are then processed sizes.
+        patch_size (`int`, *optional*): for `"patches"`, side in pixels of one patch of the tower.
+        min_pixels, max_pixels (`int`, *optional*): for `"patches"`, between which the size of an image is left alone.
 
     Raises:
         ValueError: a field is outside of its range.
@@ -100,6 +109,9 @@ class VtcImageProcessor(ImageProcessorBase):
         use_thumbnail: bool = True,
         image_grid_pinpoints: Sequence[Sequence[int]] = LLAVA_NEXT_PINPOINTS,
         token_stride: int | None = None,
+        patch_size: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         **kwargs: Any,
     ):
         known = (*TilingSettings.__dataclass_fields__, *_WRITTEN_BY_HOSTS)
@@ -119,11 +131,16 @@ class VtcImageProcessor(ImageProcessorBase):
         self.use_thumbnail = use_thumbnail
         self.image_grid_pinpoints = [list(pair) for pair in image_grid_pinpoints]
         self.token_stride = token_stride
+        self.patch_size = patch_size
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
         self._settings()
 
     @property
     def model_input_names(self) -> list[str]:
         """What `preprocess` returns with these fields."""
+        if self.tiling == "patches":
+            return ["pixel_values", "image_grid_thw"]
         num_tiles = ["num_tiles"] if self.tiling in _SEVERAL_TILES else []
         return ["pixel_values", *num_tiles, "image_sizes"]
 
@@ -194,8 +211,9 @@ class VtcImageProcessor(ImageProcessorBase):
             **overrides: fields of this processor for this call.
         """
         settings = self._settings(**overrides)
-        if image_sizes:
-            self._check_padding([settings.processed_size(_bounded_layout(*size, settings)) for size in image_sizes])
+        layouts = [_bounded_layout(*size, settings) for size in image_sizes]
+        if layouts and settings.tiling != "patches":
+            self._check_padding([settings.processed_size(layout) for layout in layouts])
 
     def _check_padding(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Raise for processed images that cannot share a call: too large together, and mostly for their padding."""
@@ -210,10 +228,13 @@ class VtcImageProcessor(ImageProcessorBase):
             )
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Tiles of an image of this size in pixels, under the name that serving engines call."""
+        """Tiles of an image of this size in pixels, or its patches, under the name that serving engines call."""
         overrides = {key: value for key, value in (images_kwargs or {}).items() if key not in _CALL_ONLY}
         _check_crop_to_patches((images_kwargs or {}).get("crop_to_patches"), self._settings(**overrides))
-        return self.get_tile_layout(height, width, **overrides).num_tiles
+        layout, settings = self.get_tile_layout(height, width, **overrides), self._settings(**overrides)
+        if settings.tiling == "patches":
+            return layout.resized_size[0] * layout.resized_size[1] // settings.patch_size**2
+        return layout.num_tiles
 
     def check_rescaling(self, images: Any, do_rescale: bool | None = None) -> None:
         """Raise where images in 0..1 are not to be rescaled: they become 8-bit, of which 0..1 is left by that alone.
@@ -225,7 +246,7 @@ class VtcImageProcessor(ImageProcessorBase):
         Raises:
             ValueError: `do_rescale=False` with floats or booleans.
         """
-        if not (self.do_rescale if do_rescale is None else do_rescale) and _has_unit_range(images):
+        if not (self.do_rescale if do_rescale is None else do_rescale) and has_unit_range(images):
             raise ValueError(
                 "`do_rescale=False` keeps pixels in 0..255, but `images` holds floats or booleans, which are taken as "
                 "0..1 and become 8-bit pixels first, as in the original code. Leave `do_rescale` out: nothing is "
@@ -270,7 +291,9 @@ class VtcImageProcessor(ImageProcessorBase):
             zeros on the right and at the bottom of smaller images; `image_sizes` of shape `(num_images, 2)`, (height,
             width) of the originals, or of the processed images if `token_stride` is set; and for `"anyres"` and
             `"dynamic"` `num_tiles` of shape `(num_images,)`. Who gives `crop_to_patches` gets that as `num_patches`
-            too, under InternVL's name.
+            too, under InternVL's name. For `"patches"` `pixel_values` are `(patches, values)` of all images, and
+            `image_grid_thw` `(num_images, 3)` their numbers in time, height and width: what the processors of
+            Qwen2.5-VL and Qwen3-VL return.
 
         Raises:
             OSError: a file or URL cannot be read.
@@ -279,10 +302,12 @@ class VtcImageProcessor(ImageProcessorBase):
         settings = self._settings(**overrides)
         _check_crop_to_patches(crop_to_patches, settings)
         self.check_rescaling(images, overrides.get("do_rescale"))
-        images = _flatten(load_images(images, "images", input_data_format))
+        images = flattened(load_images(images, "images", input_data_format))
         if not images:
             raise ValueError("`images` must hold at least one image, got none. Leave it out for text alone.")
         layouts = [_bounded_layout(image.height, image.width, settings) for image in images]
+        if settings.tiling == "patches":
+            return BatchFeature(_as_patches(images, layouts, settings), tensor_type=return_tensors)
         self._check_padding([settings.processed_size(layout) for layout in layouts])
         tiles = [tile for image, layout in zip(images, layouts) for tile in _cut(image, layout, settings)]
         data = {
@@ -300,7 +325,10 @@ class VtcImageProcessor(ImageProcessorBase):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as every supported version of transformers writes and reads them."""
-        return {name: value for name, value in super().to_dict().items() if not name.startswith("_")}
+        # those of one tiling are in no file of another, which older versions read too
+        left_out = () if self.tiling == "patches" else _OF_PATCHES
+        fields = super().to_dict().items()
+        return {name: value for name, value in fields if not name.startswith("_") and name not in left_out}
 
     def remote_code_map(self) -> dict[str, str]:
         """`auto_map` of a folder that carries its own code: auto class -> `file.Class`."""
@@ -387,6 +415,18 @@ def _cut(image: Image.Image, layout: TileLayout, settings: TilingSettings) -> li
     return tiles
 
 
+def _as_patches(
+    images: list[Image.Image], layouts: list[TileLayout], settings: TilingSettings
+) -> dict[str, np.ndarray]:
+    merge, patches, grids = settings.token_stride // settings.patch_size, [], []
+    for image, layout in zip(images, layouts):
+        height, width = layout.resized_size
+        pixels = _normalized([_resized(image, (width, height), settings.resample)], settings)[0]
+        patches.append(patches_of(pixels, settings.patch_size, merge))
+        grids.append((1, height // settings.patch_size, width // settings.patch_size))
+    return {"pixel_values": np.concatenate(patches), "image_grid_thw": np.array(grids, dtype=np.int64)}
+
+
 def _resized(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
     """The image at `size`, (width, height), with the pixels of Pillow 13 on every version of Pillow.
 
@@ -415,7 +455,7 @@ def _bounded_layout(height: int, width: int, settings: TilingSettings) -> TileLa
     layout = settings.layout(height, width)
     if settings.tiling == "pad" and height != width:
         verb, (rows, columns) = "pad", (max(height, width),) * 2
-    elif settings.tiling in ("crop", "keep_aspect"):
+    elif settings.tiling in ("crop", "keep_aspect", "patches"):
         verb, (rows, columns) = "resize", layout.resized_size
     else:
         return layout
@@ -470,19 +510,3 @@ def _normalized(tiles: list[Image.Image], settings: TilingSettings) -> np.ndarra
         pixels -= np.asarray(settings.image_mean, dtype=np.float32).reshape(3, 1, 1)
         pixels /= np.asarray(settings.image_std, dtype=np.float32).reshape(3, 1, 1)
     return pixels
-
-
-def _has_unit_range(images: Any) -> bool:
-    if isinstance(images, (list, tuple)):
-        return any(_has_unit_range(item) for item in images)
-    if isinstance(images, torch.Tensor):
-        return images.is_floating_point() or images.dtype == torch.bool
-    if isinstance(images, np.ndarray):
-        return images.dtype == np.bool_ or np.issubdtype(images.dtype, np.floating)
-    return isinstance(images, Image.Image) and images.mode == "F"
-
-
-def _flatten(images: Any) -> list[Image.Image]:
-    if isinstance(images, list):
-        return [image for item in images for image in _flatten(item)]
-    return [images]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .grids_vtc import grid_windows
 from .ops_vtc import segment_mean
 from .packing_vtc import Span
 
@@ -122,20 +123,6 @@ def square_windows(length: int, stride: int, side: int) -> torch.LongTensor:
     grids = torch.arange(length).reshape(-1, side, side)[:, : per_side * edge, : per_side * edge]
     windows = grids.reshape(-1, per_side, edge, per_side, edge).transpose(2, 3)
     return windows.reshape(-1, stride)
-
-
-def grid_windows(length: int, columns: int, high: int, wide: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Windows of `high` x `wide` tokens of one grid, row by row; those at its edges have the members that are there.
-
-    Args:
-        length (`int`): tokens, a multiple of `columns`.
-
-    Returns:
-        Members of all windows, one after the other, and how many each has.
-    """
-    places = torch.arange(length)
-    window = places // columns // high * -(-columns // wide) + places % columns // wide
-    return torch.argsort(window, stable=True), torch.bincount(window)
 
 
 def most_attended(scores: torch.Tensor, num_kept: int) -> torch.LongTensor:

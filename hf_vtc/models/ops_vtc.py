@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from .grids_vtc import pooled_grid
 from .kernels_vtc import has_kernel, set_forced
-from .tiling_vtc import pooled_grid
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # levels of a pyramid that one kernel makes: those of the paper

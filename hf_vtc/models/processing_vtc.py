@@ -6,6 +6,7 @@ many placeholders as the method may need for that image (contract: reserve, then
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from .chat_templates_vtc import (  # noqa: F401  public under this name too
 )
 from .counting_vtc import COUNT_RULES
 from .host_processor_vtc import ProcessorBase, TextArguments
+from .image_loading_vtc import sizes_of_images
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
 from .tiling_vtc import TilingSettings, images_apart, refuse_misnamed, refuse_unknown
@@ -332,6 +334,9 @@ class VtcProcessor(ProcessorBase):
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """What one placeholder of the prompt becomes where the largest count is reserved."""
+        if "image_grid_thw" in image_inputs:
+            grid, of_images = image_inputs["image_grid_thw"][image_idx], self.image_processor
+            return self._expanded(math.prod(map(int, grid)) * of_images.patch_size**2 // of_images.token_stride**2)
         height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
         return self._expanded(self.reserved_tokens(height, width, **_layout_fields(kwargs)))
 
@@ -379,7 +384,7 @@ class VtcProcessor(ProcessorBase):
     ) -> tuple[dict[str, Any], list[str]]:
         """Model inputs of the images of a call, and what the placeholder of each becomes in the prompt."""
         image_inputs = self.image_processor(images, **kwargs)
-        sizes = [[int(side) for side in size] for size in image_inputs["image_sizes"]]
+        sizes = sizes_of_images(images)
         written = self.written_tokens(sizes, vtc_budget, **_layout_fields(kwargs))
         return image_inputs, [self._expanded(count) for count in written]
 
@@ -399,7 +404,7 @@ class VtcProcessor(ProcessorBase):
         return MultiModalData(
             num_image_tokens=self.written_tokens(image_sizes, vtc_budget, **fields),
             num_image_patches=[
-                self.image_processor.get_tile_layout(*size, **fields).num_tiles for size in image_sizes
+                self.image_processor.get_number_of_image_patches(*size, fields) for size in image_sizes
             ],
         )
 

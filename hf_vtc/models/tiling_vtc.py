@@ -1,6 +1,6 @@
 """How images of a given size are cut into tiles: arithmetic on sizes, without a pixel.
 
-The field `tiling` names one of six ways, all but the last with square tiles:
+The field `tiling` names one of seven ways, all but the last two with square tiles:
 
 - `"single"`: the whole image resized to one square tile.
 - `"pad"`: LLaVA 1.5, the image centred on a square of the mean colour, then resized to one tile.
@@ -8,6 +8,7 @@ The field `tiling` names one of six ways, all but the last with square tiles:
 - `"dynamic"`: InternVL, the grid of at most `max_tiles` tiles with the closest aspect ratio; the thumbnail comes last.
 - `"crop"`: CLIP, the short side resized to the tile, the middle of the long one.
 - `"keep_aspect"`: ConvLLaVA at any aspect ratio, the short side resized to `size`, one tile of the whole image.
+- `"patches"`: Qwen2.5-VL and Qwen3-VL, the whole image near its own size, as a grid of patches.
 
 Sources: haotian-liu/LLaVA `llava/mm_utils.py` (pad, anyres); transformers' `CLIPImageProcessor` (crop; keep_aspect is
 the same without its centre crop, arXiv 2405.15738 section 4.3); OpenGVLab/InternVL `dynamic_preprocess` at
@@ -23,7 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-TILINGS = ("single", "pad", "anyres", "dynamic", "crop", "keep_aspect")
+from .grids_vtc import size_of_grid
+
+TILINGS = ("single", "pad", "anyres", "dynamic", "crop", "keep_aspect", "patches")
 UNPAD_RULES = ("token_grid", "true_aspect")
 # what transformers' InternVL, its LLaVA and the original repositories call some of our arguments
 _NAMES_ELSEWHERE = {
@@ -116,6 +119,9 @@ class TilingSettings:
     use_thumbnail: bool
     image_grid_pinpoints: Sequence[Sequence[int]]
     token_stride: int | None
+    patch_size: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if self.tiling not in TILINGS:
@@ -132,7 +138,28 @@ class TilingSettings:
                 raise ValueError(f"`{name}` needs one value per colour channel (3), got {getattr(self, name)}.")
         if self.tiling == "anyres":
             self._check_pinpoints()
+        self._check_patches()
         self._check_token_stride()
+
+    def _check_patches(self) -> None:
+        names = ("patch_size", "min_pixels", "max_pixels")
+        if self.tiling != "patches":
+            for name in names:
+                if getattr(self, name) is not None:
+                    raise ValueError(f"`{name}` needs `tiling='patches'`, got {self.tiling!r}. Leave it out.")
+            return
+        for name in (*names, "token_stride"):
+            if getattr(self, name) is None or getattr(self, name) < 1:
+                raise ValueError(f"`tiling='patches'` needs a positive `{name}` in pixels, got {getattr(self, name)}.")
+        if self.token_stride % self.patch_size:
+            raise ValueError(
+                f"`token_stride` must be a multiple of `patch_size`, got {self.token_stride} and {self.patch_size}."
+            )
+        if not max(self.min_pixels, self.token_stride**2) <= self.max_pixels:
+            raise ValueError(
+                f"`max_pixels` must hold `min_pixels` and a visual token of {self.token_stride}^2 pixels, got "
+                f"{self.min_pixels} and {self.max_pixels}."
+            )
 
     def _check_token_stride(self) -> None:
         if self.token_stride is None:
@@ -141,6 +168,8 @@ class TilingSettings:
                     "`token_stride` must be given for `tiling='keep_aspect'`: the side in pixels of one visual token, "
                     "such as 64."
                 )
+        elif self.tiling == "patches":
+            return
         elif self.tiling in ("anyres", "dynamic"):
             raise ValueError(f"`token_stride` needs a tiling with one tile per image, got {self.tiling!r}.")
         elif self.token_stride < 1:
@@ -166,12 +195,15 @@ class TilingSettings:
 
     def processed_size(self, layout: TileLayout) -> tuple[int, int]:
         """(height, width) in pixels of every tile of an image."""
-        return layout.resized_size if self.tiling == "keep_aspect" else (self.tile_size, self.tile_size)
+        whole = self.tiling in ("keep_aspect", "patches")
+        return layout.resized_size if whole else (self.tile_size, self.tile_size)
 
     def layout(self, height: int, width: int) -> TileLayout:
         """Layout of an image of this size in pixels."""
         if height < 1 or width < 1:
             raise ValueError(f"An image needs at least one pixel per side, got height {height} and width {width}.")
+        if self.tiling == "patches":
+            return patches_layout(height, width, self.token_stride, self.min_pixels, self.max_pixels)
         one_tile = {
             "single": single_layout,
             "pad": pad_layout,
@@ -216,6 +248,14 @@ def keep_aspect_layout(height: int, width: int, size: int) -> TileLayout:
     """The whole image with its short side resized to `size` pixels: a tile as long as it needs to be."""
     whole = (0.0, 0.0, float(width), float(height))
     return TileLayout((height, width), _short_side_resized(height, width, size), (0, 0), (1, 1), (whole,))
+
+
+def patches_layout(height: int, width: int, token_stride: int, min_pixels: int, max_pixels: int) -> TileLayout:
+    """The whole image resized to sides of whole visual tokens, near its own size where the limits in pixels allow."""
+    whole = (0.0, 0.0, float(width), float(height))
+    resized = size_of_grid(height, width, token_stride, min_pixels, max_pixels)
+    tokens = (resized[0] // token_stride, resized[1] // token_stride)
+    return TileLayout((height, width), resized, (0, 0), (1, 1), (whole,), tokens)
 
 
 def _short_side_resized(height: int, width: int, size: int) -> tuple[int, int]:
@@ -355,26 +395,6 @@ def joined_order(grid: tuple[int, int], tokens: tuple[int, int], kept: tuple[int
     top, left = (whole.shape[0] - kept[0]) // 2, (whole.shape[1] - kept[1]) // 2
     content = whole[top : top + kept[0], left : left + kept[1]]
     return torch.cat([torch.arange(per_tile), torch.nn.functional.pad(content, (0, 1), value=-1).flatten()])
-
-
-def pooled_grid(side: int, scale: int) -> tuple[int, int]:
-    """(rows, columns) that `scale` tokens form when columns and rows of a square grid are halved in turns.
-
-    Args:
-        side (`int`): of the grid.
-        scale (`int`): tokens that remain.
-
-    Raises:
-        ValueError: halving does not lead there.
-    """
-    halvings = max(side * side // max(scale, 1), 1).bit_length() - 1
-    rows, columns = 2 ** (halvings // 2), 2 ** (halvings - halvings // 2)
-    if scale * rows * columns != side * side or side % rows or side % columns:
-        raise ValueError(
-            f"A granularity of {scale} tokens cannot be reached by halving columns and rows of a {side} x {side} grid "
-            f"in turns. Use {side * side} divided by 1, 2, 4, ... as far as its sides are even."
-        )
-    return side // rows, side // columns
 
 
 def dynamic_layout(
