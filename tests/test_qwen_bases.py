@@ -1,4 +1,4 @@
-"""LLaVolta on Qwen3-VL and Qwen2.5-VL: positions, windows of grids and deeper rows by hand; training, LoRA, tools."""
+"""LLaVolta on Qwen3-VL and Qwen2.5-VL: positions, windows of grids and deeper rows by hand; training, LoRA."""
 
 import copy
 
@@ -10,23 +10,14 @@ from factories import (
     stock_inputs,
     tiny_config,
     tiny_model,
-    tiny_processor,
     uncompressed,
 )
 from peft import PeftModel, get_peft_model
-from PIL import Image
 from qwen_models import BASES, batch_of, model_of
-from transformers import (
-    Qwen2VLImageProcessor,
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
-from hf_vtc import bench, estimate
-from hf_vtc.data import VtcCollator
-from hf_vtc.hub import export
 from hf_vtc.lora import compressor_modules, default_lora_config, full_precision_modules
 from hf_vtc.models.grids_vtc import black_image, grid_positions
-from hf_vtc.plot import overlay
 from hf_vtc.trainers import LlavoltaTrainer
 from hf_vtc.trainers.schedule import Stage
 from hf_vtc.trainers.sharding import with_black_tile
@@ -249,7 +240,7 @@ def test_fields_without_a_meaning_are_refused(base):
             tiny_config(f"llavolta on {base}", **fields)
 
 
-# training and tools
+# training
 
 
 def test_lora_trains_decoder_and_mergers_and_loads_again(base, tmp_path):
@@ -311,22 +302,3 @@ def test_black_images_reach_every_part(base):
     inputs = with_black_tile(model, text)
     loss = model(**inputs).loss
     torch.testing.assert_close(loss, model(**text).loss, rtol=1e-6, atol=1e-6)
-
-
-def test_tools_that_do_not_reach_refuse_by_name(base, tmp_path):
-    model = model_of(base)
-    batch = batch_of(model, 30, images_per_row=[1])
-    with pytest.raises(ValueError, match=f"tower of {base}"):
-        estimate(model, image_size=(24, 24), vtc_budget=0.5)
-    with pytest.raises(ValueError, match=f"tower of {base}"):
-        bench(model, dict(batch), vtc_budget=0.5)
-    with pytest.raises(ValueError, match=f"overlay.*{base}"):
-        overlay(Image.new("RGB", (24, 24)), model(**batch), config=model.config)
-    with pytest.raises(ValueError, match=f"hub.*{base}"):
-        export(model, tiny_processor(), tmp_path / "folder")
-
-    class Stock:
-        image_processor = Qwen2VLImageProcessor()
-
-    with pytest.raises(ValueError, match="`processor` must be a `VtcProcessor`, got Stock"):
-        VtcCollator(Stock())

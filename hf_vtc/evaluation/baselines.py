@@ -26,6 +26,13 @@ from .questions import Question
 from .running import Answer, Asker, Batch
 
 NAMES = ("random", "pool", "smaller", "subset", "fixed", *COMPARATORS)
+# why not with a base whose tower sees grids
+_NO_PLACES = "a prompt of embeddings alone does not say where in an image its visual tokens stand"
+_NOT_ON_GRIDS = {
+    "subset": _NO_PLACES,
+    "pool": _NO_PLACES,
+    "smaller": "images of this base have no tiles of which there could be fewer",
+}
 
 
 def baseline_points(
@@ -75,6 +82,8 @@ def _is_drawn(config: VtcConfig, name: str) -> bool:
 def _problem(asker: Asker, name: str, image_sizes: Sequence[tuple[int, int]]) -> str:
     """Why a baseline cannot be made with this model, empty if it can."""
     config, own = asker.config, record_of(asker.config).baselines
+    if config.grid_base is not None and (name in ("subset", "smaller") or name == "pool" and own.pool is None):
+        return _NOT_ON_GRIDS[name]
     if name == "random":
         return "the method takes no decision" if own.random is None else own.random.problem(config)
     if name == "pool" and own.pool_problem:

@@ -169,7 +169,8 @@ class Batch:
     @property
     def sizes(self) -> dict[str, torch.Tensor]:
         """What says which tiles and pixels are whose."""
-        return {name: self.inputs[name] for name in ("num_tiles", "image_sizes") if name in self.inputs}
+        names = ("num_tiles", "image_sizes", "image_grid_thw")
+        return {name: self.inputs[name] for name in names if name in self.inputs}
 
     @property
     def num_reserved(self) -> list[int]:

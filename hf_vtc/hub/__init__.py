@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..convert.shards import num_bytes
 from ..files import blaming, replacing_folder
-from ..methods import find_record, refuse_grid_base
+from ..methods import find_record
 from . import proof
 from .card import card_beside, complete_card
 from .proof import check
@@ -172,11 +172,6 @@ def _resolved(model, processor, card, title, base_model, license) -> tuple[PreTr
     beside = model
     if isinstance(model, str | os.PathLike):
         model = load_model(model)
-    refuse_grid_base(
-        model.config,
-        "`hf_vtc.hub`",
-        "`convert` writes a whole folder, with the processor of the base; `save_pretrained` writes weights and code.",
-    )
     if isinstance(processor, str | os.PathLike):
         processor = load_processor(processor)
     card = card_beside(beside) if card is None else card

@@ -14,7 +14,6 @@ from .record import (
     find_record,
     record_named,
     record_of,
-    refuse_grid_base,
     register,
 )
 
@@ -31,7 +30,6 @@ __all__ = [
     "llavolta",
     "record_named",
     "record_of",
-    "refuse_grid_base",
     "register",
     "vico",
     "visionzip",

@@ -7,7 +7,7 @@ from ..models.modeling_cdpruner import CdprunerForConditionalGeneration, Cdprune
 from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload
 from .drawing import PAPER, Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
-from .record import Base, Costs, Record, Sharding, connect_all, connector_names, refuse_grid_base, register
+from .record import Base, Costs, Record, Sharding, connect_all, connector_names, register
 from .shapes import of_llava
 
 
@@ -22,19 +22,19 @@ def compressor_flops(workload: Workload, num_kept: int) -> float:
 def draw(kept: Kept) -> Drawing:
     """The tokens that stay, in a colour of their own."""
     config, layout = kept.config, kept.layout
-    refuse_grid_base(config, "`overlay`", "`router_decisions` say which tokens of its grid stay, row by row.")
+    grid = config.token_grid if config.grid_base is None else layout.token_grid
     stays = kept.decisions("one truth value per visual token", torch.bool, 1)
     joined = config.mm_patch_merge_type == "spatial_unpad"
-    order = token_sequence(layout, config.token_grid, config.unpad_rule if joined else None)
-    if not joined:
+    order = token_sequence(layout, grid, config.unpad_rule if joined else None)
+    if not joined and config.grid_base is None:
         stays = kept.own_tiles(stays.unflatten(0, (-1, config.image_seq_length))).flatten()
     elif kept.image_idx != 0 or len(stays) != len(order):
         raise ValueError(
             f"Image {kept.image_idx} has {len(order)} visual tokens by its processor, but the output is of "
-            f"{len(stays)}. `overlay` of tiles that are joined to a map needs the output of a call with one image."
+            f"{len(stays)}. `overlay` of images that are no row of equal tiles needs the output of a call with one image."
         )
     count, compressed = int(stays.sum()), not bool(stays.all())
-    cells = cells_of(order[stays], torch.arange(count), layout.num_tiles, config.token_grid)
+    cells = cells_of(order[stays], torch.arange(count), layout.num_tiles, grid)
     if config.shuffle_factor > 1 and config.ps_version == "v1":
         # InternVL's first pixel shuffle counts by columns
         cells = [each.T for each in cells]

@@ -154,6 +154,74 @@ class ConvTowerShape:
 
 
 @dataclass(frozen=True)
+class GridTowerShape:
+    """What the costs of a tower of Qwen2.5-VL or Qwen3-VL depend on, its connectors included.
+
+    `ffn_matrices` of a layer; `num_full` of its layers attend over the whole image, the others within windows of
+    `window` x `window` visual tokens; `num_connectors` that fold `merge` x `merge` patches into one visual token of
+    `token_width`; `grid` is (rows, columns) of visual tokens.
+    """
+
+    width: int
+    num_layers: int
+    ffn_width: int
+    ffn_matrices: int
+    num_full: int
+    window: int
+    merge: int
+    patch_values: int
+    token_width: int
+    num_connectors: int
+    grid: tuple[int, int]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> "GridTowerShape":
+        """Read a `vision_config` as a dictionary; without the `image_size` that the tower sees, of one token."""
+        patch, merge, layers = (_field(config, name) for name in ("patch_size", "spatial_merge_size", "depth"))
+        stride = patch * merge
+        height, width = image_size or (stride, stride)
+        windowed = config.get("window_size") is not None
+        return cls(
+            width=_field(config, "hidden_size"),
+            num_layers=layers,
+            ffn_width=_field(config, "intermediate_size"),
+            # only the tower with windows has a gate
+            ffn_matrices=3 if windowed else 2,
+            num_full=len(config["fullatt_block_indexes"]) if windowed else layers,
+            window=config["window_size"] // stride if windowed else 1,
+            merge=merge,
+            patch_values=(config.get("in_channels") or 3) * _field(config, "temporal_patch_size") * patch**2,
+            token_width=_field(config, "out_hidden_size"),
+            num_connectors=1 + len(config.get("deepstack_visual_indexes") or ()),
+            grid=(height // stride, width // stride),
+        )
+
+    @property
+    def num_patches(self) -> int:
+        """Features of an image: its visual tokens."""
+        return self.grid[0] * self.grid[1]
+
+    def flops(self) -> float:
+        """FLOPs of one image up to its connectors, the embedding of its patches included."""
+        num_tokens = self.num_patches * self.merge**2
+        params = 4 * self.width**2 + self.ffn_matrices * self.width * self.ffn_width
+        rows, columns = (sum(len(part) ** 2 for part in _cut(side, self.window)) for side in self.grid)
+        pairs = self.num_full * num_tokens**2
+        pairs += (self.num_layers - self.num_full) * rows * columns * self.merge**4
+        linear = self.num_layers * 2 * params * num_tokens
+        return linear + 4 * pairs * self.width + linear_flops(num_tokens, self.patch_values, self.width)
+
+    def connector_flops(self, num_tokens: int) -> float:
+        """FLOPs of all connectors for this many visual tokens."""
+        folded = self.merge**2 * self.width
+        return self.num_connectors * linear_flops(num_tokens, folded, folded, self.token_width)
+
+
+def _cut(length: int, size: int) -> list[range]:
+    return [range(length)[start : start + size] for start in range(0, length, size)]
+
+
+@dataclass(frozen=True)
 class Workload:
     """One image and the model that sees it: what counts and costs depend on.
 
@@ -169,7 +237,7 @@ class Workload:
 
     config: Any
     text: DecoderShape
-    tower: TowerShape | ConvTowerShape
+    tower: TowerShape | ConvTowerShape | GridTowerShape
     image_size: tuple[int, int]
     seen_size: tuple[int, int]
     num_tiles: int
@@ -179,6 +247,8 @@ class Workload:
     @property
     def num_features(self) -> int:
         """Features of all tiles behind the connector's pixel shuffle: visual tokens but for newlines of a map."""
+        if isinstance(self.tower, GridTowerShape):
+            return self.tower.num_patches
         return self.num_tiles * self.config.image_seq_length
 
     def sizes(self) -> ImageSizes:
@@ -188,7 +258,7 @@ class Workload:
             ValueError: it is not known how the image is cut.
         """
         if not self.config.sees_tiles:
-            return ImageSizes(None, torch.tensor([self.seen_size]), None)
+            return self.config.sizes_of(None, torch.tensor([self.seen_size]))
         num_tiles = torch.tensor([self.num_tiles])
         if self.config.mm_patch_merge_type == "flat":
             return ImageSizes(num_tiles, None, None)
@@ -200,20 +270,20 @@ class Workload:
         return self.config.joined_sizes(num_tiles, torch.tensor([self.layout.image_size]))
 
     def projector_flops(self, num_tokens: int) -> float:
-        """FLOPs of LLaVA's or InternVL's two linear layers for this many visual tokens."""
+        """FLOPs of the two linear layers of LLaVA and InternVL, or of a tower's connectors, for a number of tokens."""
+        if isinstance(self.tower, GridTowerShape):
+            return self.tower.connector_flops(num_tokens)
         fold = self.config.shuffle_factor**2
         return linear_flops(num_tokens, fold * self.tower.width, self.text.width, self.text.width)
 
 
-def tower_of(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> TowerShape | ConvTowerShape:
+def tower_of(
+    config: Mapping[str, Any], image_size: tuple[int, int] | None = None
+) -> TowerShape | ConvTowerShape | GridTowerShape:
     """The tower of a model; `image_size` is what a tower without a fixed size sees of an image."""
     vision = sub_config(config, "vision_config")
-    base = grid_base_of(str(vision.get("model_type")))
-    if base is not None:
-        raise ValueError(
-            f"The costs of a tower of {base} are not known, so `estimate` and `bench` do not reach to models on it. "
-            "`count_visual_tokens` gives their token counts; measure their time by hand."
-        )
+    if grid_base_of(str(vision.get("model_type"))) is not None:
+        return GridTowerShape.from_config(vision, image_size)
     if "depths" in vision:
         return ConvTowerShape.from_config(vision, image_size)
     layer = config.get("vision_feature_layer", config.get("select_layer", -1))

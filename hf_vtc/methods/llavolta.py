@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from ..models.configuration_llavolta import LlavoltaConfig
+from ..models.grids_vtc import grid_windows
 from ..models.modeling_compressors_llavolta import consecutive_windows, square_windows, strided_picks
 from ..models.modeling_llavolta import LlavoltaForConditionalGeneration, LlavoltaModel
+from ..models.tiling_vtc import TileLayout
 from .baselines import Baseline, Baselines, Instead, Met, between
 from .costs import Workload
 from .drawing import Drawing, Kept, Swatch, Tile, cells_of, colour_of, kept_line, token_sequence
-from .record import Base, Costs, Record, Sharding, connect_all, connector_names, refuse_grid_base, register
+from .record import Base, Costs, Record, Sharding, connect_all, connector_names, register
 from .shapes import of_llava
 
 
@@ -32,22 +34,15 @@ def layers(config: LlavoltaConfig, num_layers: int, num_reserved: int, num_kept:
 def draw(kept: Kept) -> Drawing:
     """The patches that become one token, in a colour of their own."""
     config, layout, count = kept.config, kept.layout, kept.num_tokens
-    refuse_grid_base(config, "`overlay`", "The tokens of an image are its grid, row by row.")
-    side = math.isqrt(config.image_seq_length)
+    grid = layout.token_grid if config.grid_base is not None else (math.isqrt(config.image_seq_length),) * 2
     rule = config.unpad_rule if config.mm_patch_merge_type == "spatial_unpad" else None
-    order = token_sequence(layout, (side, side), rule)
-    strides = (stride for stride in range(1, len(order) + 1) if config.kept_tokens(len(order), stride) == count)
-    stride = next(strides)
-    windows = {
-        "avgpool1d": lambda: consecutive_windows(len(order), stride),
-        "uniform": lambda: strided_picks(len(order), stride),
-        "avgpool2d": lambda: square_windows(len(order), stride, side),
-    }
+    order = token_sequence(layout, grid, rule)
+    stride = _stride_of(config, layout, len(order), count)
     # the other compressors choose by content, of which the output says nothing
-    known = config.compressor in windows
-    members = windows[config.compressor]() if known else torch.arange(len(order))[:, None]
-    tokens = torch.arange(len(members)).repeat_interleave(members.shape[1])
-    cells = cells_of(order[members.flatten()], tokens, layout.num_tiles, (side, side))
+    known = config.compressor in ("avgpool1d", "uniform", "avgpool2d")
+    members, widths = _windows(config, grid, len(order), stride if known else 1)
+    tokens = torch.arange(len(widths)).repeat_interleave(widths)
+    cells = cells_of(order[members], tokens, layout.num_tiles, grid)
     compressed = stride > 1
     layer_idx = config.compress_layer_idx
     where = f"before layer {layer_idx}" if layer_idx >= 0 else "before the decoder"
@@ -56,13 +51,38 @@ def draw(kept: Kept) -> Drawing:
         kept_line(count, len(order)),
     ]
     if compressed:
-        legend.append(_what_colours_mean(config.compressor, known, len(members), stride))
+        legend.append(_what_colours_mean(config.compressor, known, len(widths), stride))
     own = [len(np.unique(each[each >= 0])) for each in cells]
     # spans can run on from tile to tile, which then have no counts of their own
-    labels = [str(each) if sum(own) == len(members) else None for each in own]
+    labels = [str(each) if sum(own) == len(widths) else None for each in own]
     filled = known and compressed
     tiles = [Tile(colour_of(compressed), each, label, filled=filled) for each, label in zip(cells, labels)]
     return Drawing(tiles, legend)
+
+
+def _stride_of(config: LlavoltaConfig, layout: TileLayout, length: int, count: int) -> int:
+    """The first stride by which an image of `length` tokens becomes `count`."""
+    if config.grid_base is None:
+        return next(stride for stride in range(1, length + 1) if config.kept_tokens(length, stride) == count)
+    tokens = torch.tensor([layout.token_grid])
+    (counts,) = config.levels(config.sizes_of(None, tokens * config.token_stride))
+    return config.stride_of(counts.index(count))
+
+
+def _windows(
+    config: LlavoltaConfig, grid: tuple[int, int], length: int, stride: int
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Members of all that stays of an image, one after the other, and how many become each."""
+    edge = math.isqrt(stride)
+    if config.grid_base is not None and config.compressor in ("avgpool1d", "avgpool2d"):
+        return grid_windows(length, grid[1], *((1, stride) if config.compressor == "avgpool1d" else (edge, edge)))
+    if config.compressor == "uniform":
+        members = strided_picks(length, stride)
+    elif config.compressor == "avgpool2d":
+        members = square_windows(length, stride, grid[1])
+    else:
+        members = consecutive_windows(length, stride)
+    return members.flatten(), torch.full((len(members),), members.shape[1])
 
 
 def _what_colours_mean(compressor: str, known: bool, num_spans: int, stride: int) -> tuple[Swatch, str]:
@@ -90,8 +110,13 @@ def official_fields(config: Mapping[str, Any], num_layers: int) -> dict[str, Any
 
 
 def by_random_tokens(met: Met) -> Instead:
-    """As many tokens of each image as its compressor leaves, at the same layer, whichever they are."""
-    return Instead(met.num_kept, {"vtc_budget": list(met.num_kept)}, {"compressor": "random"})
+    """As many tokens of each image as its compressor leaves, at the same layer, whichever they are; of the two nearest
+    numbers that a lot can leave by lot, where windows of a grid leave another one."""
+    kept = []
+    for counts, wanted in zip(met.counts, met.num_kept, strict=True):
+        options = sorted({counts[0] // stride for stride in range(1, counts[0] + 1)})
+        kept.append(between(wanted, options, met.generator))
+    return Instead(kept, {"vtc_budget": list(kept)}, {"compressor": "random"})
 
 
 def by_windows(met: Met) -> Instead:
@@ -105,6 +130,8 @@ def by_windows(met: Met) -> Instead:
 
 def windows_problem(config: LlavoltaConfig) -> str:
     """Why tokens have no square windows, empty if they do."""
+    if config.grid_base is not None:
+        return "grids of every size have other counts of windows: compare with `compressor='avgpool2d'` by hand"
     if math.isqrt(config.image_seq_length) ** 2 != config.image_seq_length:
         return f"the {config.image_seq_length} tokens of a tile are no square"
     return "" if config.mm_patch_merge_type == "flat" else "rows of joined tiles have no one length"

@@ -48,8 +48,8 @@ def same_in_every_layer(config: VtcConfig, num_layers: int, num_reserved: int, n
 
 
 def connect_all(base: nn.Module, output: Any) -> Callable[[Any], Any]:
-    """The connector of an oracle that needs every feature."""
-    return base.multi_modal_projector
+    """The connector of an oracle that needs every feature; towers that see grids have it in them."""
+    return base.multi_modal_projector if base.config.grid_base is None else lambda features: features
 
 
 def connector_names(config: VtcConfig) -> tuple[str, ...]:
@@ -218,12 +218,6 @@ def register(record: Record) -> Record:
     # the older of two spellings that transformers 5 takes: "slow" means that it works on PIL images
     AutoImageProcessor.register(record.config, slow_image_processor_class=record.image_processor, exist_ok=True)
     return record
-
-
-def refuse_grid_base(config: VtcConfig, tool: str, remedy: str) -> None:
-    """Raise a ValueError for a model on a base whose tower sees grids, to which a tool does not reach."""
-    if config.grid_base is not None:
-        raise ValueError(f"{tool} does not reach to models on {config.grid_base}. {remedy}")
 
 
 def record_named(name: str) -> Record:

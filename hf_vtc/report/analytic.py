@@ -11,6 +11,7 @@ from ..methods.costs import (
     PRINTED_CONVENTIONS,
     ConvTowerShape,
     DecoderShape,
+    GridTowerShape,
     Workload,
     config_dict,
     decoder_of,
@@ -20,6 +21,7 @@ from ..methods.costs import (
     tower_of,
 )
 from ..methods.record import Costs, find_record
+from ..models.host_vtc import grid_base_of
 from ..models.image_processing_vtc import VtcImageProcessor
 from ..models.prompt_vtc import BY_SCORES, Budget, budgets_per_image, level_within
 from .hardware import Hardware, hardware_named
@@ -333,16 +335,32 @@ def _workload(
         # a tower without a fixed size goes by what it sees
         seen = tuple(processor.size.values()) if processor.tiling == "crop" else layout.resized_size
         tower = tower_of(config, seen)
+    elif isinstance(tower, GridTowerShape):
+        raise ValueError(
+            "`num_tiles` says nothing of a tower that sees every image at its own size. Give `image_size`, and "
+            "`image_processor` if its limits are others than those of the published checkpoints."
+        )
     elif isinstance(tower, ConvTowerShape):
         seen = tower.image_size
     height, width = image_size
     return Workload(own, text, tower, (int(height), int(width)), seen, num_tiles, layout)
 
 
+# of the processors of published checkpoints: smallest and largest image, in pixels
+_PIXEL_LIMITS = {"qwen2_5_vl": (56 * 56, 28 * 28 * 16384), "qwen3_vl": (2**16, 2**24)}
+
+
 def _default_processor(config: Mapping[str, Any]) -> VtcImageProcessor:
     """LLaVA-NeXT's tiling where the config has canvases, InternVL's where it has InternVL's tower or pixel shuffle,
-    else LLaVA 1.5's."""
+    Qwen's where it has such a tower, else LLaVA 1.5's."""
     vision, canvases = sub_config(config, "vision_config"), config.get("image_grid_pinpoints")
+    base = grid_base_of(str(vision.get("model_type")))
+    if base is not None:
+        patch, (smallest, largest) = vision["patch_size"], _PIXEL_LIMITS[base]
+        stride = patch * vision["spatial_merge_size"]
+        return VtcImageProcessor(
+            "patches", token_stride=stride, patch_size=patch, min_pixels=smallest, max_pixels=largest
+        )
     size = side_of(config.get("force_image_size") or vision["image_size"])
     # official files hold them as text, and as (width, height)
     if isinstance(canvases, (list, tuple)):

@@ -16,7 +16,7 @@ import transformers
 from rich.console import Group
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from ..methods.costs import TowerShape, config_dict, decoder_of, tower_of
+from ..methods.costs import GridTowerShape, TowerShape, config_dict, decoder_of, sub_config, tower_of
 from ..methods.record import record_of
 from ..models.host_vtc import named_cache
 from ..models.layout_vtc import layout_of_prompt
@@ -213,7 +213,7 @@ def bench(
         ideal_speedup=oracle.ideal_speedup(),
         vtc_budget=vtc_budget,
         batch_size=oracle.kept_mask.shape[0],
-        num_tiles=inputs["pixel_values"].shape[0],
+        num_tiles=len(inputs.get("image_grid_thw", inputs["pixel_values"])),
         num_reserved=oracle.num_reserved,
         num_kept=oracle.num_kept,
         num_text_tokens=int((oracle.kept_mask & ~oracle.placeholders).sum()),
@@ -357,7 +357,7 @@ class _Replay:
 
 def plain_features(base: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
     """A function that runs the tower without anything that a method adds to it; sizes are on the host before."""
-    names = ("num_tiles", "image_sizes")
+    names = ("num_tiles", "image_sizes", "image_grid_thw")
     vision = VisionInputs(inputs["pixel_values"], vtc_budget="full", **{name: inputs.get(name) for name in names})
     placeholder_mask = inputs["input_ids"] == base.config.image_token_id
     layout = layout_of_prompt(base.config, placeholder_mask, inputs.get("attention_mask"), vision)
@@ -368,6 +368,9 @@ def _tower_flops(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) 
     pixel_values, tower = inputs["pixel_values"], tower_of(config)
     if isinstance(tower, TowerShape):
         return pixel_values.shape[0] * tower.flops()
+    if isinstance(tower, GridTowerShape):
+        sizes = inputs["image_grid_thw"][:, 1:] * sub_config(config, "vision_config")["patch_size"]
+        return sum(tower_of(config, tuple(size)).flops() for size in sizes.tolist())
     sizes = inputs.get("image_sizes")
     sizes = [pixel_values.shape[-2:]] * pixel_values.shape[0] if sizes is None else sizes.tolist()
     return sum(tower_of(config, tuple(size)).flops() for size in sizes)
