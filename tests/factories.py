@@ -205,7 +205,9 @@ def _stock_qwen(model):
     )
     stock = AutoModelForImageTextToText.from_config(config).eval()
     state = {
-        name.replace("model.vision_tower.", "model.visual."): tensor for name, tensor in model.state_dict().items()
+        name.replace("model.vision_tower.", "model.visual."): tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("model.router.")
     }
     stock.load_state_dict(state)
     return stock
@@ -473,22 +475,21 @@ TINY |= {
     ),
 }
 METHODS = tuple(TINY)
-# methods on bases whose processors are not ours
+_PATCHES = {
+    "tiling": "patches",
+    "patch_size": 4,
+    "token_stride": 8,
+    "min_pixels": 256,
+    "max_pixels": 1024,
+    "count_rule": "stride",
+}
+_ON_GRIDS = {
+    "llavolta": ({"compress_layer_idx": 1, "compress_stride": 4}, (0.5, 0.75), ()),
+    "avg_llava": ({"filtered_text_num": 8, "router_num_heads": 4}, (0.5, 0.75), ("auto",)),
+}
 TINY |= {
-    f"llavolta on {base}": Tiny(
-        {**fields, "compress_layer_idx": 1, "compress_stride": 4},
-        {
-            "tiling": "patches",
-            "patch_size": 4,
-            "token_stride": 8,
-            "min_pixels": 256,
-            "max_pixels": 1024,
-            "count_rule": "stride",
-        },
-        _stock_qwen,
-        (0.5, 0.75),
-        GridImages(),
-    )
+    f"{method} on {base}": Tiny({**fields, **own}, _PATCHES, _stock_qwen, budgets, GridImages(), scored)
+    for method, (own, budgets, scored) in _ON_GRIDS.items()
     for base, fields in {"qwen3_vl": _QWEN3_VL, "qwen2_5_vl": _QWEN2_5_VL}.items()
 }
 CONTRACTED = tuple(TINY)

@@ -27,7 +27,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
 )
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_vtc.convert import convert, from_base
 from hf_vtc.convert.refused import REFUSED_BASES

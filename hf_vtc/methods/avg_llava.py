@@ -3,11 +3,12 @@
 import torch
 
 from ..models.configuration_avg_llava import AvgLlavaConfig
+from ..models.grids_vtc import grid_windows
 from ..models.modeling_avg_llava import AvgLlavaForConditionalGeneration, AvgLlavaModel
 from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload, linear_flops
 from .drawing import PAPER, Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
-from .record import Base, Costs, Record, Sharding, connect_all, register
+from .record import Base, Costs, Record, Sharding, connect_all, connector_names, register
 from .shapes import of_llava
 
 
@@ -20,7 +21,11 @@ def router_flops(workload: Workload) -> float:
     """The router, which reads all granularities and the filtered text."""
     config, tiles, width = workload.config, workload.num_tiles, workload.text.width
     scales = config.vis_token_granularity
-    length = sum(scales) + config.filtered_text_num
+    if config.grid_base is None:
+        length = sum(scales) + config.filtered_text_num
+    else:
+        (counts,) = config.levels(workload.sizes())
+        length = sum(counts[-len(scales) :]) + config.filtered_text_num
     # queries, keys, values, output and feed-forward; then the two layers that vote
     router = linear_flops(6 * tiles * length, width, width) + linear_flops(tiles * length, width, width, len(scales))
     pairs = tiles * length * (tiles if config.router_attention == "tiles" else length)
@@ -32,6 +37,8 @@ def draw(kept: Kept) -> Drawing:
     config, layout = kept.config, kept.layout
     decisions = kept.decisions("one granularity per image", torch.long, 1)
     kept.check_image(len(decisions))
+    if config.grid_base is not None:
+        return _draw_grid(kept, int(decisions[kept.image_idx]))
     granularity_idx, grids = int(decisions[kept.image_idx]), config.granularity_grids
     scales = [rows * columns for rows, columns in grids]
     rule = config.unpad_rule if config.mm_patch_merge_type == "spatial_unpad" else None
@@ -51,6 +58,20 @@ def draw(kept: Kept) -> Drawing:
     if any((each < 0).any() for each in cells):
         legend.append((PAPER, "no token: padding, which is cut off"))
     return Drawing([Tile(colour, each, label) for each in cells], legend)
+
+
+def _draw_grid(kept: Kept, granularity_idx: int) -> Drawing:
+    """An image that is a grid of its own, under the windows of its granularity."""
+    (rows, columns), (high, wide) = kept.layout.token_grid, kept.config.granularity_windows[granularity_idx]
+    members, widths = grid_windows(rows * columns, columns, high, wide)
+    tokens = torch.arange(len(widths)).repeat_interleave(widths)
+    colour, label = colour_of(high * wide > 1), str(len(widths))
+    legend = [
+        (colour, f"windows of {high} x {wide} visual tokens, each of which becomes one"),
+        kept_line(len(widths), rows * columns),
+        (None, "a cell is one visual token"),
+    ]
+    return Drawing([Tile(colour, *cells_of(members, tokens, 1, (rows, columns)), label)], legend)
 
 
 def granularities_of(met: Met) -> list[int]:
@@ -90,7 +111,8 @@ BASELINES = Baselines(
     random=Baseline(exchanged, is_drawn=True, of_choice=True),
     pool_problem="the method itself pools, so that its fixed granularities are that baseline: ask for `fixed`",
     fixed=lambda config: {
-        f"{scale} per tile": one_granularity(idx) for idx, scale in enumerate(config.all_granularities)
+        f"{scale} {'per tile' if config.grid_base is None else 'of 16'}": one_granularity(idx)
+        for idx, scale in enumerate(config.all_granularities)
     },
 )
 
@@ -103,10 +125,10 @@ RECORD = register(
         oracle=connect_all,
         draw=draw,
         baselines=BASELINES,
-        compressor=lambda config: ("model.multi_modal_projector", "model.router"),
+        compressor=lambda config: (*connector_names(config), "model.router"),
         untaught=("model.router",),
         base=Base(
-            kinds=("internvl", "llava", "llava_next"),
+            kinds=("internvl", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl"),
             fresh_modules=("model.router",),
             # the original LLaVA-NeXT code measures padding on the grid of tokens, right while tokens are square
             fresh_fields={"router_select": False, "unpad_rule": "true_aspect"},

@@ -53,7 +53,7 @@ def connect_all(base: nn.Module, output: Any) -> Callable[[Any], Any]:
 
 
 def connector_names(config: VtcConfig) -> tuple[str, ...]:
-    """Names of the connectors of a method without parts of its own; a tower that sees grids has them in it."""
+    """Names of the projector, or of the connectors in a tower that sees grids."""
     if config.grid_base is None:
         return ("model.multi_modal_projector",)
     # not in the config of every tower

@@ -8,9 +8,10 @@ from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
 from .grids_vtc import pooled_grid
-from .host_vtc import GRID_BASES
 from .tiling_vtc import ImageSizes, stacked_grids
 
+# side of what is pooled to granularities where images are grids of any size, in visual tokens
+_BLOCK_SIDE = 4
 ROUTER_ATTENTIONS = ("tiles", "tokens")
 ROUTER_TEXTS = ("first_image", "row")
 
@@ -40,6 +41,11 @@ class AvgLlavaConfig(VtcConfig):
         base_tile (`str`, *optional*): where the view of the whole image is, which the text is compared with: `"first"`
             (LLaVA-NeXT) or `"last"` (InternVL) of the image's tiles. Default: as the merge type's model.
 
+    On a base whose tower sees grids (Qwen3-VL, Qwen2.5-VL) a granularity says how many of every 4 x 4 visual tokens
+    are left, `[1, 2, 4, 8, 16]` by default: windows of 4 x 4, 2 x 4, 2 x 2, 1 x 2 and 1 x 1 tokens become one each,
+    those at an edge by the mean of what is there. Kept tokens stand at the mean place of their members. The router
+    averages the votes of a granularity's tokens, since their places have no numbers; `router_attention` is `"tokens"`.
+
     The other fields are those of `VtcConfig`.
 
     Raises:
@@ -47,7 +53,6 @@ class AvgLlavaConfig(VtcConfig):
     """
 
     model_type = "vtc_avg_llava"
-    refused_bases = dict.fromkeys(GRID_BASES, "its pyramid is made of the square grids of tiles")
     takes_decisions = True
     joins_tiles = True
     newline_behind_single_tile = True
@@ -90,6 +95,11 @@ class AvgLlavaConfig(VtcConfig):
         ):
             if getattr(self, name) not in values:
                 raise ValueError(f"`{name}` must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+        if self.grid_base is not None and router_attention != "tokens":
+            raise ValueError(
+                f"`router_attention` must be 'tokens' on {self.grid_base}, whose images have no tiles, got "
+                f"{router_attention!r}. Leave it out."
+            )
         self.vis_token_granularity = self._checked_granularities(vis_token_granularity)
         if filtered_text_num < 1:
             raise ValueError(f"`filtered_text_num` must be at least 1 text row, got {filtered_text_num}.")
@@ -105,23 +115,36 @@ class AvgLlavaConfig(VtcConfig):
 
     @property
     def grid_side(self) -> int:
-        """Side of the grid of the finest granularity in a tile."""
-        return math.isqrt(self.image_seq_length)
+        """Side of the grid of the finest granularity in a tile, or in what stands for one where there are none."""
+        return math.isqrt(self.image_seq_length) if self.grid_base is None else _BLOCK_SIDE
+
+    @property
+    def finest_granularity(self) -> int:
+        """All tokens of a tile, or of what stands for one."""
+        return self.image_seq_length if self.grid_base is None else _BLOCK_SIDE**2
 
     @property
     def all_granularities(self) -> list[int]:
         """Tokens per tile that can be left, coarse to fine: the router's choices, then all of them, if not among
         these."""
         chosen = self.vis_token_granularity
-        return chosen if chosen[-1] == self.image_seq_length else [*chosen, self.image_seq_length]
+        return chosen if chosen[-1] == self.finest_granularity else [*chosen, self.finest_granularity]
 
     @property
     def granularity_grids(self) -> list[tuple[int, int]]:
         """(rows, columns) of tokens per tile of each of `all_granularities`."""
         return [pooled_grid(self.grid_side, granularity) for granularity in self.all_granularities]
 
+    @property
+    def granularity_windows(self) -> list[tuple[int, int]]:
+        """(high, wide) of what becomes one token at each of `all_granularities`, where images are grids."""
+        return [(self.grid_side // rows, self.grid_side // columns) for rows, columns in self.granularity_grids]
+
+    def window_of(self, level: int) -> tuple[int, int]:
+        return self.granularity_windows[::-1][level]
+
     def _checked_granularities(self, granularities: list[int] | None) -> list[int]:
-        finest = self.image_seq_length
+        finest = self.finest_granularity
         if granularities is None:
             # how often a side can be halved
             evenness = (self.grid_side & -self.grid_side).bit_length() - 1
@@ -139,6 +162,12 @@ class AvgLlavaConfig(VtcConfig):
     def levels(self, sizes: ImageSizes) -> list[Sequence[int]]:
         """Level i is that of `all_granularities` i steps below the finest. Newlines can make a coarse map longer than
         the finest one; nothing chooses it then."""
+        if sizes.tokens is not None:
+            windows = self.granularity_windows[::-1]
+            return [
+                tuple(-(-rows // high) * -(-columns // wide) for high, wide in windows)
+                for rows, columns in sizes.tokens.tolist()
+            ]
         grids = stacked_grids(self.granularity_grids[::-1])
         return list(zip(*self.tokens_of_images(sizes, grids).tolist()))
 

@@ -327,7 +327,12 @@ class VtcConfig(PretrainedConfig):
         """
         if self.grid_base is None or not position_axes(self.text_config):
             return None
-        return grid_positions(layout.placeholder_mask, layout.attention_mask, layout.sizes.tokens)
+        windows = [self.window_of(level) for level in layout.levels] if layout.is_exact else None
+        return grid_positions(layout.placeholder_mask, layout.attention_mask, layout.sizes.tokens, windows)
+
+    def window_of(self, level: int) -> tuple[int, int]:
+        """(high, wide) of what enters the language model as one visual token of a grid, at a level of its image."""
+        return 1, 1
 
     def __getattr__(self, name: str) -> Any:
         # trainers of others ask which auto class loads a model whose class transformers does not have; no attribute

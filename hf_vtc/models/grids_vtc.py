@@ -1,6 +1,7 @@
 """Images as grids of visual tokens, each of its own size: their sizes, patches, positions and windows."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -93,8 +94,31 @@ def grid_windows(length: int, columns: int, high: int, wide: int) -> tuple[torch
     return torch.argsort(window, stable=True), torch.bincount(window)
 
 
+def windows_of_images(
+    grids: Sequence[Sequence[int]], windows: Sequence[tuple[int, int]]
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """`grid_windows` of images that follow each other, each of (rows, columns) and with its (high, wide) windows."""
+    members, widths, start = [], [], 0
+    for (rows, columns), window in zip(grids, windows, strict=True):
+        own, counts = grid_windows(rows * columns, columns, *window)
+        members.append(own + start)
+        widths.append(counts)
+        start += rows * columns
+    return torch.cat(members), torch.cat(widths)
+
+
+def mean_places(places: torch.LongTensor, members: torch.LongTensor, widths: torch.LongTensor) -> torch.LongTensor:
+    """Means `(..., M)` of places `(..., V)` over windows, as `windows_of_images` gives them, rounded down."""
+    ends = torch.nn.functional.pad(widths.cumsum(0), (1, 0))
+    sums = torch.nn.functional.pad(places[..., members].cumsum(-1), (1, 0))
+    return sums[..., ends].diff(dim=-1) // widths
+
+
 def grid_positions(
-    placeholder_mask: torch.Tensor, attention_mask: torch.Tensor, grids: torch.LongTensor
+    placeholder_mask: torch.Tensor,
+    attention_mask: torch.Tensor,
+    grids: torch.LongTensor,
+    windows: Sequence[tuple[int, int]] | None = None,
 ) -> torch.LongTensor:
     """Positions `(3, B, L)` in time, height and width, as Qwen2.5-VL and Qwen3-VL count them; padding has 0.
 
@@ -106,6 +130,8 @@ def grid_positions(
         attention_mask (`torch.Tensor` of shape `(B, L)`): 0 = padding.
         grids (`torch.LongTensor` of shape `(num_images, 2)`): (rows, columns) of the visual tokens of each image, in
             prompt order.
+        windows (`Sequence[tuple[int, int]]`, *optional*): (high, wide) of each image, if its placeholders are those of
+            windows of its grid; each stands at the mean of its members on each axis, rounded down.
 
     Source: `get_rope_index` of transformers 4.57.6, for images.
     """
@@ -114,8 +140,11 @@ def grid_positions(
     places = torch.arange(int(counts.sum())) - torch.repeat_interleave(ends - counts, counts)
     columns = torch.repeat_interleave(grids[:, 1], counts)
     within = torch.stack([torch.zeros_like(places), places // columns, places % columns])
+    if windows is not None:
+        within = mean_places(within, *windows_of_images(grids.tolist(), windows))
+        ends = (-(-grids // torch.tensor(windows))).prod(-1).cumsum(0)
     # how far the next token is
-    behind = torch.zeros_like(places)
+    behind = torch.zeros_like(within[0])
     behind[ends - 1] = grids.amax(-1)
     steps = (real & ~placeholder_mask).long()
     steps[placeholder_mask] = behind

@@ -10,22 +10,26 @@ attention across tiles, padding measured on the distorted grid of tokens, and no
 Where we differ: the text of an image is that of its own row (upstream takes the row whose index is that of the image,
 which is the same where each row has one image); padding never fills up the text rows.
 
+On grids of any size (Qwen's bases) a pyramid is made of windows, and the router, ours, knows no numbered places.
+
 `modeling_router_avg_llava.py` has the router, this file what it needs and what follows from its choice.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .configuration_avg_llava import AvgLlavaConfig
+from .grids_vtc import mean_places, windows_of_images
 from .head_vtc import VtcForConditionalGeneration
 from .layout_vtc import Layout
-from .modeling_router_avg_llava import GranularityRouter, filter_text
+from .modeling_router_avg_llava import GranularityRouter, GridRouter, filter_text, most_similar, similarity_to
 from .modeling_vtc import VtcModel
-from .ops_vtc import pool_pyramid
+from .ops_vtc import pool_pyramid, segment_mean
 from .packing_vtc import first_slots, to_device
 from .prompt_vtc import BY_SCORES
-from .tower_vtc import Connector
 from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf
 
 
@@ -34,7 +38,7 @@ class AvgLlavaInit:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, GranularityRouter):
+        if isinstance(module, GranularityRouter | GridRouter):
             nn.init.normal_(module.voter)
             for linear in (module.linear_1, module.linear_2):
                 nn.init.kaiming_normal_(linear.weight)
@@ -52,23 +56,27 @@ class AvgLlavaSteps(AvgLlavaInit):
 
     config_class = AvgLlavaConfig
     routes_by_text = True
-    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "InternVLVisionLayer", "GranularityRouter"]
+    _no_split_modules = [
+        "CLIPEncoderLayer",
+        "SiglipEncoderLayer",
+        "InternVLVisionLayer",
+        "GranularityRouter",
+        "GridRouter",
+    ]
 
     def make_parts(self, config: AvgLlavaConfig) -> None:
-        width = config.text_config.hidden_size
-        self.multi_modal_projector = Connector(config, [width, width], config.shuffle_factor)
-        self.router = GranularityRouter(config)
+        self.multi_modal_projector = self.make_projector(config)
+        self.router = GranularityRouter(config) if config.grid_base is None else GridRouter(config)
 
     def score(self, features: torch.Tensor, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         """Router logits, one row per image, and the pyramid that they were made from, coarse to fine."""
         if not self.routes(self.router, layout.asks_scores):
             return None
+        if self.config.grid_base is not None:
+            return self._score_grids(features["tokens"], prompts, layout)
         pyramid = pool_pyramid(self.multi_modal_projector(features), self.config.all_granularities)
         finest, num_tiles = pyramid[-1], layout.sizes.num_tiles
-        rows = torch.tensor(layout.rows, dtype=torch.long)
-        if self.config.router_text == "first_image":
-            later = F.pad(rows[1:] == rows[:-1], (1, 0), value=False)
-            rows = rows.masked_fill(later, -1)
+        rows = self._rows_asked(layout)
         ends = num_tiles.cumsum(0)
         base_tile = ends - num_tiles if self.config.base_tile == "first" else ends - 1
         text, length = layout.text, layout.placeholder_mask.shape[1]
@@ -80,6 +88,31 @@ class AvgLlavaSteps(AvgLlavaInit):
         choices = pyramid[: len(self.config.vis_token_granularity)]
         router_logits = self.router(choices, chosen, image_of_tile, num_tiles)
         return Scores((router_logits,), router_logits, pyramid)
+
+    def _rows_asked(self, layout: Layout) -> torch.LongTensor:
+        """The row whose text each image is routed by, -1 for none."""
+        rows = torch.tensor(layout.rows, dtype=torch.long)
+        if self.config.router_text == "first_image":
+            rows = rows.masked_fill(F.pad(rows[1:] == rows[:-1], (1, 0), value=False), -1)
+        return rows
+
+    def _score_grids(self, tokens: torch.Tensor, prompts: torch.Tensor, layout: Layout) -> Scores:
+        """`score` for visual tokens `(V, D)` of images that are grids of any size."""
+        grids, choices = layout.sizes.tokens.tolist(), self.config.vis_token_granularity
+        pyramid = [
+            _pooled(tokens, *windows_of_images(grids, [window] * len(grids)))
+            for window in self.config.granularity_windows[: len(choices)]
+        ]
+        counts = torch.tensor(layout.counts).T.flip(0)[: len(choices)]
+        text, length = layout.text, layout.placeholder_mask.shape[1]
+        rows, text, text_rows = to_device(tokens.device, self._rows_asked(layout), text, text // length)
+        text = prompts.flatten(0, 1).index_select(0, text.to(prompts.device)).to(tokens.device, tokens.dtype)
+        whole = layout.sizes.tokens.prod(-1)
+        directions = _pooled(F.normalize(tokens, dim=-1, eps=1e-8), torch.arange(len(tokens)), whole)
+        similarity = similarity_to(directions, text)
+        chosen = most_similar(similarity, text, text_rows, rows, self.config.filtered_text_num)
+        router_logits = self.router(pyramid, counts, chosen)
+        return Scores((router_logits,), router_logits)
 
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
         """The router's granularity for `"auto"` images, else that of the level: i steps below the finest."""
@@ -101,6 +134,8 @@ class AvgLlavaSteps(AvgLlavaInit):
 
     def connect(self, features: torch.Tensor, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
         """Tokens of all images, each at its granularity."""
+        if self.config.grid_base is not None:
+            return self._connect_grids(super().connect(features, choice, layout, scores), choice, layout)
         decisions, scales = choice.decisions.tolist(), self.config.all_granularities
         used = sorted(set(decisions))
         if scores is None:
@@ -112,6 +147,30 @@ class AvgLlavaSteps(AvgLlavaInit):
         )
         dropped = bool((choice.num_entering < layout.num_reserved).any())
         return VisualTokens(embeds, first_slots(layout.num_reserved, choice.num_entering) if dropped else None)
+
+    def _connect_grids(self, visual: VisualTokens, choice: Choice, layout: Layout) -> VisualTokens:
+        """Windows of each image's grid, with the rows beside them; kept tokens stand at their mean places."""
+        windows = [self.config.granularity_windows[idx] for idx in choice.decisions.tolist()]
+        if set(windows) == {(1, 1)}:
+            return visual
+        members, widths = windows_of_images(layout.sizes.tokens.tolist(), windows)
+        slots, rows, shifts = members[widths.cumsum(0) - widths], visual.layer_rows, None
+        if layout.positions is not None and not layout.is_exact:
+            places = layout.visual_positions
+            shifts = mean_places(places, members, widths) - places[:, slots]
+            (shifts,) = to_device(visual.embeds.device, shifts)
+        return replace(
+            visual,
+            embeds=_pooled(visual.embeds, members, widths),
+            slots=slots,
+            position_shifts=shifts,
+            layer_rows=None if rows is None else torch.stack([_pooled(each, members, widths) for each in rows]),
+        )
+
+
+def _pooled(states: torch.Tensor, members: torch.LongTensor, widths: torch.LongTensor) -> torch.Tensor:
+    """Means `(M, D)` of states `(V, D)` over windows, as `windows_of_images` gives them."""
+    return segment_mean(states, *to_device(states.device, members, F.pad(widths.cumsum(0), (1, 0))))
 
 
 def _checked_decisions(decisions: torch.Tensor, counts: list[tuple[int, ...]]) -> torch.LongTensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_avg_llava import AvgLlavaConfig
+from .ops_vtc import segment_mean
 
 
 def text_similarity(base_features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -26,7 +27,11 @@ def text_similarity(base_features: torch.Tensor, text: torch.Tensor) -> torch.Te
 
     Source: `TextFilterCosine`.
     """
-    directions = F.normalize(base_features, dim=-1, eps=1e-8).mean(1)  # (num_images, D)
+    return similarity_to(F.normalize(base_features, dim=-1, eps=1e-8).mean(1), text)
+
+
+def similarity_to(directions: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """`text_similarity` for means `(num_images, D)` of the normalised patches."""
     return directions @ text.T / text.norm(dim=-1).clamp(min=1e-8)
 
 
@@ -49,7 +54,13 @@ def filter_text(
     Returns:
         `(num_images, K, D)`, zero where a prompt has less text.
     """
-    similarity = text_similarity(base_features, text)
+    return most_similar(text_similarity(base_features, text), text, text_rows, rows, num_rows)
+
+
+def most_similar(
+    similarity: torch.Tensor, text: torch.Tensor, text_rows: torch.Tensor, rows: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """`filter_text` by a similarity `(num_images, R)`."""
     similarity = similarity.masked_fill(text_rows != rows[:, None], float("-inf"))
     values, indices = similarity.topk(min(num_rows, len(text)), dim=-1)
     chosen = text[indices].masked_fill(values.isneginf()[..., None], 0)
@@ -60,7 +71,7 @@ class RouterLayer(nn.Module):
     """`torch.nn.TransformerEncoderLayer` with ReLU and LayerNorm after each branch, for tokens of tiles.
 
     Attention runs over the tokens of each tile, or, as released, over the tiles of each image, every place of the
-    sequence for itself.
+    sequence for itself. Where images are grids of any size, it runs over the tokens of each image.
     """
 
     def __init__(self, width: int, num_heads: int, dropout: float, across_tiles: bool):
@@ -77,9 +88,11 @@ class RouterLayer(nn.Module):
         self.norm_2 = nn.LayerNorm(width, eps=1e-5)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, states: torch.Tensor, image_of_tile: torch.Tensor) -> torch.Tensor:
-        """`(T, L, D)` states of all tiles, of which tile `t` belongs to image `image_of_tile[t]`."""
-        states = self.norm_1(states + self.dropout(self.attend(states, image_of_tile)))
+    def forward(self, states: torch.Tensor, members: torch.Tensor | list[int]) -> torch.Tensor:
+        """`(T, L, D)` states of all tiles, of which tile `t` belongs to image `members[t]`, or `(N, D)` states of all
+        images, one after the other, of which image `i` has `members[i]`."""
+        attend = self.attend if states.ndim == 3 else self.attend_in_images
+        states = self.norm_1(states + self.dropout(attend(states, members)))
         inner = self.dropout(self.linear_1(states).relu())
         return self.norm_2(states + self.dropout(self.linear_2(inner)))
 
@@ -97,6 +110,17 @@ class RouterLayer(nn.Module):
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
         attended = self.out_proj(attended.transpose(1, 2).flatten(2))
         return attended.transpose(0, 1) if self.across_tiles else attended
+
+    def attend_in_images(self, states: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Multi-head self-attention within each image of `(N, D)` states."""
+        queries, keys, values = (
+            project(states).unflatten(-1, (self.num_heads, -1)).transpose(0, 1).split(lengths, 1)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.dropout.p if self.training else 0.0
+        # none of these has parameters, so that every process makes the same calls of modules
+        attended = [F.scaled_dot_product_attention(*each, dropout_p=dropout) for each in zip(queries, keys, values)]
+        return self.out_proj(torch.cat(attended, 1).transpose(0, 1).flatten(1))
 
 
 class WideLayerNorm(nn.LayerNorm):
@@ -161,3 +185,55 @@ class GranularityRouter(nn.Module):
         """Weighted votes `(T, E)` of each tile, float32."""
         logits = self.token_logits(pyramid, text, image_of_tile)
         return torch.einsum("tle,l->te", logits.float(), self.voter[:, 0].float())
+
+
+class GridRouter(nn.Module):
+    """`GranularityRouter` for images that are grids of any size; ours.
+
+    Tokens have no numbered place there: the votes of the tokens of a granularity are averaged, and a learnt weight of
+    the granularity scales them. Texts keep a weight for each place.
+    """
+
+    def __init__(self, config: AvgLlavaConfig):
+        super().__init__()
+        width, num_granularities = config.text_config.hidden_size, len(config.vis_token_granularity)
+        self.num_parts = num_granularities + config.filtered_text_num
+        self.merger = RouterLayer(width, config.router_num_heads, config.router_dropout, across_tiles=False)
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, num_granularities)
+        self.act = nn.GELU()
+        self.voter = nn.Parameter(torch.empty(self.num_parts, 1))
+        self.norm = WideLayerNorm(num_granularities, eps=1e-5)
+
+    def forward(self, pyramid: list[torch.Tensor], counts: torch.LongTensor, text: torch.Tensor) -> torch.Tensor:
+        """Route images.
+
+        Args:
+            pyramid (`list[torch.Tensor]`): `(N, D)` tokens of all images, one after the other, at each granularity,
+                coarse to fine.
+            counts (`torch.LongTensor` of shape `(E, num_images)`): tokens of each image there, on the CPU.
+            text (`torch.Tensor` of shape `(num_images, K, D)`): from `filter_text`.
+
+        Returns:
+            `(num_images, E)`, float32.
+        """
+        # the parts of an image follow each other: its granularities, then its texts one by one
+        texts = torch.ones(text.shape[1], text.shape[0], dtype=torch.long)
+        widths = torch.cat([counts, texts]).T.flatten()  # (num_images * parts,)
+        starts = F.pad(counts.sum(1).cumsum(0), (1, 0))
+        firsts = torch.cat([counts.cumsum(1) - counts + starts[:-1, None], _rows_from(starts[-1], texts)]).T.flatten()
+        ends = widths.cumsum(0)
+        source = torch.arange(int(ends[-1])) + torch.repeat_interleave(firsts - ends + widths, widths)
+        source, offsets = (each.to(text.device, non_blocking=True) for each in (source, F.pad(ends, (1, 0))))
+        states = torch.cat([*pyramid, text.flatten(0, 1)]).index_select(0, source).to(self.voter.dtype)
+        states = self.merger(states, widths.unflatten(0, (-1, self.num_parts)).sum(1).tolist())
+        logits = self.linear_2(self.act(self.linear_1(states))).float()
+        means = segment_mean(logits, torch.arange(len(logits), device=logits.device), offsets)
+        votes = torch.einsum("nle,l->ne", means.unflatten(0, (-1, self.num_parts)), self.voter[:, 0].float())
+        return self.norm(votes)
+
+
+def _rows_from(start: torch.Tensor, texts: torch.Tensor) -> torch.LongTensor:
+    """Where each text `(K, num_images)` stands if those of an image follow each other from `start` on."""
+    num_texts, num_images = texts.shape
+    return start + torch.arange(num_texts)[:, None] + torch.arange(num_images) * num_texts

@@ -14,7 +14,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..models.layout_vtc import rows_of_images
+from ..methods import record_of
+from ..models.layout_vtc import layout_of_images, rows_of_images
+from ..models.prompt_vtc import VisionInputs
+from ..models.vision_vtc import Features
 from .base import VtcTrainer, freeze, train_router_alone
 from .losses import (
     IGNORE_INDEX,
@@ -30,8 +33,17 @@ from .sharding import black_tile
 
 def images_in(batch: dict[str, Any]) -> int:
     """Images of a batch from the processor."""
-    sizes = batch.get("num_tiles", batch.get("image_sizes"))
-    return 0 if sizes is None else len(sizes)
+    told = (batch.get(name) for name in ("num_tiles", "image_sizes", "image_grid_thw"))
+    return next((len(sizes) for sizes in told if sizes is not None), 0)
+
+
+def encoded(base: nn.Module, inputs: dict[str, Any]) -> Features:
+    """Features of all images of a batch."""
+    grids = inputs.get("image_grid_thw")
+    if grids is None:
+        return base.encode(inputs["pixel_values"])
+    vision = VisionInputs(inputs["pixel_values"], vtc_budget="full", image_grid_thw=grids)
+    return base.encode(vision.pixel_values, layout_of_images(base.config, vision))
 
 
 class AvgLlavaGranularityTrainer(VtcTrainer):
@@ -45,7 +57,8 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         model ([`PreTrainedModel`]): an `AvgLlavaForConditionalGeneration`, or a `PeftModel` around one.
         args (`TrainingArguments`, *optional*): see `VtcTrainer`.
         train_vision_tower (`bool`): whether the tower learns too, as the paper says. The released code runs it without
-            gradients, whatever its flags say, so the default is False.
+            gradients, whatever its flags say, so the default is False. A tower that has its connectors in it learns
+            in these alone then, and not beside adapters.
         kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
@@ -63,15 +76,18 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         **kwargs: Any,
     ):
         freeze(model, "router", *(() if train_vision_tower else ("vision_tower",)))
+        if model.config.grid_base is not None and not isinstance(model, PeftModel):
+            for name in connectors_taught(model.config):
+                model.get_submodule(name).requires_grad_(True)
         # a PeftModel hands it on
         model.config.router_select = False
         super().__init__(model, args, **kwargs)
-        if train_vision_tower and self.is_deepspeed_enabled:
+        self.train_vision_tower = train_vision_tower or model.config.grid_base is not None
+        if self.train_vision_tower and self.is_deepspeed_enabled:
             raise ValueError(
-                "`train_vision_tower` does not work under DeepSpeed, which loses part of the gradients of the tower. "
-                "Use FSDP2 (examples/accelerate/fsdp2.yaml) or DDP, or leave the tower frozen."
+                "`train_vision_tower`, or connectors in the tower, do not work under DeepSpeed, which loses part of "
+                "the gradients of the tower. Use FSDP2 (examples/accelerate/fsdp2.yaml) or DDP, or leave it frozen."
             )
-        self.train_vision_tower = train_vision_tower
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -84,9 +100,7 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         features = self._encode(model, inputs)
         # the tower's backward pass belongs to the last granularity, with what the others have left at the features
-        detached = None if features is None else features.detach().requires_grad_(features.requires_grad)
-        if features is not None and features.requires_grad:
-            features.register_hook(lambda gradient: gradient + detached.grad)
+        detached = None if features is None else _detached(features)
         inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
         sync, total = self.accelerator.sync_gradients, 0
         for idx in range(num_passes):
@@ -130,14 +144,14 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         loss = self.across_processes(loss, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
-    def _encode(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+    def _encode(self, model: nn.Module, inputs: dict[str, Any]) -> Features | None:
         """Features of all tiles of a batch, None for text."""
         if "pixel_values" not in inputs:
             return None
         with_gradients = self.train_vision_tower and torch.is_grad_enabled()
         base = self.unwrap(model).model
         with torch.set_grad_enabled(with_gradients), self.compute_loss_context_manager():
-            return self.in_forward(model, lambda: base.encode(inputs["pixel_values"]))
+            return self.in_forward(model, lambda: encoded(base, inputs))
 
     def _record_loss(
         self,
@@ -150,6 +164,22 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         if num_tokens:
             num_items = num_tokens if num_items_in_batch is None else num_items_in_batch
             self.record(name, loss.detach() * num_items / num_tokens, num_tokens)
+
+
+def connectors_taught(config: Any) -> list[str]:
+    """Names of the connectors of a model: those of its compressor that the loss of the language model reaches."""
+    record = record_of(config)
+    return [name for name in record.compressor(config) if name not in record.untaught]
+
+
+def _detached(features: Features) -> Features:
+    """The same values without their graph, whose gradients are added to those that reach `features` themselves."""
+    if isinstance(features, dict):
+        return {name: _detached(each) for name, each in features.items()}
+    copy = features.detach().requires_grad_(features.requires_grad)
+    if features.requires_grad:
+        features.register_hook(lambda gradient: gradient + copy.grad)
+    return copy
 
 
 class AvgLlavaRouterTrainer(VtcTrainer):
@@ -260,8 +290,9 @@ class AvgLlavaRouterTrainer(VtcTrainer):
             `(B, E)`, means over the supervised tokens, NaN for a sample without; and the sample of each image.
         """
         responses = Responses.from_labels(labels)
-        pixel_values = inputs.pop("pixel_values")
-        inputs["image_features"] = self.in_forward(model, lambda: model.model.encode(pixel_values))
+        images = dict(inputs)
+        inputs.pop("pixel_values")
+        inputs["image_features"] = self.in_forward(model, lambda: encoded(model.model, images))
         losses = []
         for idx in range(len(model.config.vis_token_granularity)):
             decisions = torch.full((images_in(inputs),), idx)
@@ -310,7 +341,7 @@ class AvgLlavaRouterTrainer(VtcTrainer):
         # how much worse the chosen granularity is than the best, in nats per token
         regret = losses.gather(1, chosen[:, None])[:, 0] - losses.min(1).values
         self.record("router_regret", regret.mean(), num_images)
-        self.record("kept_tokens", (scales[chosen] / config.image_seq_length).mean(), num_images)
+        self.record("kept_tokens", (scales[chosen] / config.finest_granularity).mean(), num_images)
         for idx, scale in enumerate(scales.tolist()):
             self.record(f"chosen_{scale}", (chosen == idx).float().mean(), num_images)
 
