@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 from .held_vtc import held_by, hold
 from .host_vtc import CACHE_NAME, cache_of, given_cache, named_cache
 from .packing_vtc import DecodePlan, PackedPrompt, is_left_padded, pack_visual_tokens
-from .prompt_vtc import VisionInputs, leaves_a_choice
+from .prompt_vtc import OF_PROCESSORS, VisionInputs, leaves_a_choice
 
 # arguments of the stock method that may follow `inputs` and `generation_config` without their names
 _POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:]
@@ -64,6 +64,9 @@ class VtcGenerationMixin(GenerationMixin):
         if kwargs.get("router_decisions") is None and "vtc_budget" not in kwargs:
             kwargs["vtc_budget"] = self._asked_for("vtc_budget", generation_config, kwargs)
         vision = VisionInputs(**{name: kwargs.pop(name, None) for name in VisionInputs.__dataclass_fields__})
+        for name in OF_PROCESSORS:
+            # which the stock method refuses
+            kwargs.pop(name, None)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:

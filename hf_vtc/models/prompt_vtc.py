@@ -139,13 +139,13 @@ def chosen_levels(
 
 
 # outputs of processors that say nothing about an image that a model would have to know
-_OF_PROCESSORS = ("mm_token_type_ids", "num_patches")
+OF_PROCESSORS = ("mm_token_type_ids", "num_patches")
 _OF_IMAGES = tuple(VisionInputs.__dataclass_fields__)
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
     """Raise a TypeError for names of arguments that nobody reads, with the nearest that somebody does."""
-    known = {*known, *_OF_PROCESSORS}
+    known = {*known, *OF_PROCESSORS}
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, sorted({*known, *_OF_IMAGES}), 1)
