@@ -31,7 +31,7 @@ def draw(kept: Kept) -> Drawing:
     elif kept.image_idx != 0 or len(stays) != len(order):
         raise ValueError(
             f"Image {kept.image_idx} has {len(order)} visual tokens by its processor, but the output is of "
-            f"{len(stays)}. `overlay` needs the output of a call with one image, unless images are rows of equal tiles."
+            f"{len(stays)}. `overlay` needs the output of a call with one image, but for rows of equal tiles."
         )
     count, compressed = int(stays.sum()), not bool(stays.all())
     cells = cells_of(order[stays], torch.arange(count), layout.num_tiles, grid)
