@@ -492,12 +492,25 @@ TINY |= {
     for method, (own, budgets, scored) in _ON_GRIDS.items()
     for base, fields in {"qwen3_vl": _QWEN3_VL, "qwen2_5_vl": _QWEN2_5_VL}.items()
 }
+TINY |= {
+    f"cdpruner on {base}": Tiny(fields, {}, _stock_qwen, (0.5, 0.75), GridImages(), ("auto", "some"))
+    for base, fields in {"qwen3_vl": _QWEN3_VL, "qwen2_5_vl": _QWEN2_5_VL}.items()
+}
+TINY["cdpruner on llava_next"] = Tiny(
+    {"vision_config": _CLIP, "text_config": _TEXT, "vision_feature_layer": -2}
+    | {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": _PINPOINTS},
+    {},
+    _stock_llava_next,
+    images=AnyresImages(),
+    scored=("auto", "some"),
+)
 CONTRACTED = tuple(TINY)
 
 
 def _tiny_of(config) -> Tiny:
-    name = record_of(config).name
-    return TINY[name if config.grid_base is None else f"{name} on {config.grid_base}"]
+    name, joined = record_of(config).name, config.mm_patch_merge_type == "spatial_unpad"
+    base = "llava_next" if joined else config.grid_base
+    return TINY.get(f"{name} on {base}", TINY[name])
 
 
 def images_of(config) -> TiledImages | SizedImages:

@@ -29,7 +29,10 @@ _PRETRAINED = "transformers:PreTrainedModel."
 _GENERATION = "transformers:GenerationMixin."
 _TRAINER = "transformers:Trainer."
 _PROCESSOR = "transformers:ProcessorMixin."
-_METHODS = " ".join(f"models/modeling_{name}.py" for name in ("vico", "avg_llava", "convllava", "llavolta", "vistog"))
+_METHODS = " ".join(
+    f"models/modeling_{name}.py"
+    for name in ("vico", "avg_llava", "convllava", "llavolta", "vistog", "visionzip", "cdpruner")
+)
 # of which have parameters that are not part of a standard layer
 _METHODS_WITH_PARTS = " ".join(f"models/modeling_{name}.py" for name in ("vico", "avg_llava", "convllava", "vistog"))
 

@@ -13,7 +13,7 @@ from hf_vtc.data import VtcCollator
 from hf_vtc.fit import fit
 from hf_vtc.fit.folder import FitFolder
 from hf_vtc.fit.split import Split, image_digest
-from hf_vtc.methods import RECORDS
+from hf_vtc.methods import RECORDS, record_named
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "model_cards" / "base-tiny"
@@ -51,6 +51,10 @@ def times_of(folder: Path) -> dict[Path, int]:
 
 @pytest.mark.window
 def test_fit_of_every_method(method, data, seen, tmp_path):
+    if record_named(method).is_training_free:
+        with pytest.raises(ValueError, match=f"{method} is training-free, so that there is nothing to fit"):
+            fit(small_request(BASE, data, tmp_path / "out", method))
+        return
     start, config = (BASE, CONFIG.get(method, {})) if method in FROM_BASE else (None, {})
     start = start or write_model(method, tmp_path / "start")
     lines, output = [], tmp_path / "out"

@@ -98,6 +98,8 @@ def test_every_recipe_is_tested():
 
 def test_every_method_names_recipes_of_its_own():
     for record in RECORDS.values():
+        if record.is_training_free:
+            continue
         assert record.recipes
         assert {read_recipe(recipe_file(name))["method"] for name in record.recipes} == {record.name}
 

@@ -159,6 +159,11 @@ def plan(request: FitRequest, num_processes: int) -> Plan:
     preset = read_preset(request.preset) if request.preset else {}
     source = local_folder(request.model)
     record, is_converted = _method_of(source, request)
+    if record.is_training_free:
+        raise ValueError(
+            f"{record.name} is training-free, so that there is nothing to fit. Convert the base by `hf-vtc convert`, "
+            "and measure it by `hf-vtc eval`."
+        )
     names = request.stages or record.need("recipes", "`hf-vtc fit`")
     recipes = _recipes(names, record, request, preset.get("recipes", {}))
     given = {name: getattr(request, name) for name in _RUN_FIELDS if getattr(request, name) is not None}

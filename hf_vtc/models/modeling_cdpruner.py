@@ -175,6 +175,9 @@ class CdprunerVision(CdprunerSteps, VtcVisionHalf):
 class CdprunerModel(CdprunerSteps, VtcModel):
     """CDPruner without a head."""
 
+    # of a tower with deeper rows the decoder's layers run one by one
+    reads_padding_mask = True
+
 
 class CdprunerForConditionalGeneration(VtcForConditionalGeneration):
     """CDPruner with a language modelling head."""
