@@ -124,5 +124,5 @@ def test_a_fit_with_lora_is_measured(tmp_path):
     moved = differing(weights_of(start), weights_of(tmp_path / "out"))
     assert any("language_model" in name for name in moved) and any("merger" in name for name in moved)
     assert all("language_model" in name or "merger" in name or "lm_head" in name for name in moved)
-    points = {point["name"]: point for point in measured.after["points"]}
-    assert points["0.5"]["tokens"] < points["full"]["tokens"]
+    tokens = {row["point"]: row["tokens"] for row in measured.after["rows"]}
+    assert tokens["0.5"] < tokens["full"]
