@@ -6,7 +6,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .options import DebugOption, DeviceOption, DtypeOption, JsonOption, check_dtype, parse_budget, print_json, status
+from .options import (
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    KeepOption,
+    ToleranceOption,
+    check_dtype,
+    parse_budget,
+    parse_margin,
+    print_json,
+    status,
+)
 from .package import checkpoint_path
 
 
@@ -27,12 +39,8 @@ def evaluate(
     baselines: Annotated[
         str, typer.Option(help="Beside each budget: random, pool, smaller, subset, fixed, or none.")
     ] = "random,pool,smaller",
-    keep: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the score that a budget must keep, such as 0.99.")
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Or by how much the score may fall. Default: 0.01, one point.")
-    ] = None,
+    keep: KeepOption = None,
+    tolerance: ToleranceOption = None,
     confidence: Annotated[float, typer.Option(help="Of intervals and of the recommendation.")] = 0.95,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of a baseline by lot.")] = 5,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
@@ -55,6 +63,12 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer. Default: the longest reference and 8 tokens more.")
     ] = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Time some questions too, alone and in a batch, to first token and answer.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(metavar="PRICE", help="Of the machine, with --time: say what is saved in money.")
+    ] = None,
     save: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Answers as they come, report and plots; an ended run goes on.")
     ] = None,
@@ -70,12 +84,7 @@ def evaluate(
     check_dtype(dtype)
     points = None if budgets is None else _budgets(budgets)
     rivals = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
-    if keep is not None and tolerance is not None:
-        raise ValueError("Give `--keep` or `--tolerance`, not both: each says how much of the score may be lost.")
-    if keep is None:
-        margin = 0.01 if tolerance is None else tolerance
-    else:
-        margin = round(1 - keep, 12)
+    margin = parse_margin(keep, tolerance)
     if train_image_folder is not None and train_data is None:
         raise ValueError("`--train-image-folder` says where the images of `--train-data` are, which is not given.")
     path = checkpoint_path(model)
@@ -116,6 +125,8 @@ def evaluate(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             train_records=trained,
+            time=time,
+            price_per_hour=price_per_hour,
             output=save,
         )
     files = [] if save is None else report.save(save)

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DTYPES, BaseModelOption, DebugOption, JsonOption, LicenseOption, parse_budget, print_json
+from .options import (
+    DTYPES,
+    BaseModelOption,
+    DebugOption,
+    JsonOption,
+    KeepOption,
+    LicenseOption,
+    ToleranceOption,
+    parse_budget,
+    parse_margin,
+    print_json,
+)
 
 _METHOD_HELP = "Such as vico. Default: that of a model of hf_vtc."
 _STAGES_HELP = "Recipes in turn, by name or YAML file, with commas between. Default: those of the method."
@@ -48,6 +59,8 @@ def fit(
         str | None, typer.Option(help="Of the evaluation, with commas between, such as full,auto,0.5.")
     ] = None,
     metric: Annotated[str, typer.Option(help="Of the evaluation: auto, exact, anls, ...; see hf-vtc eval.")] = "auto",
+    keep: KeepOption = None,
+    tolerance: ToleranceOption = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 42,
     dtype: Annotated[str | None, typer.Option(help="Of the result. Default: as the base is stored.")] = None,
     base_model: BaseModelOption = None,
@@ -67,6 +80,7 @@ def fit(
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES[1:])}, got {dtype!r}.")
     chosen = None if budgets is None else tuple(parse_budget(each.strip()) for each in budgets.split(","))
     held_out, fields = _number(held_out), _fields(config or [])
+    margin = parse_margin(keep, tolerance)
 
     if not debug:
         # of names that the host will give up in a version that is not out yet
@@ -92,6 +106,8 @@ def fit(
         on_error=on_error,
         budgets=chosen,
         metric=metric,
+        tolerance=margin,
+        relative=keep is not None,
         seed=seed,
         dtype=dtype,
         base_model=base_model,

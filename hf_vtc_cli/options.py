@@ -46,6 +46,12 @@ BaseModelOption = Annotated[
 LicenseOption = Annotated[
     str | None, typer.Option("--license", metavar="ID", help="Licence of the weights as the Hub spells it.")
 ]
+KeepOption = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of the score that a budget must keep, such as 0.99.")
+]
+ToleranceOption = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Or by how much the score may fall. Default: 0.01, one point.")
+]
 MaxShardSizeOption = Annotated[str, typer.Option("--max-shard-size", help="Largest file of weights.")]
 
 
@@ -66,6 +72,15 @@ def parse_budget(text: str | None) -> str | int | float | None:
             f"percent (0.5, 50%), or a number of tokens per image of at least 1 without (256), got {text!r}."
         )
     return value
+
+
+def parse_margin(keep: float | None, tolerance: float | None) -> float:
+    """By how much a score may fall, as a share of it where `keep` is given."""
+    if keep is not None and tolerance is not None:
+        raise ValueError("Give `--keep` or `--tolerance`, not both: each says how much of the score may be lost.")
+    if keep is not None:
+        return round(1 - keep, 12)
+    return 0.01 if tolerance is None else tolerance
 
 
 def check_dtype(name: str | None) -> None:

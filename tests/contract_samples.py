@@ -22,8 +22,12 @@ def resolved(budget, model):
 
 def settled(model, batch, budget):
     """What fixes which visual tokens stay, whatever text comes behind: the budget, or what it made of this batch."""
-    if model.model.budgets_settle or budget == "full" or "pixel_values" not in batch:
-        return {"vtc_budget": budget} if "pixel_values" in batch else {}
+    if "pixel_values" not in batch:
+        return {}
+    # an answer behind the question is text that such a router reads too
+    by_text = model.model.routes_by_text and budget == "auto"
+    if budget == "full" or model.model.budgets_settle and not by_text:
+        return {"vtc_budget": budget}
     with torch.no_grad():
         return {"router_decisions": model(**batch, vtc_budget=budget).router_decisions}
 

@@ -9,11 +9,13 @@ from fit_samples import NUM_PICTURES, differing, small_request, weights_of, writ
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import hf_vtc.fit
 from hf_vtc.data import VtcCollator
-from hf_vtc.fit import fit
+from hf_vtc.fit import fit, plan
 from hf_vtc.fit.folder import FitFolder
 from hf_vtc.fit.split import Split, image_digest
 from hf_vtc.methods import RECORDS, record_named
+from hf_vtc.methods.vico import start_as_means
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "model_cards" / "base-tiny"
@@ -107,6 +109,25 @@ def test_vico_routes_after_a_fit_and_not_before(data, tmp_path):
     fit(small_request(BASE, data, tmp_path / "out", "vico", held_out=0))
     assert not json.loads((tmp_path / "out" / "fit" / "stages" / "0_start" / "config.json").read_text())["flash_mode"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["flash_mode"]
+
+
+def test_a_base_gets_a_compressed_connector_of_means(data, tmp_path):
+    fit(small_request(BASE, data, tmp_path / "out", "vico", held_out=0, overrides=OVERRIDES["vico"]))
+    start = tmp_path / "out" / "fit" / "stages" / "0_start"
+    model = AutoModelForImageTextToText.from_pretrained(start)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start_as_means(model)
+    assert differing(before, model.state_dict()) == set()
+    assert weights_of(start)["model.compressed_projector.linear_1.weight"].dtype == torch.bfloat16
+    assert sorted(file.name for file in start.glob("*.safetensors*")) == ["model.safetensors"]
+    assert not (start.parent / "0_drawn").exists()
+
+
+def test_a_connector_that_the_source_has_is_kept(data, tmp_path, monkeypatch):
+    planned = plan(small_request(BASE, data, tmp_path / "out", "vico"), 1)
+    run = hf_vtc.fit._Run(planned, FitFolder(tmp_path / "out"), lambda line: None)
+    monkeypatch.setattr(hf_vtc.fit, "load_model", lambda folder: pytest.fail("was loaded to be changed"))
+    run._warm_start(tmp_path, ["model.router.query_token"])
 
 
 def test_fit_without_records_kept_aside_measures_nothing(data, tmp_path, seen):

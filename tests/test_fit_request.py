@@ -196,7 +196,7 @@ def test_what_nothing_depends_on_yet_may_change(data, llavolta, tmp_path):
     with pytest.raises(ValueError, match="other settings: seed was 42 and is 7 now"):
         adopt(seed=7)
     folder.split.touch()
-    assert adopt(budgets=("auto",)) and adopt()
+    assert adopt(budgets=("auto",), tolerance=0.03) and adopt(relative=True) and adopt()
     with pytest.raises(ValueError, match="other settings: held_out was None and is 0.5 now"):
         adopt(held_out=0.5)
 
@@ -237,6 +237,8 @@ def invoke(*arguments):
     [
         (("--held-out", "some"), "`--held-out` must be a share of the records (0.1, 10%) or a number"),
         (("--held-out", "1.5"), "`--held-out` must be a share of the records below 1"),
+        (("--tolerance", "1"), "`--tolerance` must lie between 0 and 1"),
+        (("--tolerance", "0.1", "--keep", "0.9"), "Give `--keep` or `--tolerance`, not both"),
         (("--budgets", "full,most"), "`--budget` must be auto, full, a share"),
         (("--config", "stride"), "`--config` must be name=value"),
         (("--dtype", "int8"), "`--dtype` must be one of"),
@@ -260,6 +262,7 @@ def test_the_command_hands_everything_on(data, tmp_path, monkeypatch):
     options += ["--preset", "tiny", "--set", "batch_size=4", "--set", "vico_router.training.max_steps=2"]
     options += ["--config", "flash_absolute_threshold=0.7", "--lora", "--reference", BASE, "--held-out", "20%"]
     options += ["--on-error", "skip", "--budgets", "full, auto,0.5", "--metric", "anls", "--seed", "3"]
+    options += ["--keep", "0.97"]
     options += ["--dtype", "bfloat16", "--base-model", "them/base", "--license", "mit", "--workers", "2"]
     options += ["--logging-steps", "5", "--save-steps", "6", "--report-to", "tensorboard", "--vision-tower", "clip"]
     result = invoke("model", "--data", data, "--output", tmp_path / "out", *options)
@@ -281,6 +284,8 @@ def test_the_command_hands_everything_on(data, tmp_path, monkeypatch):
         on_error="skip",
         budgets=("full", "auto", 0.5),
         metric="anls",
+        tolerance=0.03,
+        relative=True,
         seed=3,
         dtype="bfloat16",
         base_model="them/base",

@@ -23,6 +23,7 @@ DATA = ROOT / "examples" / "finetune_data" / "records.json"
 METRICS = {
     "vico_consistency": {"kl", "compressed_tiles", "kept_tokens"},
     "vico_router": {"router_entropy", "compressed_tiles", "kept_tokens"},
+    "vico_adaptation": {"kl", "compressed_tiles", "kept_tokens"},
     "avg_llava_stage1": set(),
     "avg_llava_stage2": set(),
     "avg_llava_stage3": {f"loss_{scale}" for scale in (1, 2, 4, 8, 16)},
@@ -38,6 +39,7 @@ METRICS = {
 # what trains, as the beginning of names
 TRAINED = {
     "vico_router": ("model.router.",),
+    "vico_adaptation": ("model.multi_modal_projector.", "model.compressed_projector.", "model.language_model."),
     "avg_llava_stage1": ("model.multi_modal_projector.",),
     "avg_llava_stage4": ("model.router.",),
     "vistog_stage1": ("model.multi_modal_projector.", "model.semantic_tokens", "model.grouping."),
@@ -83,7 +85,7 @@ def arguments_for(name: str, folder: Path, *overrides: str) -> list[str]:
     model.save_pretrained(folder / "start", save_code=False)
     processor.save_pretrained(folder / "start", save_code=False)
     found = [name, "--model", str(folder / "start")]
-    if name == "vico_router":
+    if name in ("vico_router", "vico_adaptation"):
         tiny(name, seed=1)[0].save_pretrained(folder / "reference", save_code=False)
         found += ["--reference", str(folder / "reference")]
     if name == "convllava_stage1":

@@ -8,6 +8,8 @@ folder under its name when it is done, and the checkpoints of the stage under wa
 """
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from .measure import Measured, check_budgets, is_measured, measure, progress_bar
 from .recipe import process_state
 from .request import FitRequest, Plan, plan
 from .split import Split, split_records, write_held_out
-from .stage import Data, Report, Stage, run_stage
+from .stage import Data, Report, Stage, release_memory, run_stage
 
 __all__ = ["FitRequest", "Measured", "fit", "plan", "score_text"]
 
@@ -90,9 +92,12 @@ class _Run:
         self.report(f"converting {self.request.model} to {self.plan.record.name}")
         # parts that the base lacks are drawn
         set_seed(self.request.seed)
+        drawn = self.folder.drawn
+        # of a run that was killed here
+        shutil.rmtree(drawn, ignore_errors=True)
         done = convert(
             self.plan.source,
-            self.start,
+            drawn,
             self.plan.record.name,
             vision_tower=self.request.vision_tower,
             save_code=False,
@@ -100,6 +105,28 @@ class _Run:
         )
         for note in done.notes:
             self.report(f"note: {note}")
+        self._warm_start(drawn, done.fresh_keys)
+        os.rename(drawn, self.start)
+
+    def _warm_start(self, folder: Path, fresh_keys: Sequence[str]) -> None:
+        """Give parts that the base lacks better values than drawn ones, where the method knows any."""
+        base = self.plan.record.base
+        starts = {
+            module: start
+            for module, start in (base.warm_starts if base else {}).items()
+            if any(name.startswith(f"{module}.") for name in fresh_keys)
+        }
+        if not starts:
+            return
+        model = load_model(folder)
+        for module, start in starts.items():
+            self.report(f"{module} starts from what the base has: {start.__name__}")
+            start(model)
+        # of the conversion, which may have cut them into other files
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        model.save_pretrained(folder, save_code=False)
+        release_memory()
 
     def split(self) -> None:
         """Look at every record, and keep some aside."""
@@ -183,6 +210,8 @@ class _Run:
             self.image_folder,
             budgets,
             request.metric,
+            request.tolerance,
+            request.relative,
             request.seed,
             folder,
         )

@@ -23,6 +23,8 @@ from ..files import locked, read_json
 REPORT = "report.json"
 # settings that decide what training starts from
 _OF_CONVERSION = {"model", "model_files", "method", "config", "vision_tower", "seed"}
+# settings that decide what is asked, and how it is judged, at the end
+_OF_EVALUATION = {"budgets", "tolerance", "relative"}
 _POLL_SECONDS = 0.5
 
 
@@ -41,6 +43,8 @@ class FitFolder:
         self.held_out = self.own / "held_out.jsonl"
         self.before, self.after = self.own / "before", self.own / "after"
         self.start = self.own / "stages" / "0_start"
+        # the same as it is converted
+        self.drawn = self.own / "stages" / "0_drawn"
         # complete, but not yet where users look for it
         self.result = self.own / "result"
 
@@ -89,7 +93,7 @@ class FitFolder:
     def _settled(self, names: set[str]) -> set[str]:
         """Those settings on which something depends that is done."""
         if self.split.is_file():
-            return names - (set() if (self.after / REPORT).is_file() else {"budgets"})
+            return names - (set() if (self.after / REPORT).is_file() else _OF_EVALUATION)
         return names & _OF_CONVERSION if self.start.exists() else set()
 
     @contextmanager

@@ -78,6 +78,8 @@ def measure(
     image_folder: Path,
     budgets: Sequence[Budget] | None,
     metric: str,
+    tolerance: float,
+    relative: bool,
     seed: int,
     folder: Path,
 ) -> None:
@@ -88,7 +90,7 @@ def measure(
         name (`str`): what the report calls it.
         dtype: of the weights that are measured; on a CPU they are computed with in float32.
         questions (`Path`), image_folder (`Path`): the records.
-        budgets, metric, seed: see `hf_vtc.evaluate`.
+        budgets, metric, tolerance, relative, seed: see `hf_vtc.evaluate`.
         folder (`Path`): of the report.
     """
     device = process_state().device
@@ -106,6 +108,8 @@ def measure(
             image_folder=str(image_folder),
             budgets=budgets,
             metric=metric,
+            tolerance=tolerance,
+            relative=relative,
             seed=seed,
             output=folder,
         )

@@ -53,7 +53,8 @@ class FitRequest:
         held_out (`float` or `int`, *optional*): share or number of the records that are kept aside; 0 leaves the
             evaluation out. Default: a tenth, at most 1000.
         on_error (`str`): what to do with bad records, `"raise"` or `"skip"`.
-        budgets (`tuple`, *optional*), metric (`str`): of the evaluation afterwards, see `hf_vtc.evaluate`.
+        budgets (`tuple`, *optional*), metric (`str`), tolerance (`float`), relative (`bool`): of the evaluation
+            afterwards, see `hf_vtc.evaluate`.
         seed (`int`): of everything that is drawn.
         dtype (`str`, *optional*): of the result. Default: that of the model that training starts from.
         base_model, license (`str`, *optional*): for the card. Default of the former: `model`, if it is a Hub id.
@@ -76,6 +77,8 @@ class FitRequest:
     on_error: str = "raise"
     budgets: tuple[str | float | int, ...] | None = None
     metric: str = "auto"
+    tolerance: float = 0.01
+    relative: bool = False
     seed: int = 42
     dtype: str | None = None
     base_model: str | None = None
@@ -135,6 +138,8 @@ class Plan:
             "on_error": request.on_error,
             "budgets": request.budgets,
             "metric": request.metric,
+            "tolerance": request.tolerance,
+            "relative": request.relative,
             "seed": request.seed,
             "dtype": request.dtype,
             "num_processes": self.num_processes,
@@ -150,6 +155,10 @@ def plan(request: FitRequest, num_processes: int) -> Plan:
     check_held_out(request.held_out)
     if request.metric != "auto":
         find_metric(request.metric)
+    if not 0 < request.tolerance < 1:
+        raise ValueError(
+            f"`tolerance` must lie between 0 and 1, got {request.tolerance}. 0.01 is one point of a hundred."
+        )
     if request.on_error not in POLICIES:
         raise ValueError(f"`on_error` must be one of {', '.join(POLICIES)}, got {request.on_error!r}.")
     if not Path(request.data).exists():

@@ -95,6 +95,8 @@ class Base:
         fresh_modules (`tuple[str, ...]`): submodules that a base lacks and that are initialised.
         fresh_fields (`Mapping`): config fields of a model whose new parts know nothing yet.
         fresh_note (`str`): what the caller of such a model should know, empty for nothing.
+        warm_starts (`Mapping[str, (model) -> None]`): what gives a submodule that was initialised, by its name, better
+            values than drawn ones, made from other parts of the model: where a fit starts.
         official_fields (`(config, num_layers) -> dict`): fields of its config that a `config.json` of LLaVA's original
             code may say, for a decoder of so many layers.
     """
@@ -103,6 +105,7 @@ class Base:
     fresh_modules: tuple[str, ...] = ()
     fresh_fields: Mapping[str, Any] = field(default_factory=dict)
     fresh_note: str = ""
+    warm_starts: Mapping[str, Callable[[PreTrainedModel], None]] = field(default_factory=dict)
     official_fields: Callable[[Mapping[str, Any], int], dict[str, Any]] = lambda config, num_layers: {}
 
 

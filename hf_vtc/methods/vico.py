@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from ..models.configuration_vico import VicoConfig
 from ..models.modeling_vico import VicoForConditionalGeneration, VicoModel
@@ -34,6 +35,47 @@ def router_flops(workload: Workload) -> float:
     router += linear_flops(4, width, 4 * width, width)
     # both layers tell what their projections are, once for all tiles
     return workload.num_tiles * router + linear_flops(2 * (width + 1), width, width)
+
+
+@torch.no_grad()
+def start_as_means(model: PreTrainedModel) -> None:
+    """Let the compressed connector begin as means over what the full one gives, in place; ours.
+
+    The papers do not say what its training starts from. From drawn values, a short training never gets as far as plain
+    pooling of the full connector's output, which needs no training.
+
+    A hidden unit of the full connector becomes two of the compressed one's, for the upper and the lower half of the
+    blocks that are folded into a token: each sees the mean over its half. The next layer takes the mean of the two
+    through the full connector's last one, and hands it on as `gelu(x) - gelu(-x)`, which is x. What differs from
+    means of tokens beside the halves is the LayerNorm: one over all blocks, and not one for each.
+
+    Raises:
+        ValueError: the activation does not have that property.
+    """
+    full, compressed = model.model.multi_modal_projector, model.model.compressed_projector
+    factor, act = model.config.shuffle_factor, model.config.projector_hidden_act
+    if not act.startswith("gelu"):
+        raise ValueError(f"`projector_hidden_act` must be a GELU for a start from means, got {act!r}.")
+
+    def over_blocks(channels: torch.Tensor) -> torch.Tensor:
+        """`(..., f * f * C)`, channels of one block, to `(..., f, f, f, f, C)`: (row of blocks, row in it, ...)."""
+        inner = channels.unflatten(-1, (factor, factor, -1))[..., None, :, None, :, :]
+        return inner.expand(*channels.shape[:-1], factor, factor, factor, factor, -1)
+
+    for name in ("weight", "bias"):
+        values = getattr(full.layer_norm, name)
+        getattr(compressed.layer_norm, name).copy_(over_blocks(values).flatten())
+    half_of_row = torch.arange(factor, device=model.device) * 2 // factor
+    halves = torch.stack([half_of_row == 0, half_of_row == 1])[:, None, :, None, None, None, None]
+    units = over_blocks(full.linear_1.weight) * halves * (2 / factor**2)  # (2, W, f, f, f, f, C)
+    compressed.linear_1.weight.copy_(units.flatten(2).flatten(0, 1))
+    compressed.linear_1.bias.copy_(full.linear_1.bias.repeat(2))
+    out, offset = full.linear_2.weight.repeat(1, 2) / 2, full.linear_2.bias
+    compressed.linear_2.weight.copy_(torch.cat([out, -out]))
+    compressed.linear_2.bias.copy_(torch.cat([offset, -offset]))
+    same = torch.eye(len(offset), dtype=out.dtype, device=out.device)
+    compressed.linear_3.weight.copy_(torch.cat([same, -same], dim=1))
+    compressed.linear_3.bias.zero_()
 
 
 def oracle(base: torch.nn.Module, output: Any) -> Callable[[torch.Tensor], None]:
@@ -118,6 +160,7 @@ RECORD = register(
             fresh_fields={"flash_mode": False},
             fresh_note="A base checkpoint: the compressed connector and the router are freshly initialised and "
             "routing is off (`flash_mode=False`). Train them before switching it on.",
+            warm_starts={"model.compressed_projector": start_as_means},
         ),
         # in evaluation a connector runs only if a tile needs it
         sharding=Sharding(),
