@@ -487,6 +487,43 @@ def test_the_digest_of_a_checkpoint_is_that_of_its_weights(vico):
     assert sweep.checkpoint_digest(copied) == sweep.checkpoint_digest(vico[0])
 
 
+def test_time_and_money_of_every_point(vico, pages, tmp_path):
+    asked = {"baselines": ["pool"], "budgets": ["auto", 0.25], "time": True, "price_per_hour": 2.5}
+    found = hf_vtc.evaluate(*vico, pages[:10], **asked)
+    names = [(each.point, each.batch_size) for each in found.times]
+    assert names == [(point, size) for size in (1, 8) for point in ("full", "auto", "0.25")]
+    of_size = {size: next(each for each in found.times if each.batch_size == size) for size in (1, 8)}
+    for each in found.times:
+        full = of_size[each.batch_size]
+        assert 0 < each.choice < each.first_token < each.answer and 0 < each.tower < each.first_token
+        assert each.saved == pytest.approx(1000 * (full.answer - each.answer) * 2.5 / 3600)
+    # to the answer: the last layers see a quarter of the tokens
+    assert found.times[-1].first_token_speedup > 1 and of_size[8].answer_speedup == 1
+    assert found.to_dict()["times"][1]["point"] == "auto" and found.facts["price_per_hour"] == 2.5
+    for text in (str(found), found.to_markdown()):
+        assert "first token" in text and "saved per 1,000 questions" in text
+    unpriced = replace(found, times=[replace(each, saved=None) for each in found.times])
+    assert "saved per" not in unpriced.to_markdown() and "first token" in unpriced.to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"price_per_hour": 2.0}, "measured with `time=True` only"),
+        ({"price_per_hour": -1.0, "time": True}, "`price_per_hour` must be a price above 0"),
+    ],
+)
+def test_a_price_without_time_is_refused(vico, pages, asked, message):
+    with pytest.raises(ValueError, match=message):
+        hf_vtc.evaluate(*vico, pages[:1], **asked)
+
+
+def test_time_needs_an_image(vico):
+    text = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "1"}]}]
+    with pytest.raises(ValueError, match="questions that show images"):
+        hf_vtc.evaluate(*vico, text, time=True)
+
+
 def test_models_of_others_are_refused(vico, pages):
     from transformers import LlamaConfig, LlamaForCausalLM
 

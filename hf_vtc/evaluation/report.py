@@ -6,14 +6,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+
 from ..report.render import WORTHWHILE, as_table, as_text, binary_bytes, flops
 from .recommendation import Recommendation
 from .running import Answer, write_atomically
 from .summary import ENOUGH_HARD, Row
+from .timing import HEADER, Times
 
 SCHEMA = 1
 JSON_FILE = "report.json"
 MARKDOWN_FILE = "report.md"
+_TIMES_TITLE = "Time per question"
 _BASELINES_NOTE = "Baselines are not trained for this checkpoint; they spend as many tokens as the point beside them."
 
 
@@ -23,7 +27,7 @@ class EvalReport:
 
     `rows`: see [`Row`]; `recommendation`: which budget to take, and how sure that is; `facts`: everything that the
     figures depend on; `notes`: what a reader must know, such as baselines that are not possible here; `answers`: by
-    point and key of a question, which `samples.jsonl` holds.
+    point and key of a question, which `samples.jsonl` holds; `times`: what `time` measured, if it was asked for.
     """
 
     rows: list[Row]
@@ -31,6 +35,7 @@ class EvalReport:
     facts: dict[str, Any]
     notes: list[str]
     answers: Mapping[tuple[str, str], Answer] = field(default_factory=dict, repr=False)
+    times: list[Times] = field(default_factory=list)
 
     def row(self, point: str) -> Row:
         """The line of a point.
@@ -50,15 +55,15 @@ class EvalReport:
             **self.facts,
             "rows": [row.to_dict() for row in self.rows],
             "recommendation": asdict(self.recommendation),
+            "times": [asdict(each) for each in self.times],
             "notes": self.notes,
         }
 
     def to_markdown(self) -> str:
         """Table, sentence and circumstances, ready for a model card."""
         header, *lines = self._lines()
-        table = [header, tuple("---" if not idx else "---:" for idx in range(len(header))), *lines]
-        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)
-        kinds = self._kinds_markdown()
+        body, kinds = _markdown_table(header, lines), self._kinds_markdown()
+        kinds += _markdown_table(*_of_times(self.times)) + "\n\n" if self.times else ""
         notes = "\n".join(f"- {note}" for note in self._notes())
         return f"# {self._title()}\n\n{self.recommendation.sentence}\n\n{body}\n\n{kinds}{notes}\n"
 
@@ -78,10 +83,12 @@ class EvalReport:
         return files + draw(self.rows, self.recommendation, self.facts, folder)
 
     def __str__(self) -> str:
-        return as_text(self._title(), *self._narrow(), [self.recommendation.sentence, *self._notes()])
+        own = as_text(self._title(), *self._narrow(), [self.recommendation.sentence, *self._notes()])
+        return own if not self.times else f"{own}\n\n{as_text(_TIMES_TITLE, *_of_times(self.times), [])}"
 
     def __rich__(self) -> Any:
-        return as_table(self._title(), *self._narrow(), [self.recommendation.sentence, *self._notes()])
+        own = as_table(self._title(), *self._narrow(), [self.recommendation.sentence, *self._notes()])
+        return own if not self.times else Group(own, as_table(_TIMES_TITLE, *_of_times(self.times), []))
 
     def _narrow(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Header and lines for a terminal, which has no room for all that the files say."""
@@ -120,10 +127,10 @@ class EvalReport:
             return ""
         numbers = [self.rows[0].kinds[kind].num for kind in kinds]
         header = ["point", *(f"{kind} (n = {num:,})" for kind, num in zip(kinds, numbers, strict=True)), "all"]
-        lines = [header, ["---", *["---:"] * (len(kinds) + 1)]]
+        lines = []
         for row in self.rows:
             lines.append([row.point, *(_score(row.kinds[kind]) for kind in kinds), _score(row)])
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
+        return _markdown_table(header, lines) + "\n\n"
 
     def _notes(self) -> list[str]:
         facts = self.facts
@@ -150,6 +157,17 @@ class EvalReport:
         if cut:
             notes.append(f"Answers cut off at {facts['max_new_tokens']} tokens: {', '.join(cut)}.")
         return notes + self.notes
+
+
+def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    table = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)
+
+
+def _of_times(times: Sequence[Times]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines, without money where no price is known."""
+    width = len(HEADER) - all(each.saved is None for each in times)
+    return HEADER[:width], [each.cells()[:width] for each in times]
 
 
 def _bounds(interval: Sequence[float]) -> str:

@@ -250,7 +250,7 @@ class Asker:
         # images that are encoded whole have no tiles
         whole = layout.sizes.num_tiles is None
         batch.num_tiles = [1] * len(batch.rows) if whole else layout.sizes.num_tiles.tolist()
-        vision = VisionInputs(batch.inputs["pixel_values"], **batch.sizes, vtc_budget=_admitted(batch, wanted))
+        vision = VisionInputs(batch.inputs["pixel_values"], **batch.sizes, vtc_budget=admitted(batch, wanted))
         _, layout = self._layout(batch, vision)
         start = self._now()
         batch.features = self._encoded(batch.inputs.pop("pixel_values"), layout, batch)
@@ -281,13 +281,16 @@ class Asker:
     @torch.no_grad()
     def compressed(self, batch: Batch, budget: Any) -> Compressed:
         """What the method makes of the images of a batch within a budget, found once."""
-        if str(budget) in batch.found:
-            return batch.found[str(budget)]
-        vision = VisionInputs(None, batch.features, **batch.sizes, vtc_budget=_admitted(batch, budget))
-        embeds, layout = self._layout(batch, vision)
-        choice, visual = self.head.model.compress(vision, layout, embeds)
-        batch.found[str(budget)] = Compressed(choice, visual)
+        if str(budget) not in batch.found:
+            batch.found[str(budget)] = self.compress(batch, budget)
         return batch.found[str(budget)]
+
+    @torch.no_grad()
+    def compress(self, batch: Batch, budget: Any) -> Compressed:
+        """The same, found anew."""
+        vision = VisionInputs(None, batch.features, **batch.sizes, vtc_budget=admitted(batch, budget))
+        embeds, layout = self._layout(batch, vision)
+        return Compressed(*self.head.model.compress(vision, layout, embeds))
 
     def answer(self, batch: Batch, point: Point) -> tuple[list[Answer], float]:
         """Answers of a point of the method, and seconds, the tower's included."""
@@ -295,7 +298,7 @@ class Asker:
             texts, truncated, seconds = self.generate(batch.inputs)
             none = [0] * len(batch.questions)
             return self.as_answers(batch, point, texts, truncated, none, none), seconds
-        found, budget = self.compressed(batch, point.budget), _admitted(batch, point.budget)
+        found, budget = self.compressed(batch, point.budget), admitted(batch, point.budget)
         inputs = {**batch.inputs, "image_features": batch.features, "vtc_budget": budget}
         texts, truncated, seconds = self.generate(inputs)
         kept = batch.per_question(found.choice.num_kept.tolist())
@@ -363,7 +366,7 @@ class Asker:
         return time.perf_counter()
 
 
-def _admitted(batch: Batch, budget: Any) -> Any:
+def admitted(batch: Batch, budget: Any) -> Any:
     """What is given as `vtc_budget`: the budget, or one for each image where some admit no less than another."""
     each = [clipped_budget(budget, counts) for counts in batch.counts]
     return [own for own, _ in each] if any(changed for _, changed in each) else budget

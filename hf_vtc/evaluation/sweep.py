@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from .report import EvalReport, versions
 from .running import Answer, AnswerFile, Asker, Batch, batches_of
 from .statistics import questions_needed, scipy_stats
 from .summary import FULL, Arm, Settings, line_name, rows_of
+from .timing import measure_times
 
 BASELINES = ("random", "pool", "smaller")
 # tokens that an answer may be longer than the longest reference, and how long it may be where none is known
@@ -55,6 +57,8 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     train_records: Any = None,
+    time: bool = False,
+    price_per_hour: float | None = None,
     output: Any = None,
 ) -> EvalReport:
     """Ask a model every question at every budget, and say what compression costs.
@@ -82,6 +86,9 @@ def evaluate(
         batch_size (`int`): questions in a batch.
         max_new_tokens (`int`, *optional*): longest answer. Default: that of the longest reference and 8 more.
         train_records: what the model was trained on; a question about one of its images is an error.
+        time (`bool`): whether to time some questions afterwards, alone and in a batch: tower, choice, first token and
+            answer at each point of the method.
+        price_per_hour (`float`, *optional*): of the machine, with `time`: what is saved is given in money too.
         output (`str` or `os.PathLike`, *optional*): folder in which answers are written as they come. A run that was
             ended goes on there.
 
@@ -93,6 +100,7 @@ def evaluate(
         RecordError: a record cannot be used.
     """
     _check(tolerance, confidence, seeds, batch_size, limit, max_new_tokens)
+    _check_price(price_per_hour, time)
     # now, and not after the last answer
     scipy_stats()
     records = records_to_ask(records, image_folder, group_by)
@@ -120,13 +128,16 @@ def evaluate(
     answers = AnswerFile(None if output is None else Path(output), run)
     with _answering(model):
         notes += ask(asker, questions, [*points, *beside], answers, batch_size, seed)
+        in_order = [questions[idx] for idx in order_of(questions, seed)]
+        times = measure_times(asker, in_order, points, price_per_hour) if time else []
     refuse_other_scores(questions, answers.answers.values())
 
     arms = arms_of([*points, *beside], questions, answers)
     rows = rows_of(arms, settings, asker.config)
     facts = {"model": asker.config.name_or_path, **run, **vars(settings), "seeds": seeds}
     facts |= {"num_questions": len(questions), "num_images": len({question.image for question in questions})}
-    return EvalReport(rows, recommend(arms, rows, settings, holdout), facts, notes, answers.answers)
+    facts |= {"price_per_hour": price_per_hour} if time else {}
+    return EvalReport(rows, recommend(arms, rows, settings, holdout), facts, notes, answers.answers, times)
 
 
 @contextmanager
@@ -259,6 +270,15 @@ def _check(
     ):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+
+
+def _check_price(price_per_hour: float | None, time: bool) -> None:
+    if price_per_hour is None:
+        return
+    if not time:
+        raise ValueError("`price_per_hour` is what time costs, which is measured with `time=True` only. Give both.")
+    if not 0 < price_per_hour < math.inf:
+        raise ValueError(f"`price_per_hour` must be a price above 0, got {price_per_hour}.")
 
 
 def _drawn(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
