@@ -1,7 +1,7 @@
 """`hf-vtc eval`: what compression costs on your own questions."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,12 +21,42 @@ from .options import (
 )
 from .package import checkpoint_path
 
+# what --tasks takes too
+_WITH_TASKS = {
+    "model",
+    "tasks",
+    "include_path",
+    "budgets",
+    "metric",
+    "keep",
+    "tolerance",
+    "confidence",
+    "seed",
+    "limit",
+    "holdout",
+    "batch_size",
+    "save",
+    "json_output",
+    "device",
+    "dtype",
+    "debug",
+}
+
 
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Model of hf_vtc: a folder, or an id of the Hub.")
     ],
-    data: Annotated[Path, typer.Option(help="Held-out records: .json, .jsonl, .parquet, or a folder of them.")],
+    context: typer.Context,
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out records: .json, .jsonl, .parquet, or a folder of them.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Or tasks of lmms-eval, with commas between; it must be there.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --tasks: a folder of tasks of one's own.")
+    ] = None,
     image_folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where paths of images start. Default: where the data is.")
     ] = None,
@@ -87,7 +117,19 @@ def evaluate(
     margin = parse_margin(keep, tolerance)
     if train_image_folder is not None and train_data is None:
         raise ValueError("`--train-image-folder` says where the images of `--train-data` are, which is not given.")
+    if (data is None) == (tasks is None):
+        raise ValueError("Give `--data`, records of your own, or `--tasks`, which lmms-eval has; and one of them.")
+    if tasks is None and include_path is not None:
+        raise ValueError("`--include-path` says where `--tasks` are, which are not given.")
     path = checkpoint_path(model)
+    if tasks is not None:
+        _refuse_others(context)
+        settings = {"tolerance": margin, "confidence": confidence, "relative": keep is not None, "seed": seed}
+        names = [name.strip() for name in tasks.split(",")]
+        asked = {"batch_size": batch_size, "limit": limit, "device": device, "metric": metric}
+        report = _of_tasks(path, names, points, include_path, dtype, asked, settings, holdout, save)
+        _show(report, save, json_output)
+        return
 
     from hf_vtc.evaluation import evaluate as measure
     from hf_vtc.evaluation import records_to_ask
@@ -129,6 +171,10 @@ def evaluate(
             price_per_hour=price_per_hour,
             output=save,
         )
+    _show(report, save, json_output)
+
+
+def _show(report: Any, save: Path | None, json_output: bool) -> None:
     files = [] if save is None else report.save(save)
     if json_output:
         print_json(report.to_dict())
@@ -138,6 +184,43 @@ def evaluate(
     if files:
         names = ", ".join(file.name for file in files)
         console.print(f"{save}: {names}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Raise for options that lmms-eval knows nothing of."""
+    given = [
+        f"`--{name.replace('_', '-')}`"
+        for name in context.params
+        if name not in _WITH_TASKS and context.get_parameter_source(name).name == "COMMANDLINE"
+    ]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} cannot go with `--tasks`, which lmms-eval asks and scores. Leave it out."
+        )
+
+
+def _of_tasks(
+    path: str,
+    names: list[str],
+    points: list[Any] | None,
+    include_path: Path | None,
+    dtype: str | None,
+    asked: dict[str, Any],
+    settings: dict[str, Any],
+    holdout: bool | None,
+    save: Path | None,
+) -> Any:
+    from hf_vtc.evaluation.summary import Settings
+    from hf_vtc.evaluation.tasks import TasksRequest, evaluate_tasks
+
+    from .answers import find_device
+
+    if dtype is None:
+        dtype = "float32" if find_device(asked["device"]).type == "cpu" else "auto"
+    own = None if include_path is None else str(include_path.absolute())
+    request = TasksRequest(path, names, points, own, dtype=dtype, **asked)
+    with status("lmms-eval is running ..."):
+        return evaluate_tasks(request, Settings(**settings), holdout, save)
 
 
 def _budgets(text: str) -> list[str | int | float | None]:

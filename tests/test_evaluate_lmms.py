@@ -3,6 +3,7 @@
 import configparser
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoProcessor
+from typer.testing import CliRunner
 
 import hf_vtc
+from hf_vtc_cli.app import app
 
 ROOT = Path(__file__).parent.parent
 NUM_QUESTIONS = 20
@@ -79,6 +82,41 @@ def test_lmms_eval_gives_the_accuracy_of_evaluate(folder, budget, processes):
     assert theirs == report.row(budget).score
     answers = {f"page-{line['doc_id']:05d}": line["filtered_resps"] for line in lines}
     assert answers == {key: report.answers[budget, key].answer for key in answers}
+
+
+def test_eval_of_tasks_is_eval_of_the_same_questions(folder, monkeypatch):
+    """`hf-vtc eval --tasks` against `hf-vtc eval --data`: questions, answers, tokens and table."""
+    monkeypatch.chdir(folder)
+    paths = [str(ROOT), str(folder / "installed"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("HF_HOME", str(folder / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = ["eval", str(ROOT / "model_cards" / "vico-tiny"), "--budgets", "auto,0.5", "--batch-size", "8", "--json"]
+    asked = [*given, "--tasks", "digit_forms", "--include-path", str(ROOT / "examples" / "lmms_eval")]
+    asked += ["--device", "cpu", "--save", "report"]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == 0, found.output
+    theirs = json.loads(found.stdout)
+    data = ["--data", "outputs/digit_forms/held_out.json", "--baselines", "none", "--max-new-tokens", "16"]
+    ours = json.loads(CliRunner().invoke(app, [*given, *data, "--save", "ours"]).stdout)
+    assert theirs["checkpoint"] == ours["checkpoint"] and theirs["metric"] == ours["metric"] == "exact"
+    for own, other in zip(ours["rows"], theirs["rows"], strict=True):
+        for name in ("point", "num", "score", "tokens", "share", "interval", "truncated", "costs", "difference"):
+            assert own[name] == other[name], name
+    sentences = [each["recommendation"]["sentence"] for each in (ours, theirs)]
+    assert sentences[1] == re.sub(r", answers [\d.]+ times as fast", "", sentences[0])
+    samples = {}
+    for place in ("ours", "report"):
+        for line in map(json.loads, (folder / place / "samples.jsonl").read_text(encoding="utf-8").splitlines()):
+            number = int(re.search(r"\d+$", line.pop("key"))[0])
+            samples.setdefault((line["point"], number), []).append(line)
+    assert len(samples) == 3 * NUM_QUESTIONS and all(one == other for one, other in samples.values())
+    # what is done is not run again, and a run of other settings is refused
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("was run again"))
+    again = CliRunner().invoke(app, asked)
+    assert again.exit_code == 0 and json.loads(again.stdout) == theirs
+    refused = CliRunner().invoke(app, [*asked, "--limit", "5"])
+    assert refused.exit_code == 2 and "`--limit` changed" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ Prompts are rendered and answered as `hf_vtc.evaluate` does it, so that both giv
 into `--model_args` alone: lmms-eval's cache of responses does not look at it elsewhere.
 """
 
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ class HfVtc(lmms):
         batch_size (`int` or `str`): questions in a batch.
         device (`str`, *optional*): such as `"cuda:0"`. Default: the fastest one here.
         dtype (`str`): name of one of torch, or `"auto"` for that of the checkpoint.
+        token_log (`str`, *optional*): folder in which every process writes what its answers cost, a line each: for
+            `hf-vtc eval --tasks`, since the files of lmms-eval have no place for visual tokens.
     """
 
     is_simple = False
@@ -49,17 +53,20 @@ class HfVtc(lmms):
         max_batch_size: int | None = None,
         device: str | None = None,
         dtype: str = "auto",
+        token_log: str | None = None,
         **unknown: Any,
     ):
         super().__init__()
         if unknown:
             raise ValueError(
-                f"`--model_args` of hf_vtc are pretrained, vtc_budget, device and dtype, got {', '.join(unknown)}."
+                "`--model_args` of hf_vtc are pretrained, vtc_budget, device, dtype and token_log, got "
+                f"{', '.join(unknown)}."
             )
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"`--batch_size` must be a whole number of at least 1, got {batch_size!r}.")
         budgets_per_image(vtc_budget, 1)
         self.vtc_budget, self.batch_size = vtc_budget, int(batch_size)
+        self.token_log = None if token_log is None else Path(token_log)
         # where results of several processes are gathered
         self.device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         processor = load_processor(pretrained)
@@ -107,21 +114,42 @@ class HfVtc(lmms):
         """Answers of a batch, and the visual tokens of each of its images."""
         questions, images = zip(*map(self._question, requests), strict=True)
         inputs = self._asker.inputs_of(questions, images)
-        counts = self._asker.model.count_visual_tokens(**inputs, vtc_budget=self.vtc_budget).tolist()
+        count = functools.partial(self._asker.model.count_visual_tokens, **inputs)
+        counts, reserved = (count(vtc_budget=budget).tolist() for budget in (self.vtc_budget, "full"))
         out = self._asker.generated(inputs | {"vtc_budget": self.vtc_budget}, **arguments)
-        tokenizer, results, remaining = self._asker.processor.tokenizer, [], list(counts)
+        tokenizer, results, remaining = self._asker.processor.tokenizer, [], list(zip(counts, reserved, strict=True))
+        costs: list[dict[str, Any]] = []
         ends = self._asker.end_tokens
         for row, shown, ids, mask in zip(out, images, inputs["input_ids"], inputs["attention_mask"], strict=True):
-            kept = [remaining.pop(0) for _ in shown]
+            own = [remaining.pop(0) for _ in shown]
+            kept, most = (sum(column) for column in zip(*own, strict=True)) if own else (0, 0)
             placeholders = int((ids == self._asker.config.image_token_id).sum())
             text = tokenizer.decode(row, skip_special_tokens=True)
             for stop in stops:
                 text = text.split(stop)[0]
             # the end token is written as well
             length = next((idx + 1 for idx, token in enumerate(row.tolist()) if token in ends), len(row))
-            tokens = TokenCounts(int(mask.sum()) - placeholders + sum(kept), length)
-            results.append(GenerationResult(text.strip(), tokens))
+            text_tokens = int(mask.sum()) - placeholders
+            results.append(GenerationResult(text.strip(), TokenCounts(text_tokens + kept, length)))
+            costs.append(
+                {
+                    "tokens": kept,
+                    "reserved": most,
+                    "num_images": len(shown),
+                    "truncated": not any(token in ends for token in row.tolist()),
+                    "text_tokens": text_tokens,
+                }
+            )
+        self._log(requests, costs)
         return results, counts
+
+    def _log(self, requests: Sequence[Instance], costs: Sequence[Mapping[str, Any]]) -> None:
+        if self.token_log is None:
+            return
+        self.token_log.mkdir(parents=True, exist_ok=True)
+        names = [{"task": str(request.args[4]), "doc_id": request.args[3]} for request in requests]
+        with (self.token_log / f"{self.rank}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({**name, **cost}) + "\n" for name, cost in zip(names, costs, strict=True))
 
     def _question(self, request: Instance) -> tuple[Question, list[Any]]:
         """The messages of a request and their images.
