@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hf_vtc
+from hf_vtc.evaluation.statistics import wilson, z_of
 from hf_vtc.report import config_of_shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,9 +50,22 @@ def card_rows(name: str) -> dict[str, dict[str, str]]:
     return {line[0]: dict(zip(header[1:], line[1:])) for line in lines if len(line) == len(header) and "%" in line[1]}
 
 
+def num_questions(name: str) -> int:
+    """Of which a card measured shares."""
+    text = (ROOT / "model_cards" / f"{name}-tiny" / "README.md").read_text(encoding="utf-8")
+    return int(re.search(r"^([\d,]+) held-out questions", text, flags=re.MULTILINE)[1].replace(",", ""))
+
+
+def with_interval(share: str, num: int) -> str:
+    """A share of so many questions, with its 95 % interval by Wilson's formula."""
+    value = float(share.removesuffix("%"))
+    low, high = (100 * bound for bound in wilson(round(value / 100 * num), num, z_of(0.95, 2)))
+    return f"{share} [{low:.1f}, {high:.1f}]"
+
+
 def results_table() -> str:
     """Per method what its card measured: all tokens, its own choice, and as many tokens chosen by lot."""
-    header = ("method", "uncompressed", "compressed", "of the accuracy", "visual tokens", "fewer", "as many, by lot")
+    header = ("method", "questions", "uncompressed", "compressed", "of the accuracy", "visual tokens", "fewer", "as many, by lot")
     rows = []
     for name, (full, own, by_lot) in CARD_ROWS.items():
         table = card_rows(name)
@@ -65,7 +79,9 @@ def results_table() -> str:
         fewer = table[own].get("fewer", f"{100 * (1 - after / before):.1f} %")
         chance = table[by_lot]["all"] if by_lot else "-"
         counts = f"{table[full][tokens]} -> {table[own][tokens]}"
-        rows.append((link, table[full]["all"], table[own]["all"], share, counts, fewer, chance))
+        num = num_questions(name)
+        scores = (with_interval(table[row]["all"], num) for row in (full, own))
+        rows.append((link, f"{num:,}", *scores, share, counts, fewer, chance))
     return _markdown(header, rows)
 
 
