@@ -75,6 +75,7 @@ def dying_while_publishing() -> None:
 # moment, in the order in which they come -> what is done to the package so that a fit dies there
 MOMENTS: dict[str, Callable[[], None]] = {
     "converting": lambda: dying_at(hf_vtc.fit, "convert"),
+    "starting": lambda: dying_at(hf_vtc.fit._Run, "_warm_start"),
     "splitting": lambda: dying_at(hf_vtc.fit.split.Split, "save"),
     "before": lambda: dying_at(EvalReport, "save"),
     "first_stage": lambda: dying_in(VicoConsistencyTrainer),

@@ -17,6 +17,7 @@ TESTS = Path(__file__).resolve().parent
 # what is there when a fit has died
 THERE = {
     "converting": (),
+    "starting": ("fit/stages/0_drawn/config.json",),
     "splitting": ("fit/held_out.jsonl",),
     "before": ("fit/split.json", "fit/before/samples.jsonl"),
     "first_stage": ("fit/before/report.json", "fit/stages/1_vico_consistency/checkpoint-2/complete"),
@@ -30,7 +31,8 @@ THERE = {
 # and what is not, since it appears as a whole or not at all
 ABSENT = {
     "converting": ("fit/split.json",),
-    "splitting": ("fit/split.json",),
+    "starting": ("fit/stages/0_start", "fit/split.json"),
+    "splitting": ("fit/stages/0_drawn", "fit/split.json"),
     "before": ("fit/before/report.json", "fit/stages/1_vico_consistency"),
     "first_stage": ("fit/stages/1_vico_consistency/model", "fit/stages/1_vico_consistency/checkpoint-3"),
     "first_saved": ("fit/stages/1_vico_consistency/model",),
