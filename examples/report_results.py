@@ -65,7 +65,8 @@ def with_interval(share: str, num: int) -> str:
 
 def results_table() -> str:
     """Per method what its card measured: all tokens, its own choice, and as many tokens chosen by lot."""
-    header = ("method", "questions", "uncompressed", "compressed", "of the accuracy", "visual tokens", "fewer", "as many, by lot")
+    costs = ("visual tokens", "fewer", "as many, by lot")
+    header = ("method", "questions", "uncompressed", "compressed", "of the accuracy", *costs)
     rows = []
     for name, (full, own, by_lot) in CARD_ROWS.items():
         table = card_rows(name)
