@@ -407,7 +407,7 @@ def batch(model):
 @torch.no_grad()
 def test_oracle_computes_what_the_model_computes(model, batch, budget):
     budget = budgets_of(model.config)[0] if budget is None else budget
-    oracle = measured._Oracle(model, batch, budget)
+    oracle = measured.Oracle(model, batch, budget)
     ours = model.generate(**batch, vtc_budget=budget, max_new_tokens=1, do_sample=False, min_new_tokens=1)[:, -1:]
     assert torch.equal(oracle.forward(), ours)
     if oracle.replay is None:
@@ -423,7 +423,7 @@ def test_oracle_skips_what_chooses_and_needless_connectors(model, batch):
     parts = {name: module for name, module in model.model.named_children() if name != "language_model"}
     for name, module in parts.items():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
-    oracle = measured._Oracle(model, batch, "full")
+    oracle = measured.Oracle(model, batch, "full")
     for runs in range(1, 3):
         called.clear()
         (oracle.forward, oracle.generate)[runs - 1]()

@@ -78,7 +78,7 @@ def start_as_means(model: PreTrainedModel) -> None:
     compressed.linear_3.bias.zero_()
 
 
-def oracle(base: torch.nn.Module, output: Any) -> Callable[[torch.Tensor], None]:
+def oracle(base: torch.nn.Module, output: Any) -> Callable[[torch.Tensor], list[torch.Tensor]]:
     """Each tile through the connector that it needs."""
     decisions, parts = output.router_decisions, []
     for connector, chosen in ((base.multi_modal_projector, ~decisions), (base.compressed_projector, decisions)):
@@ -86,9 +86,8 @@ def oracle(base: torch.nn.Module, output: Any) -> Callable[[torch.Tensor], None]
         if len(tiles) > 0:
             parts.append((connector, None if len(tiles) == len(decisions) else tiles))
 
-    def run(features: torch.Tensor) -> None:
-        for connector, tiles in parts:
-            connector(features if tiles is None else features[tiles])
+    def run(features: torch.Tensor) -> list[torch.Tensor]:
+        return [connector(features if tiles is None else features[tiles]) for connector, tiles in parts]
 
     return run
 

@@ -98,18 +98,19 @@ class RouterLayer(nn.Module):
 
     def attend(self, states: torch.Tensor, image_of_tile: torch.Tensor) -> torch.Tensor:
         """Multi-head self-attention along one axis of `(T, L, D)`."""
-        mask = None
-        if self.across_tiles:
-            states = states.transpose(0, 1)
-            mask = image_of_tile[:, None] == image_of_tile
-        queries, keys, values = (
-            project(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        mask = image_of_tile[:, None] == image_of_tile if self.across_tiles else None
+        # projected as states lie in memory; attention takes any axes of what comes out
+        heads = (
+            project(states).unflatten(-1, (self.num_heads, -1))  # (T, L, heads, D / heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        axes = (1, 2, 0, 3) if self.across_tiles else (0, 2, 1, 3)
+        queries, keys, values = (each.permute(axes) for each in heads)
         dropout = self.dropout.p if self.training else 0.0
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
-        attended = self.out_proj(attended.transpose(1, 2).flatten(2))
-        return attended.transpose(0, 1) if self.across_tiles else attended
+        # back by the inverse of either permutation
+        attended = attended.permute((2, 0, 1, 3) if self.across_tiles else axes)
+        return self.out_proj(attended.flatten(2))
 
     def attend_in_images(self, states: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """Multi-head self-attention within each image of `(N, D)` states."""

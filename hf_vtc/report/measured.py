@@ -191,7 +191,7 @@ def bench(
     if inputs.get("pixel_values") is None:
         raise ValueError("`inputs` must hold `pixel_values`. Build them from a prompt with an image.")
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    oracle = _Oracle(model, inputs, vtc_budget)
+    oracle = Oracle(model, inputs, vtc_budget)
     if entry == "generate" and oracle.replay is not None:
         raise ValueError(
             "`entry='generate'` has no oracle where images get shorter inside of the decoder. Leave it out."
@@ -229,8 +229,13 @@ def _next_token(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], vtc_
     return model(**inputs, vtc_budget=vtc_budget, logits_to_keep=1, use_cache=True).logits.argmax(-1)
 
 
-class _Oracle:
-    """The first token of a batch as if routing and packing were free: decisions and packed embeddings are prepared."""
+class Oracle:
+    """The first token of a batch as if routing and packing were free: decisions and packed embeddings are prepared.
+
+    Args:
+        model, vtc_budget: as in `bench`.
+        inputs (`dict`): what the processor gives, on the model's device; `router_decisions` in place of a budget.
+    """
 
     def __init__(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], vtc_budget: Any):
         self.model, self.config = model, config_dict(model)
@@ -238,7 +243,8 @@ class _Oracle:
         with replay.recording():
             out = model(**inputs, vtc_budget=vtc_budget, logits_to_keep=1)
         self.replay = replay if replay.is_interrupted else None
-        full = model.count_visual_tokens(**inputs, vtc_budget="full")
+        undecided = {name: value for name, value in inputs.items() if name != "router_decisions"}
+        full = model.count_visual_tokens(**undecided, vtc_budget="full")
         self.num_reserved, self.num_kept = full.tolist(), out.num_visual_tokens.tolist()
         mask = inputs.get("attention_mask")
         self.real = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).bool().cpu()
@@ -264,18 +270,22 @@ class _Oracle:
         self.position_ids = positions.clamp(min=0).to(embeds.device)
         self.padded = any(pads)
 
-    def forward(self) -> torch.Tensor:
-        """Next token of every row, `(B, 1)`, from the language model itself."""
+    def logits(self) -> torch.Tensor:
+        """Logits `(B, 1, V)` of the last position, from the language model itself."""
         self.connect(self.encode())
         if self.replay is not None:
-            return self.model.lm_head(self.replay.run()[:, -1:]).argmax(-1)
+            return self.model.lm_head(self.replay.run()[:, -1:])
         outputs = self.model.model.language_model(
             inputs_embeds=self.embeds,
             attention_mask=self.attention_mask if self.padded else None,
             position_ids=self.position_ids if self.padded else None,
             use_cache=True,
         )
-        return self.model.lm_head(outputs.last_hidden_state[:, -1:]).argmax(-1)
+        return self.model.lm_head(outputs.last_hidden_state[:, -1:])
+
+    def forward(self) -> torch.Tensor:
+        """Next token of every row, `(B, 1)`, from the language model itself."""
+        return self.logits().argmax(-1)
 
     def generate(self) -> torch.Tensor:
         """Next token of every row, `(B, 1)`, from the stock loop of transformers."""
