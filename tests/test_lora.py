@@ -185,6 +185,27 @@ def test_a_step_runs_no_router_that_it_does_not_teach(budget):
     assert ran == [1]
 
 
+@pytest.mark.parametrize("method", ("vico", "avg_llava"))
+def test_a_frozen_router_that_chooses_has_no_graph(method):
+    """Nothing goes back through it: the others have the gradients that they have beside one that trains."""
+    found = []
+    for frozen in (False, True):
+        model = tiny_model(method).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.model.router.requires_grad_(not frozen)
+        batch = batch_for(model)
+        out = model(**batch, labels=batch["input_ids"])
+        out.loss.backward()
+        assert out.router_logits.requires_grad != frozen
+        found.append({name: each.grad for name, each in model.named_parameters() if not name.startswith("model.router.")})
+    beside, alone = found
+    assert beside.keys() == alone.keys()
+    for name, gradient in beside.items():
+        assert gradient is None and alone[name] is None or torch.equal(gradient, alone[name]), name
+
+
 @pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason=f"`load_adapter` of transformers {transformers.__version__} asks for peft >= {MIN_PEFT_VERSION}, this is "

@@ -84,9 +84,10 @@ class AvgLlavaSteps(AvgLlavaInit):
             finest.device, rows, base_tile, torch.repeat_interleave(num_tiles), num_tiles, text, text // length
         )
         text = prompts.flatten(0, 1).index_select(0, text.to(prompts.device)).to(finest.device, finest.dtype)
-        chosen = filter_text(finest[base_tile], text, text_rows, rows, self.config.filtered_text_num)
         choices = pyramid[: len(self.config.vis_token_granularity)]
-        router_logits = self.router(choices, chosen, image_of_tile, num_tiles)
+        with self.graph_of(self.router):
+            chosen = filter_text(finest[base_tile], text, text_rows, rows, self.config.filtered_text_num)
+            router_logits = self.router(choices, chosen, image_of_tile, num_tiles)
         return Scores((router_logits,), router_logits, pyramid)
 
     def _rows_asked(self, layout: Layout) -> torch.LongTensor:

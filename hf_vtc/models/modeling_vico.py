@@ -303,7 +303,8 @@ class VicoSteps(VicoInit):
         """P(compress) of every tile, unless no image needs it."""
         if not self.routes(self.router, layout.router_decisions is None and not layout.wants_all):
             return None
-        router_logits = self.router(features)
+        with self.graph_of(self.router):
+            router_logits = self.router(features)
         return Scores((router_logits.softmax(-1)[:, 0],), router_logits)
 
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:

@@ -6,7 +6,8 @@ A method's step is a pure function of what it is given, with a plain default her
 built and loaded without a language model, and `modeling_vtc.py` adds one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -267,6 +268,13 @@ class VtcVision(VtcPreTrainedModel):
             router.training and torch.is_grad_enabled() and any(each.requires_grad for each in router.parameters())
         )
         return asked or trains
+
+    @contextmanager
+    def graph_of(self, router: nn.Module) -> Iterator[None]:
+        """No graph while the body runs if the router is frozen: what it reads would get gradients of zero through it."""
+        trains = torch.is_grad_enabled() and any(each.requires_grad for each in router.parameters())
+        with torch.set_grad_enabled(trains):
+            yield
 
     def compress(
         self, vision: VisionInputs, layout: Layout, prompts: torch.Tensor | None
