@@ -87,7 +87,7 @@ class AvgLlavaSteps(AvgLlavaInit):
         choices = pyramid[: len(self.config.vis_token_granularity)]
         with self.graph_of(self.router):
             chosen = filter_text(finest[base_tile], text, text_rows, rows, self.config.filtered_text_num)
-            router_logits = self.router(choices, chosen, image_of_tile, num_tiles)
+            router_logits = self.router(choices, chosen, image_of_tile, num_tiles, grid=finest)
         return Scores((router_logits,), router_logits, pyramid)
 
     def _rows_asked(self, layout: Layout) -> torch.LongTensor:
@@ -110,9 +110,10 @@ class AvgLlavaSteps(AvgLlavaInit):
         text = prompts.flatten(0, 1).index_select(0, text.to(prompts.device)).to(tokens.device, tokens.dtype)
         whole = layout.sizes.tokens.prod(-1)
         directions = _pooled(F.normalize(tokens, dim=-1, eps=1e-8), torch.arange(len(tokens)), whole)
-        similarity = similarity_to(directions, text)
-        chosen = most_similar(similarity, text, text_rows, rows, self.config.filtered_text_num)
-        router_logits = self.router(pyramid, counts, chosen)
+        with self.graph_of(self.router):
+            similarity = similarity_to(directions, text)
+            chosen = most_similar(similarity, text, text_rows, rows, self.config.filtered_text_num)
+            router_logits = self.router(pyramid, counts, chosen)
         return Scores((router_logits,), router_logits)
 
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
