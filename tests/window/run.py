@@ -52,12 +52,14 @@ class StepFailed(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """A set of versions: a Python, a torch, and what else is pinned. Everything else is the newest that fits."""
+    """A set of versions: a Python, a torch, what else is pinned, and what tests do without. Everything else is the
+    newest that fits."""
 
     name: str
     python: str = PYTHON
     torch: str = TORCH
     pins: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 @dataclass
@@ -86,7 +88,8 @@ def smallest_versions() -> Row:
     floors = dict(re.match(r"([\w-]+)>=([\w.]+)", line).groups() for line in options["install_requires"].split())
     torch = floors.pop("torch")
     pins = tuple(f"{name}=={version}" for name, version in floors.items())
-    return Row("floors", re.match(r">=([\d.]+)$", options["python_requires"])[1], torch, pins)
+    # TRL asks for more than these, and pip would try all of its versions
+    return Row("floors", re.match(r">=([\d.]+)$", options["python_requires"])[1], torch, pins, without=("trl",))
 
 
 def all_rows() -> dict[str, Row]:
@@ -164,8 +167,8 @@ class Environment:
         self.pip("install", "--quiet", "--no-compile", f"torch=={row.torch}")
         needed = [*options["options"]["install_requires"].split(), *options["options.extras_require"]["test"].split()]
         # a pin takes the place of a requirement, also of one that it does not meet
-        pinned = {name_of(pin) for pin in row.pins}
-        needed = [requirement for requirement in needed if name_of(requirement) not in pinned]
+        settled = {*map(name_of, row.pins), *row.without}
+        needed = [requirement for requirement in needed if name_of(requirement) not in settled]
         eagerly = ("--upgrade", "--upgrade-strategy", "eager")
         self.pip("install", "--quiet", "--no-compile", *eagerly, f"torch=={row.torch}", *row.pins, *needed)
         self.pip("install", "--quiet", "--no-deps", "--force-reinstall", wheel)
