@@ -254,7 +254,7 @@ class VtcGenerationMixin(GenerationMixin):
         elif positions is not None and inputs_embeds is not None and input_ids.shape[1] == inputs_embeds.shape[1]:
             inputs_embeds = inputs_embeds[:, -len(positions) :]
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        if self.model.reads_padding_mask:
+        if self.model.reads_padding_mask or decode_plan is not None:
             # for static caches the stock method has made masks of one length of cache
             inputs["attention_mask"] = kwargs.get("attention_mask")
         if decode_plan is not None:
