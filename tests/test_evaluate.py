@@ -15,6 +15,7 @@ import hf_vtc
 from hf_vtc.data import RecordError
 from hf_vtc.evaluation import EvalReport, drawing, read_questions, records_to_ask, running, sweep
 from hf_vtc.evaluation.baselines import NAMES, smaller_options
+from hf_vtc.evaluation.comparators import COMPARATORS
 from hf_vtc.evaluation.recommendation import better_baseline, halves, qualifies
 from hf_vtc.evaluation.statistics import margin_of
 
@@ -192,12 +193,12 @@ def test_baselines_spend_as_many_tokens_image_by_image(name, pages, tmp_path):
     tokens = {(each["point"], each["key"]): each["tokens"] for each in samples(tmp_path)}
     reserved = {each["key"]: each["reserved"] for each in samples(tmp_path)}
     points = {point for point, _ in tokens if " beside " in point}
-    assert {point.split()[0] for point in points} >= {"random", "smaller", "subset"}
+    assert {point.split()[0] for point in points} >= {"random", "smaller", "subset", *COMPARATORS}
     for point in points:
         family, beside = point.split(" #")[0].split(" beside ")
         own = [tokens[point, page["id"]] for page in asked]
         its = [tokens[beside, page["id"]] for page in asked]
-        if family == "subset" or family == "random" and name != "avg-llava-tiny":
+        if family in ("subset", *COMPARATORS) or family == "random" and name != "avg-llava-tiny":
             assert own == its
         elif family == "random":
             # granularities change hands, and each is as frequent as before
@@ -247,7 +248,7 @@ def test_baselines_change_the_answers(report):
     _, folder = report
     answers = {(each["point"], each["key"]): each["answer"] for each in samples(folder)}
     keys = {key for _, key in answers}
-    for family in ("random", "pool", "smaller", "subset"):
+    for family in ("random", "pool", "smaller", "subset", *COMPARATORS):
         # as many tiles at 0.25 means all of them
         beside = "auto" if family == "random" else "0.25"
         lines = {point for point, _ in answers if point.startswith(f"{family} beside {beside}")}
