@@ -1,7 +1,7 @@
 """CDPruner: of every image the visual tokens that are most diverse, given the question.
 
 Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs" (arXiv 2506.10967,
-NeurIPS 2025), section 3. No line of its code (Theia-4869/CDPruner) was read or taken; there are no weights.
+NeurIPS 2025), section 3. None of its code (Theia-4869/CDPruner) was taken; there are no weights.
 
 Kernel L of an image: cosines of its projected visual tokens (equation 3). Relevance r of each: its cosine to the
 question (5), brought to [0, 1] by the smallest and largest of the image (6). A determinantal point process with the

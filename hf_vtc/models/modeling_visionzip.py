@@ -1,7 +1,8 @@
 """VisionZip: the tokens that the tower attends to most, and means of the others.
 
 Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models" (arXiv 2412.04467, CVPR 2025), section
-2.3 and algorithms 1 and 2. No line of its code (JIA-Lab-research/VisionZip) was read or taken; there are no weights.
+2.3 and algorithms 1 and 2, which were known here by what others report of them and not from its own text. None of its
+code (JIA-Lab-research/VisionZip) was taken; there are no weights.
 
 Of each tile the dominant tokens are those to which the class token attends most in the layer whose output is read,
 mean over heads; of a tower without one (SigLIP) those to which all tokens attend most. Of the others some at equal
