@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import factories
 import pytest
 import torch
 from fit_samples import NUM_PICTURES, differing, small_request, weights_of, write_model, write_records
@@ -121,6 +122,31 @@ def test_a_base_gets_a_compressed_connector_of_means(data, tmp_path):
     assert weights_of(start)["model.compressed_projector.linear_1.weight"].dtype == torch.bfloat16
     assert sorted(file.name for file in start.glob("*.safetensors*")) == ["model.safetensors"]
     assert not (start.parent / "0_drawn").exists()
+
+
+@torch.no_grad()
+def test_means_are_those_of_the_upper_and_the_lower_half():
+    """Of a token's four blocks two and two are alike, and all have the same mean and spread, as one LayerNorm sees."""
+    model = factories.tiny_model("vico").eval()
+    full, compressed = model.model.multi_modal_projector, model.model.compressed_projector
+    for parameter in full.parameters():
+        parameter.normal_()
+    start_as_means(model)
+    width, side = model.config.vision_config.hidden_size, model.config.patches_per_side
+    upper = torch.randn(3, (side // 4) ** 2, 4 * width)
+    lower = upper[..., torch.randperm(4 * width)]
+
+    def features(top, bottom):
+        """`(T, N, C)` of tiles whose tokens have such blocks, `(T, n, 4 C)`, in their two rows."""
+        rows = [each.unflatten(-1, (2, 1, 2, width)).expand(-1, -1, 2, 2, 2, width) for each in (top, bottom)]
+        blocks = torch.stack(rows, dim=2).unflatten(1, (side // 4, side // 4))  # (T, s, s, 2, 2, 2, 2, C)
+        return blocks.permute(0, 1, 3, 4, 2, 5, 6, 7).reshape(len(top), side * side, width)
+
+    def tokens_of_blocks(states):
+        return full(features(states, states)).unflatten(1, (side // 2, side // 2))[:, ::2, ::2].flatten(1, 2)
+
+    expected = (tokens_of_blocks(upper) + tokens_of_blocks(lower)) / 2
+    torch.testing.assert_close(compressed(features(upper, lower)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_connector_that_the_source_has_is_kept(data, tmp_path, monkeypatch):
