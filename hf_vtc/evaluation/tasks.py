@@ -108,7 +108,8 @@ def evaluate_tasks(
     """
     points = request.points
     version = _version_of_lmms()
-    model = load_model(request.checkpoint)
+    # as it will be asked, since the digest is that of the weights in use
+    model = load_model(request.checkpoint, request.dtype)
     run = {
         "checkpoint": checkpoint_digest(model),
         "tasks": list(request.tasks),
