@@ -26,10 +26,18 @@ class Server(NamedTuple):
     address: str
     process: psutil.Process
 
-    def memory(self) -> int:
-        """Bytes of memory that the server and its processes hold for themselves alone."""
-        family = [self.process, *self.process.children(recursive=True)]
-        return sum(each.memory_full_info().uss for each in family)
+    def family(self) -> list[psutil.Process]:
+        """The server and its processes."""
+        return [self.process, *self.process.children(recursive=True)]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the server and each of its processes hold for themselves alone."""
+        return {f"{each.name()} {each.pid}": each.memory_full_info().uss for each in self.family()}
+
+    def cpu_seconds(self) -> float:
+        """What the server and its processes have computed so far, whatever else the machine did."""
+        times = [each.cpu_times() for each in self.family()]
+        return sum(time.user + time.system for time in times)
 
 
 @contextmanager

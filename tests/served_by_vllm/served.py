@@ -6,7 +6,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,14 +15,10 @@ from transformers import AutoProcessor
 from hf_vtc import AutoModelForVision2Seq
 
 ROOT = Path(__file__).resolve().parents[2]
-CARDS = ROOT / "model_cards"
-PAGES = sorted((ROOT / "examples" / "images").glob("*.png"))
-QUESTIONS = (
-    "what colour is the page?",
-    "how many digits are there?",
-    "what is the number in the box?",
-    "is the page wide or tall?",
-)
+sys.path.append(str(ROOT / "examples" / "serve"))
+
+from check_answers import CARDS, METHODS, PAGES, QUESTIONS, Case, cases  # noqa: E402, F401
+
 MAX_TOKENS = 8
 # what a server and a test process need on a machine without GPU
 ENVIRONMENT = {
@@ -33,17 +29,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-
-
-class Case(NamedTuple):
-    question: str
-    images: tuple[Path, ...]
-
-
-def cases(count: int) -> list[Case]:
-    """`count` prompts about one page each, then one about two of them and one about none."""
-    single = [Case(QUESTIONS[idx // len(PAGES) % len(QUESTIONS)], (PAGES[idx % len(PAGES)],)) for idx in range(count)]
-    return [*single, Case(QUESTIONS[1], tuple(PAGES[:2])), Case(QUESTIONS[0], ())]
 
 
 class Ours:

@@ -9,33 +9,23 @@ pytest.importorskip("vllm", reason="needs an environment with vllm, see docs/ser
 
 import peft
 import torch
-from served import CARDS, PAGES, QUESTIONS, Case, Ours, as_ours, asked, cases, ours, run_engine
+from served import CARDS, METHODS, PAGES, QUESTIONS, Case, Ours, as_ours, asked, cases, ours, run_engine
 
 from hf_vtc.lora import default_lora_config
 
 pytestmark = pytest.mark.vllm
 
-# folder, what is changed in its configuration, whether sizes alone tell what the method decides, budgets it can meet
-METHODS = {
-    "convllava": ("convllava-tiny", {}, True, ["full", 1.0]),
-    "vistog": ("vistog-tiny", {}, True, ["full", 1.0, 0.7, 0.5, 0.25]),
-    "vico": ("vico-tiny", {}, False, ["full", 1.0, 0.7, 0.5, 0.25]),
-    "avg_llava": ("avg-llava-tiny", {}, False, ["full", 1.0, 0.7, 0.5, 0.25]),
-    "llavolta": ("llavolta-tiny", {"compress_layer_idx": -1}, True, ["full", 1.0, 0.7, 0.5, 0.25]),
-}
-
 
 @pytest.mark.parametrize("num_prompts", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_answers_and_counts_are_those_of_generate(method, num_prompts, tmp_path):
-    name, changed, decides, budgets = METHODS[method]
-    model = ours(CARDS / name, *changed.items())
+    folder, changed, budgets = METHODS[method]
+    model = ours(folder, *changed.items())
     prompts = cases(num_prompts)
-    budgets = [*budgets, None] if decides else budgets
     calls = [[asked(model, case, budget) for case in prompts] for budget in budgets]
     # alone, and again, when every image is in the caches
     calls += [[call[0]] for call in calls] + calls[-1:]
-    found = run_engine(CARDS / name, calls, tmp_path, **({"hf_overrides": changed} if changed else {}))
+    found = run_engine(folder, calls, tmp_path, **({"hf_overrides": changed} if changed else {}))
     counts = {}
     for budget, answers, alone in zip(budgets, found, found[len(budgets) :], strict=False):
         expected = [model.answer(case, budget) for case in prompts]

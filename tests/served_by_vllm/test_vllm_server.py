@@ -1,17 +1,16 @@
 """vLLM's OpenAI server with the real client: answers, budgets of requests, streams, errors as 400."""
 
 import asyncio
-import sys
 
 import pytest
 
 pytest.importorskip("vllm", reason="needs an environment with vllm, see docs/serve.md")
 
 import openai
-from served import CARDS, ENVIRONMENT, MAX_TOKENS, PAGES, ROOT, cases, ours
+from served import CARDS, ENVIRONMENT, MAX_TOKENS, PAGES, cases, ours
 
-sys.path.append(str(ROOT / "examples" / "serve"))
-
+# that has put the folder of the examples on the path
+# isort: split
 from load_test import load
 from local_server import SERVED_NAME, image_part, messages, serving
 
