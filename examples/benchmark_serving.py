@@ -253,7 +253,7 @@ async def measure(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown, with the rate as a multiple of that of the uncompressed model. CPU is a request's, of the server."""
+    """Rows as Markdown: rates also as multiples of the uncompressed model's, CPU time of the server per request."""
     uncompressed = rows[0]["condition"]
     lines = [
         f"| at once | condition | requests/s (rounds) | of `{uncompressed}` | CPU s | first token, s | tokens |",

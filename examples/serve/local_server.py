@@ -41,7 +41,7 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(model: Path | str, *options: str, seconds: float = 600, **environment: str) -> Iterator[Server]:
+def serving(model: Path | str, *options: str, seconds: float = 1800, **environment: str) -> Iterator[Server]:
     """Serve a folder while the context lasts.
 
     Args:
