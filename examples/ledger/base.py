@@ -1,0 +1,239 @@
+"""Train the base of the ledger models: a stock InternVL that reads pages of an account book.
+
+    PYTHONPATH=examples python -m ledger.base --output outputs/ledger/base
+
+Two phases, both plain `transformers.Trainer`: the tower alone on what each patch shows, through linear heads that are
+thrown away; then projector and language model on questions, the tower frozen. A tower that went on learning would pack
+a tile into few tokens, and nothing would be left to choose.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from digit_forms.text import TOKENS_PER_TILE
+from digit_forms.training import training_arguments
+from rich.console import Console
+from torch import nn
+from train_base import OPTIMIZER, HeldOutCheck, PageCollator, to_pixel_values
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    set_seed,
+)
+
+from .dataset import PATCH_LABELS, PagePool
+from .pages import FIELD_SIZE, PATCH_SIZE
+from .questions import Question
+from .sizes import SIZES, Size
+from .text import build_tokenizer
+
+# digits of tables, and rows of tables, asked of a page in one training sequence
+MAX_DIGITS, MAX_LINES = 8, 2
+TOWER_BATCH = 96
+# as all tiny models, and a log that shows a run that does not learn
+_OPTIMIZER = OPTIMIZER | {"logging_steps": 25}
+# shares of tiles of each kind on which the tower learns
+TILE_SHARES = {"table": 0.45, "box": 0.4, "photo": 0.05, "empty": 0.1}
+
+
+def build_base(size: Size, tokenizer: PreTrainedTokenizerFast) -> InternVLForConditionalGeneration:
+    """The untrained base model."""
+    config = InternVLConfig(
+        vision_config={
+            "model_type": "internvl_vision",
+            "hidden_size": size.tower_width,
+            "num_hidden_layers": size.tower_layers,
+            "num_attention_heads": size.tower_width // 16,
+            "intermediate_size": 4 * size.tower_width,
+            "image_size": [FIELD_SIZE, FIELD_SIZE],
+            "patch_size": [PATCH_SIZE, PATCH_SIZE],
+            "attention_bias": True,
+            "norm_type": "layer_norm",
+            "use_mean_pooling": True,
+            "layer_scale_init_value": 1.0,
+            "initializer_range": 0.05,
+        },
+        text_config={
+            "model_type": "qwen3",
+            "vocab_size": len(tokenizer),
+            "hidden_size": size.width,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.width // 32,
+            "num_key_value_heads": max(size.width // 96, 1),
+            "head_dim": 32,
+            "intermediate_size": size.feed_forward,
+            "max_position_embeddings": tokenizer.model_max_length,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.05,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=TOKENS_PER_TILE,
+        downsample_ratio=0.5,
+        tie_word_embeddings=True,
+    )
+    model = InternVLForConditionalGeneration(config)
+    # transformers starts absolute positions at zero, where all patches look alike to the first layers
+    nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.2)
+    model.generation_config.bos_token_id = None
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+class TileDataset(torch.utils.data.Dataset):
+    """Single tiles of a pool with their patch labels, kinds in the shares of `TILE_SHARES`."""
+
+    def __init__(self, pool: PagePool, num_examples: int, seed: int) -> None:
+        places: dict[str, list[tuple[int, int]]] = {kind: [] for kind in TILE_SHARES}
+        for page, fields in enumerate(pool.fields):
+            for tile, field in enumerate(fields):
+                places[field.kind].append((page, tile))
+        rng = np.random.default_rng(seed)
+        kinds = rng.choice(list(TILE_SHARES), num_examples, p=list(TILE_SHARES.values()))
+        self.index = [places[kind][rng.integers(len(places[kind]))] for kind in kinds]
+        self.pool = pool
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        page, tile = self.index[i]
+        return self.pool.tiles[page][tile], {name: self.pool.labels[page][name][tile] for name in PATCH_LABELS}
+
+
+def collate_tiles(examples: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]) -> dict[str, torch.Tensor]:
+    """Batch of [`TileDataset`] examples as inputs of [`TowerReader`]: each label is `(B, 64)`."""
+    batch = {"pixel_values": to_pixel_values(np.stack([tile for tile, _ in examples]))}
+    for name in PATCH_LABELS:
+        batch[name] = torch.from_numpy(np.stack([labels[name] for _, labels in examples])).long().flatten(1)
+    return batch
+
+
+class TowerReader(nn.Module):
+    """The vision tower with linear heads that say for every patch what it shows (see `patch_labels`)."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        width = tower.config.hidden_size
+        self.tower, self.norm = tower, nn.LayerNorm(width)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in PATCH_LABELS.items()})
+
+    def read(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits `(B, 64, classes)` of every label."""
+        patches = self.norm(self.tower(pixel_values).last_hidden_state[:, 1:])
+        return {name: head(patches) for name, head in self.heads.items()}
+
+    def forward(self, pixel_values: torch.Tensor, **labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Labels are `(B, 64)`; returns `loss`: digits fully, the others a quarter each."""
+        loss = 0
+        for name, logits in self.read(pixel_values).items():
+            weight = 1.0 if name == "digit" else 0.25
+            loss = loss + weight * nn.functional.cross_entropy(logits.flatten(0, 1), labels[name].flatten())
+        return {"loss": loss}
+
+
+@torch.no_grad()
+def patch_accuracy(reader: TowerReader, pool: PagePool, num_tiles: int = 256) -> dict[str, float]:
+    """Share of the patches of `pool` named right by label; for digits, of the patches that hold one."""
+    reader.eval()
+    dataset = TileDataset(pool, num_tiles, 0)
+    batch = collate_tiles([dataset[i] for i in range(num_tiles)])
+    device, accuracy = reader.norm.weight.device, {}
+    for name, logits in reader.read(batch["pixel_values"].to(device)).items():
+        labels = batch[name].to(device)
+        concerned = labels > 0 if name in ("digit", "place") else labels >= 0
+        accuracy[name] = round((logits.argmax(-1) == labels)[concerned].float().mean().item(), 4)
+    reader.train()
+    return accuracy
+
+
+def run_trainer(trainer: Trainer) -> None:
+    trainer.pop_callback(PrinterCallback)
+    trainer.train()
+
+
+def train_tower(model: nn.Module, pool: PagePool, folder: Path, size: Size, seed: int, console: Console) -> None:
+    """Phase 1: teach the vision tower of `model`, in place, what is written in each patch."""
+    reader, held_out = TowerReader(model.model.vision_tower), PagePool(100, "test", seed=seed + 1)
+    args = training_arguments(
+        folder, size.tower_steps, TOWER_BATCH, 2e-3, seed, save_strategy="no", bf16=size.bf16, **_OPTIMIZER
+    )
+    check = HeldOutCheck(console, max(size.tower_steps // 3, 1), lambda: patch_accuracy(reader, held_out))
+    data = TileDataset(pool, size.tower_steps * TOWER_BATCH, seed)
+    run_trainer(Trainer(model=reader, args=args, train_dataset=data, data_collator=collate_tiles, callbacks=[check]))
+
+
+class LedgerCollator(PageCollator):
+    """Pages as sequences of many questions: all coarse and sparse ones, and some of the tables'."""
+
+    def choose(self, questions: list[Question]) -> list[Question]:
+        chosen = [question for question in questions if question.kind in ("coarse", "sparse")]
+        for topic, number in (("digit", MAX_DIGITS), ("line", MAX_LINES)):
+            some = [question for question in questions if question.topic == topic]
+            chosen += [some[i] for i in self.rng.permutation(len(some))[:number]]
+        return [chosen[i] for i in self.rng.permutation(len(chosen))]
+
+
+def train_language(
+    model: InternVLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    pool: PagePool,
+    folder: Path,
+    size: Size,
+    seed: int,
+    console: Console,
+) -> None:
+    """Phase 2: train projector and language model, in place, to answer; the tower stays as it is."""
+    model.model.vision_tower.requires_grad_(False)
+    args = training_arguments(
+        folder, size.steps, size.batch, size.learning_rate, seed, save_strategy="no", bf16=size.bf16, **_OPTIMIZER
+    )
+    collator = LedgerCollator(tokenizer, pool, seed)
+    check = HeldOutCheck(console, 10**9, dict)
+    model.config.text_config.use_cache = False
+    run_trainer(
+        Trainer(model=model, args=args, train_dataset=range(len(pool)), data_collator=collator, callbacks=[check])
+    )
+    model.config.text_config.use_cache = True
+    model.model.vision_tower.requires_grad_(True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the trained model")
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--tower", type=Path, help="start phase 2 from the tower that an earlier run saved here")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    console, size, start = Console(width=119), SIZES[args.size], time.time()
+    set_seed(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    model = build_base(size, tokenizer)
+    console.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    pool = PagePool(size.pages, "train", args.seed, size.workers)
+    console.print(f"drew {len(pool)} pages in {time.time() - start:.0f} s")
+    if args.tower is None:
+        train_tower(model, pool, args.output / "tower", size, args.seed, console)
+        model.model.vision_tower.save_pretrained(args.output / "tower")
+    else:
+        tower = type(model.model.vision_tower).from_pretrained(args.tower)
+        model.model.vision_tower.load_state_dict(tower.state_dict())
+    train_language(model, tokenizer, pool, args.output / "checkpoints", size, args.seed, console)
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    console.print(f"saved to {args.output} after {(time.time() - start) / 60:.1f} min")
+
+
+if __name__ == "__main__":
+    main()

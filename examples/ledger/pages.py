@@ -1,0 +1,207 @@
+"""Draw a page of an account book: fields of uneven density on tinted paper.
+
+A field is exactly one tile of InternVL's dynamic tiling. A *table* (dense) holds 4 x 4 printed digits, a *box*
+(sparse) one number of one or two digits, printed or handwritten; the others show a crop of a photograph or nothing.
+Content is random, so that no language model can guess it.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from digit_forms.digits import check_split, load_split, render_digit, samples_by_class
+from digit_forms.pages import AUGMENTATION, blend, jitter_colour
+from PIL import Image
+
+from .fonts import fonts_of, printed_digit
+from .photos import SUBJECTS, photo_crop
+from .questions import Question, ask
+
+FIELD_SIZE, PATCH_SIZE = 48, 6
+# (rows, columns): six tiles each
+GRIDS = ((2, 3), (3, 2))
+MAX_TILES = 6
+# rows and columns of digits in a table
+TABLE_SIDE = 4
+# how many boxes a page has, each as likely as the others
+BOX_COUNTS = (1, 2)
+PHOTO_SHARE = 0.5
+HANDWRITTEN_SHARE = 0.3
+
+PAPERS = {
+    "white": (248, 248, 246),
+    "yellow": (252, 240, 178),
+    "blue": (200, 224, 250),
+    "green": (206, 242, 206),
+    "pink": (252, 210, 222),
+}
+COLOURS = {
+    "red": (214, 36, 40),
+    "blue": (36, 84, 214),
+    "green": (26, 144, 64),
+    "orange": (244, 140, 16),
+    "purple": (134, 44, 172),
+    "black": (24, 24, 26),
+}
+INK = (20, 20, 28)
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a field shows: `kind` is `"empty"`, `"table"`, `"box"` or `"photo"`; `colour` that of a
+    table or box; `text` its digits, row by row; `areas` the pixels (left, top, right, bottom) of each digit within the
+    field; `sources` the font of a print, the samples of a handwritten number, or the subject of a photograph."""
+
+    kind: str = "empty"
+    colour: str = ""
+    text: str = ""
+    areas: tuple[tuple[int, int, int, int], ...] = ()
+    sources: tuple = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A drawn page: RGB `image`, its `fields` row by row, and what can be asked."""
+
+    image: Image.Image
+    questions: list[Question]
+    rows: int
+    columns: int
+    paper: str
+    fields: list[Field] = field(default_factory=list)
+
+    @property
+    def num_tables(self) -> int:
+        return sum(each.kind == "table" for each in self.fields)
+
+
+def field_bits(kind: str) -> float:
+    """log2 of the number of equally likely contents of a field about which some question may ask.
+
+    Colours count as drawn independently, an upper bound. The paper's colour, which every field shows, is left out.
+    """
+    colour, digit = math.log2(len(COLOURS)), math.log2(10)
+    return {"table": colour + TABLE_SIDE**2 * digit, "box": colour + math.log2(110), "photo": 1.0, "empty": 1.0}[kind]
+
+
+def draw_table(rng: np.random.Generator, canvas: np.ndarray, colour: str, split: str) -> Field:
+    """4 x 4 digits of one font on a tinted ground; a digit stays within its quarter of each side."""
+    fonts, pitch = fonts_of(split), FIELD_SIZE // TABLE_SIDE
+    font, size = fonts[rng.integers(len(fonts))], int(rng.integers(11, 14))
+    canvas[1:-1, 1:-1] += 0.35 * (jitter_colour(rng, COLOURS[colour], 8) - canvas[1:-1, 1:-1])
+    text, areas = "", []
+    for row in range(TABLE_SIDE):
+        for column in range(TABLE_SIDE):
+            text += str(rng.integers(10))
+            alpha = printed_digit(font, size, text[-1])
+            height, width = alpha.shape
+            top = row * pitch + int(rng.integers(1, max(2, pitch - height)))
+            left = column * pitch + int(rng.integers(1, max(2, pitch - width)))
+            blend(canvas[top : top + height, left : left + width], np.float32(INK), alpha)
+            areas.append((column * pitch, row * pitch, (column + 1) * pitch, (row + 1) * pitch))
+    return Field("table", colour, text, tuple(areas), (font,))
+
+
+def _number_masks(rng: np.random.Generator, text: str, split: str) -> tuple[list[np.ndarray], tuple]:
+    """Masks of the digits of a number, and the font or the handwritten samples that they are made of."""
+    if rng.random() >= HANDWRITTEN_SHARE:
+        fonts = fonts_of(split)
+        font, size = fonts[rng.integers(len(fonts))], int(rng.integers(24, 31))
+        return [printed_digit(font, size, digit) for digit in text], (font,)
+    images, by_class = load_split(split)[0], samples_by_class(split)
+    samples = tuple(int(rng.choice(by_class[int(digit)])) for digit in text)
+    spread, height = AUGMENTATION[split], rng.uniform(20, 25)
+    angle, shear = rng.uniform(-1, 1) * spread["angle"], rng.uniform(-1, 1) * spread["shear"]
+    stretch = rng.uniform(*spread["stretch"])
+    return [render_digit(images[sample], height, angle, shear, stretch) for sample in samples], samples
+
+
+def draw_box(rng: np.random.Generator, canvas: np.ndarray, colour: str, split: str) -> Field:
+    """A coloured frame around a number of one or two digits."""
+    frame, shade = int(rng.integers(2, 4)), jitter_colour(rng, COLOURS[colour], 8)
+    for edge in (canvas[:frame], canvas[-frame:], canvas[:, :frame], canvas[:, -frame:]):
+        blend(edge, shade, 0.95)
+    text = str(rng.integers(110))
+    # 100 to 109 are the ten numbers of one digit: all 110 are equally likely
+    text = text[-1] if len(text) == 3 else text.zfill(2)
+    room = FIELD_SIZE - 2 * frame - 2
+    masks, sources = _number_masks(rng, text, split)
+    gap, width = 2, sum(mask.shape[1] for mask in masks) + 2 * (len(masks) - 1)
+    if width > room:
+        # what is too wide is narrowed
+        share = (room - gap) / (width - gap)
+        masks = [_narrowed(mask, share) for mask in masks]
+        width = sum(mask.shape[1] for mask in masks) + gap * (len(masks) - 1)
+    height = max(mask.shape[0] for mask in masks)
+    left = frame + 1 + int(rng.integers(room - width + 1))
+    top, areas = frame + 1 + int(rng.integers(max(room - height, 0) + 1)), []
+    for mask in masks:
+        bottom, right = min(top + mask.shape[0], FIELD_SIZE - frame), left + mask.shape[1]
+        blend(canvas[top:bottom, left:right], np.float32(INK), mask[: bottom - top])
+        areas.append((left, top, right, bottom))
+        left = right + gap
+    return Field("box", colour, text, tuple(areas), sources)
+
+
+def _narrowed(mask: np.ndarray, share: float) -> np.ndarray:
+    width = max(int(mask.shape[1] * share), 1)
+    small = Image.fromarray((mask * 255).clip(0, 255).astype(np.uint8)).resize((width, mask.shape[0]))
+    return np.asarray(small).astype(np.float32) / 255
+
+
+def draw_page(rng: np.random.Generator, split: str, num_tables: int | None = None) -> Page:
+    """Draw one page.
+
+    Args:
+        rng (`np.random.Generator`): the only source of chance; the same state gives the same page, pixel by pixel.
+        split (`str`): `"train"` or `"test"`: fonts, handwriting and regions of photographs that may appear.
+        num_tables (`int`, *optional*): 0 to 2; by default each with a chance of a third.
+    """
+    check_split(split)
+    rows, columns = GRIDS[rng.integers(len(GRIDS))]
+    paper = list(PAPERS)[rng.integers(len(PAPERS))]
+    canvas = np.empty((rows * FIELD_SIZE, columns * FIELD_SIZE, 3), np.float32)
+    canvas[:] = jitter_colour(rng, PAPERS[paper], 5)
+    drawn = int(rng.integers(3))
+    kinds = ["table"] * (drawn if num_tables is None else num_tables)
+    kinds += ["box"] * int(rng.choice(BOX_COUNTS))
+    if rng.random() < PHOTO_SHARE:
+        kinds.append("photo")
+    kinds += ["empty"] * (rows * columns - len(kinds))
+    colours = iter(rng.permutation(list(COLOURS)).tolist())
+    fields = []
+    for place, kind in enumerate([kinds[idx] for idx in rng.permutation(len(kinds))]):
+        row, column = divmod(place, columns)
+        part = canvas[row * FIELD_SIZE :, column * FIELD_SIZE :][:FIELD_SIZE, :FIELD_SIZE]
+        if kind in ("table", "box"):
+            fields.append((draw_table if kind == "table" else draw_box)(rng, part, next(colours), split))
+            continue
+        if kind == "photo":
+            subject = SUBJECTS[rng.integers(len(SUBJECTS))]
+            # a margin of paper
+            part[3:-3, 3:-3] = photo_crop(rng, subject, split, FIELD_SIZE - 6)
+        fields.append(Field(kind, sources=(subject,) if kind == "photo" else ()))
+    canvas += rng.normal(0, rng.uniform(1, 4), canvas.shape).astype(np.float32)
+    image = Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8))
+    return Page(image, questions_of(paper, fields), rows, columns, paper, fields)
+
+
+def questions_of(paper: str, fields: list[Field]) -> list[Question]:
+    """Every question that a page can answer, coarse ones first."""
+    kinds = [each.kind for each in fields]
+    questions = [
+        ask("paper", paper),
+        ask("tables", str(kinds.count("table"))),
+        ask("photo", "yes" if "photo" in kinds else "no"),
+    ]
+    for tile, each in enumerate(fields):
+        if each.kind == "box":
+            questions.append(ask("number", each.text, tile, colour=each.colour))
+        elif each.kind == "table":
+            for place, digit in enumerate(each.text):
+                row, column = divmod(place, TABLE_SIDE)
+                questions.append(ask("digit", digit, tile, colour=each.colour, row=row + 1, column=column + 1))
+            for row in range(TABLE_SIDE):
+                line = each.text[row * TABLE_SIDE : (row + 1) * TABLE_SIDE]
+                questions.append(ask("line", line, tile, colour=each.colour, row=row + 1))
+    return questions

@@ -1,0 +1,36 @@
+"""Questions about a page, each with one exact answer.
+
+coarse: the paper's colour, how many tables, whether there is a photograph. sparse: the number in a box. dense: one
+digit of a table. A fourth kind, "auxiliary", is asked in training only: a whole row of a table.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+EVALUATED_KINDS = ("coarse", "sparse", "dense")
+TEMPLATES = {
+    "paper": ("coarse", "Colour of the paper?"),
+    "tables": ("coarse", "How many tables?"),
+    "photo": ("coarse", "Is there a photograph?"),
+    "number": ("sparse", "Number in the {colour} box?"),
+    "digit": ("dense", "Row {row}, column {column} of the {colour} table?"),
+    "line": ("auxiliary", "All of row {row} of the {colour} table?"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: `kind` is one of `EVALUATED_KINDS` or `"auxiliary"`; `topic` is a key of `TEMPLATES`; `answer` is
+    the only string that counts as right; `tile` is where the answer stands, -1 if it is not in one tile."""
+
+    text: str
+    answer: str
+    kind: str
+    topic: str
+    tile: int = -1
+
+
+def ask(topic: str, answer: str, tile: int = -1, **values: Any) -> Question:
+    """The question of a topic."""
+    kind, template = TEMPLATES[topic]
+    return Question(template.format(**values), answer, kind, topic, tile)

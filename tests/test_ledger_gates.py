@@ -1,0 +1,134 @@
+"""The ledger's gates and claims on made-up scores, and a dry run of all its commands."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("sklearn", reason="ledger reads handwriting and photographs from scikit-learn")
+pytest.importorskip("matplotlib", reason="ledger reads fonts and a photograph from matplotlib")
+pytest.importorskip("scipy", reason="intervals by resampling need scipy")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from ledger import evaluation_set, gates, measure, recipe  # noqa: E402
+from ledger.stages import load  # noqa: E402
+
+VICO = SimpleNamespace(model_type="vtc_vico", image_seq_length=16, compressed_seq_length=4)
+AVG = SimpleNamespace(model_type="vtc_avg_llava", image_seq_length=16, vis_token_granularity=[1, 2, 4, 8, 16])
+
+
+def test_choices_of_vico_spend_as_many_tokens_by_lot():
+    items = evaluation_set(30, seed=9)
+    choices = gates.choices_of(VICO, items)
+    for item, decisions, tokens in zip(items, choices["oracle"].decisions, choices["oracle"].tokens, strict=True):
+        assert decisions.tolist() == [kind != "table" for kind in item.fields]
+        assert tokens == pytest.approx((16 * item.fields.count("table") + 4 * (6 - item.fields.count("table"))) / 6)
+    lots = [name for name in choices if name.startswith("lot")]
+    assert len(lots) == 3
+    for name in lots:
+        assert choices[name].tokens == choices["oracle"].tokens
+        assert any((a != b).any() for a, b in zip(choices[name].decisions, choices["oracle"].decisions, strict=True))
+
+
+def test_choices_of_avg_llava_give_dense_questions_the_finest():
+    items = evaluation_set(30, seed=9)
+    choices = gates.choices_of(AVG, items)
+    assert [each.item() for each in choices["oracle"].decisions] == [
+        4 if item.kind == "dense" else 2 for item in items
+    ]
+    assert np.mean(choices["lot #1"].tokens) == np.mean(choices["oracle"].tokens) == pytest.approx(8)
+
+
+def made_up(compressed: float, lot: float) -> tuple[dict, dict]:
+    """Choices of 1,000 questions of which the oracle has all right, at 8 of 16 tokens; others the shares given."""
+    num = 1000
+
+    def right(share: float) -> np.ndarray:
+        return (np.arange(num) < share * num).astype(float)
+
+    tokens = {"full": 16.0, "compressed": 4.0, "oracle": 8.0, "lot #1": 8.0}
+    scores = {"full": right(1), "compressed": right(compressed), "oracle": right(1), "lot #1": right(lot)}
+    return {name: gates.Choice([], [each] * num) for name, each in tokens.items()}, scores
+
+
+def test_oracle_gaps_by_hand():
+    gaps = gates.oracle_gaps(*made_up(compressed=0.7, lot=0.8))
+    assert gaps["compressed"].value == pytest.approx(0.3) and gaps["lot"].value == pytest.approx(0.2)
+    # a third of the pages at full length, two thirds compressed: 1/3 + 2/3 x 0.7
+    assert gaps["line"].value == pytest.approx(0.2)
+    assert all(0 < gap.lower < gap.value for gap in gaps.values())
+
+
+def test_oracle_gaps_of_nothing_to_choose_do_not_pass():
+    gaps = gates.oracle_gaps(*made_up(compressed=0.99, lot=1.0))
+    assert not any(gap.value >= gates.GAP for gap in gaps.values())
+
+
+def test_is_beaten_by_needs_intervals_apart():
+    num = 300
+    kinds = np.array(["coarse", "sparse", "dense"] * (num // 3))
+    auto, near, far = (np.zeros(num) for _ in range(3))
+    auto[:285], near[:282], far[:200] = 1, 1, 1
+    scores = {"auto": auto, "near": near, "far": far}
+    rivals = measure.rivals_of(scores, dict.fromkeys(scores, 40.0), kinds)
+    assert rivals["far"].is_beaten_by(rivals["auto"]) and not rivals["near"].is_beaten_by(rivals["auto"])
+    assert rivals["far"].gap.value == pytest.approx(85 / 300)
+    assert (rivals["far"].gap.counts.lost, rivals["far"].gap.counts.gained) == (0, 85)
+    # the same scores of other questions: the difference stays, its interval widens
+    shuffled = {**scores, "far": np.roll(far, 150)}
+    other = measure.rivals_of(shuffled, dict.fromkeys(scores, 40.0), kinds)["far"].gap
+    assert other.value == pytest.approx(85 / 300) and other.interval.low < rivals["far"].gap.interval.low
+
+
+def test_add_line_mixes_the_nearest_fixed_points():
+    scores = {"full": np.array([1.0, 1.0]), "auto": np.ones(2), "4 per tile": np.array([0.0, 1.0])}
+    scores["1 per tile"] = np.zeros(2)
+    tokens = {"full": 96.0, "auto": 42.0, "4 per tile": 24.0, "1 per tile": 6.0}
+    measure.add_line(scores, tokens)
+    assert scores["line"].tolist() == pytest.approx([0.25, 1.0]) and tokens["line"] == 42.0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """What the recipe makes in a dry run."""
+    folder = tmp_path_factory.mktemp("recipe")
+    recipe.main(["--size", "dry", "--output", str(folder), "--questions", "12", "--no-gates"])
+    return folder
+
+
+@pytest.mark.parametrize("method", ["vico", "avg"])
+def test_recipe_makes_models_and_figures(made, method):
+    found = json.loads((made / f"{method}.json").read_text())
+    assert found["questions"] == 12 and {"auto", "full", "4 per tile", "line"} <= set(found["lines"])
+    assert "random beside auto" in found["lines"]
+    model, _ = load(made / method)
+    assert model.config.image_seq_length == 16
+    assert not any(path.suffix == ".py" for path in (made / method).iterdir())
+
+
+def test_require_gates_refuses_a_model_that_reads_nothing(made):
+    model, processor = load(made / "vico-work" / "after_consistency")
+    with pytest.raises(RuntimeError, match="1 full length.*would learn to choose"):
+        gates.require_gates(model, processor, 12, Console(quiet=True), made / "gates.json")
+    written = json.loads((made / "gates.json").read_text())
+    assert not written["passed"]["1 full length"] and written["bits"]["table"][2] > 5
+
+
+def test_scores_of_take_the_decisions_that_are_given(made):
+    model, processor = load(made / "vico-work" / "after_consistency")
+    items = evaluation_set(6, seed=9)
+    seen = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("router_decisions")), with_kwargs=True
+    )
+    choices = {name: each for name, each in gates.choices_of(VICO, items).items() if name in ("full", "oracle")}
+    scores = gates.scores_of(model, processor, items, choices)
+    handle.remove()
+    assert {name: values.shape for name, values in scores.items()} == {"full": (6,), "oracle": (6,)}
+    given = [each for each in seen if each is not None]
+    assert any(torch.equal(each, torch.cat(choices["oracle"].decisions)) for each in given)
