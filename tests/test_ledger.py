@@ -133,8 +133,8 @@ def test_questions_have_one_answer(pages):
         for question in asked:
             if question.topic == "digit":
                 field = page.fields[question.tile]
-                words = question.text.rstrip("?").replace(",", "").split()
-                row, column, colour = int(words[1]), int(words[3]), words[6]
+                _, colour, row, column = question.text.rstrip("?").replace(",", "").split()
+                row, column = int(row.lstrip("r")), int(column.lstrip("c"))
                 assert field.colour == colour and field.kind == "table"
                 assert question.answer == field.text[4 * (row - 1) + column - 1]
             elif question.topic == "tables":
@@ -143,15 +143,17 @@ def test_questions_have_one_answer(pages):
                 assert page.fields[question.tile].kind == "box" and question.answer == page.fields[question.tile].text
 
 
-def test_patch_labels_say_what_is_drawn(pages):
+@pytest.mark.parametrize("patch_size", [6, 12])
+def test_patch_labels_say_what_is_drawn(pages, patch_size):
+    # patches of a quarter of a tile's side, which a digit of a table fills
+    step = 12 // patch_size
     for page in pages[:20]:
-        labels = ledger.patch_labels(page)
+        labels = ledger.patch_labels(page, patch_size)
         for tile, field in enumerate(page.fields):
             read = labels["digit"][tile]
             if field.kind == "table":
-                # a digit of a table fills 2 x 2 patches
-                assert (read[::2, ::2].flatten() - 1).tolist() == [int(digit) for digit in field.text]
-                assert (read[::2, ::2] == read[1::2, 1::2]).all()
+                assert (read[::step, ::step].flatten() - 1).tolist() == [int(digit) for digit in field.text]
+                assert (read[::step, ::step] == read[step - 1 :: step, step - 1 :: step]).all()
             elif field.kind == "box":
                 assert set(read[read > 0] - 1) == {int(digit) for digit in field.text}
             else:
@@ -183,7 +185,7 @@ def test_evaluation_set_is_balanced_and_new():
 def test_conversations_ask_what_they_should():
     kinds = [len(Conversations(3, 5, 1)[index]["messages"]) for index in range(3)]
     assert kinds == [2, 2, 2]
-    assert "row" in Conversations(3, 5, 1)[2]["messages"][0]["content"].lower()
+    assert "table" in Conversations(3, 5, 1)[2]["messages"][0]["content"].lower()
     assert max(len(Conversations(20, 5)[index]["messages"]) for index in range(20)) == 20
 
 

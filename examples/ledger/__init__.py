@@ -4,7 +4,7 @@ Put `examples/` on `sys.path` (`PYTHONPATH=examples`) and import from `ledger`.
 """
 
 from .dataset import KINDS, PATCH_LABELS, EvaluationItem, PagePool, evaluation_set, patch_labels, records_of, tile_page
-from .pages import COLOURS, FIELD_SIZE, MAX_TILES, PAPERS, PATCH_SIZE, Field, Page, draw_page, field_bits
+from .pages import COLOURS, FIELD_SIZE, MAX_TILES, PAPERS, Field, Page, draw_page, field_bits
 from .questions import EVALUATED_KINDS, Question
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "MAX_TILES",
     "PAPERS",
     "PATCH_LABELS",
-    "PATCH_SIZE",
     "EvaluationItem",
     "Field",
     "Page",

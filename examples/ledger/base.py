@@ -29,13 +29,13 @@ from transformers import (
 )
 
 from .dataset import PATCH_LABELS, PagePool
-from .pages import FIELD_SIZE, PATCH_SIZE
+from .pages import FIELD_SIZE
 from .questions import Question
-from .sizes import SIZES, Size
+from .sizes import SIZES, TOKEN_SIDE, Size
 from .text import build_tokenizer
 
 # digits of tables, and rows of tables, asked of a page in one training sequence
-MAX_DIGITS, MAX_LINES = 8, 2
+MAX_DIGITS, MAX_LINES = 6, 3
 TOWER_BATCH = 96
 # as all tiny models, and a log that shows a run that does not learn
 _OPTIMIZER = OPTIMIZER | {"logging_steps": 25}
@@ -53,7 +53,7 @@ def build_base(size: Size, tokenizer: PreTrainedTokenizerFast) -> InternVLForCon
             "num_attention_heads": size.tower_width // 16,
             "intermediate_size": 4 * size.tower_width,
             "image_size": [FIELD_SIZE, FIELD_SIZE],
-            "patch_size": [PATCH_SIZE, PATCH_SIZE],
+            "patch_size": [size.patch_size, size.patch_size],
             "attention_bias": True,
             "norm_type": "layer_norm",
             "use_mean_pooling": True,
@@ -78,7 +78,7 @@ def build_base(size: Size, tokenizer: PreTrainedTokenizerFast) -> InternVLForCon
         },
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=TOKENS_PER_TILE,
-        downsample_ratio=0.5,
+        downsample_ratio=size.patch_size / TOKEN_SIDE,
         tie_word_embeddings=True,
     )
     model = InternVLForConditionalGeneration(config)
@@ -112,7 +112,7 @@ class TileDataset(torch.utils.data.Dataset):
 
 
 def collate_tiles(examples: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]) -> dict[str, torch.Tensor]:
-    """Batch of [`TileDataset`] examples as inputs of [`TowerReader`]: each label is `(B, 64)`."""
+    """Batch of [`TileDataset`] examples as inputs of [`TowerReader`]: each label is `(B, patches)`."""
     batch = {"pixel_values": to_pixel_values(np.stack([tile for tile, _ in examples]))}
     for name in PATCH_LABELS:
         batch[name] = torch.from_numpy(np.stack([labels[name] for _, labels in examples])).long().flatten(1)
@@ -129,12 +129,12 @@ class TowerReader(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in PATCH_LABELS.items()})
 
     def read(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Logits `(B, 64, classes)` of every label."""
+        """Logits `(B, patches, classes)` of every label."""
         patches = self.norm(self.tower(pixel_values).last_hidden_state[:, 1:])
         return {name: head(patches) for name, head in self.heads.items()}
 
     def forward(self, pixel_values: torch.Tensor, **labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Labels are `(B, 64)`; returns `loss`: digits fully, the others a quarter each."""
+        """Labels are `(B, patches)`; returns `loss`: digits fully, the others a quarter each."""
         loss = 0
         for name, logits in self.read(pixel_values).items():
             weight = 1.0 if name == "digit" else 0.25
@@ -164,7 +164,7 @@ def run_trainer(trainer: Trainer) -> None:
 
 def train_tower(model: nn.Module, pool: PagePool, folder: Path, size: Size, seed: int, console: Console) -> None:
     """Phase 1: teach the vision tower of `model`, in place, what is written in each patch."""
-    reader, held_out = TowerReader(model.model.vision_tower), PagePool(100, "test", seed=seed + 1)
+    reader, held_out = TowerReader(model.model.vision_tower), PagePool(100, "test", seed + 1, size.patch_size)
     args = training_arguments(
         folder, size.tower_steps, TOWER_BATCH, 2e-3, seed, save_strategy="no", bf16=size.bf16, **_OPTIMIZER
     )
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = build_tokenizer()
     model = build_base(size, tokenizer)
     console.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    pool = PagePool(size.pages, "train", args.seed, size.workers)
+    pool = PagePool(size.pages, "train", args.seed, size.patch_size, size.workers)
     console.print(f"drew {len(pool)} pages in {time.time() - start:.0f} s")
     if args.tower is None:
         train_tower(model, pool, args.output / "tower", size, args.seed, console)

@@ -11,7 +11,7 @@ from digit_forms.dataset import page_rng
 from digit_forms.digits import check_split
 from PIL import Image
 
-from .pages import COLOURS, FIELD_SIZE, PAPERS, PATCH_SIZE, Page, draw_page
+from .pages import COLOURS, FIELD_SIZE, PAPERS, Page, draw_page
 from .questions import EVALUATED_KINDS
 
 KINDS = ("empty", "table", "box", "photo")
@@ -43,13 +43,13 @@ def tile_page(page: Page) -> np.ndarray:
     return pixels.swapaxes(1, 2).reshape(-1, FIELD_SIZE, FIELD_SIZE, 3)
 
 
-def patch_labels(page: Page) -> dict[str, np.ndarray]:
-    """What each patch of each tile shows, int8 `(num_tiles, 8, 8)` for each key of `PATCH_LABELS`.
+def patch_labels(page: Page, patch_size: int) -> dict[str, np.ndarray]:
+    """What each patch of each tile shows, int8 `(num_tiles, side, side)` by the keys of `PATCH_LABELS`.
 
     `digit`: 0 = none, 1 + digit; `place`: 0 = none, 1 = the only digit of a number, 2 and 3 = the first and the
     second, of a table always 1; `colour`: 0 = none, 1 + index in `COLOURS`; `row`, `column`: the quarter of the tile.
     """
-    side = FIELD_SIZE // PATCH_SIZE
+    side = FIELD_SIZE // patch_size
     labels = {name: np.zeros((len(page.fields), side, side), np.int8) for name in PATCH_LABELS}
     labels["paper"][:] = list(PAPERS).index(page.paper)
     labels["row"][:] = (np.arange(side) * 4 // side)[:, None]
@@ -59,11 +59,16 @@ def patch_labels(page: Page) -> dict[str, np.ndarray]:
         if each.colour:
             labels["colour"][tile] = 1 + list(COLOURS).index(each.colour)
         places = (2, 3) if each.kind == "box" and len(each.text) == 2 else (1,) * len(each.text)
+        taken = 0
         for digit, place, area in zip(each.text, places, each.areas, strict=True):
-            # a patch belongs to a digit if about half of it, each way, lies in the digit's rectangle
-            x0, y0, x1, y1 = (round(edge / PATCH_SIZE) for edge in area)
-            labels["digit"][tile, y0:y1, x0:x1] = 1 + int(digit)
-            labels["place"][tile, y0:y1, x0:x1] = place
+            # a patch belongs to a digit if about half of it, each way, lies in the digit's rectangle; the narrowest
+            # have one column, which is not taken from the digit on their left
+            x0, y0, x1, y1 = (round(edge / patch_size) for edge in area)
+            x0 = max(x0, taken) if each.kind == "box" else x0
+            columns = slice(x0, max(x1, x0 + 1))
+            taken = columns.stop
+            labels["digit"][tile, y0:y1, columns] = 1 + int(digit)
+            labels["place"][tile, y0:y1, columns] = place
     return labels
 
 
@@ -74,8 +79,8 @@ class PagePool:
     `fields[i]`. With `workers` above 1 so many processes draw.
     """
 
-    def __init__(self, num_pages: int, split: str, seed: int = 0, workers: int = 0) -> None:
-        draw = functools.partial(_drawn, split, seed)
+    def __init__(self, num_pages: int, split: str, seed: int = 0, patch_size: int = 12, workers: int = 0) -> None:
+        draw = functools.partial(_drawn, split, seed, patch_size)
         if workers > 1:
             with concurrent.futures.ProcessPoolExecutor(workers) as processes:
                 drawn = list(processes.map(draw, range(num_pages), chunksize=64))
@@ -87,9 +92,9 @@ class PagePool:
         return len(self.tiles)
 
 
-def _drawn(split: str, seed: int, index: int) -> tuple:
+def _drawn(split: str, seed: int, patch_size: int, index: int) -> tuple:
     page = draw_page(page_rng(seed, split, index), split)
-    return tile_page(page), page.questions, patch_labels(page), page.fields
+    return tile_page(page), page.questions, patch_labels(page, patch_size), page.fields
 
 
 def evaluation_set(num_questions: int = 3000, seed: int = 1234, split: str = "test") -> list[EvaluationItem]:

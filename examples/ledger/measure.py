@@ -83,8 +83,12 @@ def add_line(scores: dict[str, np.ndarray], tokens: dict[str, float]) -> None:
     """The line between the fixed points around the router's tokens, in place."""
     fixed = sorted((tokens[name], name) for name in scores if name == "full" or name.endswith(" per tile"))
     below = [name for count, name in fixed if count <= tokens["auto"]][-1]
-    above = [name for count, name in fixed if count > tokens["auto"]][0]
-    share = (tokens["auto"] - tokens[below]) / (tokens[above] - tokens[below])
+    above = next((name for count, name in fixed if count > tokens["auto"]), None)
+    if above is None:
+        # the router takes all there are
+        above, share = below, 0.0
+    else:
+        share = (tokens["auto"] - tokens[below]) / (tokens[above] - tokens[below])
     scores["line"] = share * scores[above] + (1 - share) * scores[below]
     tokens["line"] = tokens["auto"]
 

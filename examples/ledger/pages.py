@@ -17,7 +17,7 @@ from .fonts import fonts_of, printed_digit
 from .photos import SUBJECTS, photo_crop
 from .questions import Question, ask
 
-FIELD_SIZE, PATCH_SIZE = 48, 6
+FIELD_SIZE = 48
 # (rows, columns): six tiles each
 GRIDS = ((2, 3), (3, 2))
 MAX_TILES = 6

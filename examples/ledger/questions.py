@@ -1,7 +1,8 @@
 """Questions about a page, each with one exact answer.
 
 coarse: the paper's colour, how many tables, whether there is a photograph. sparse: the number in a box. dense: one
-digit of a table. A fourth kind, "auxiliary", is asked in training only: a whole row of a table.
+digit of a table, by row and column ("r2 c3"). Texts are short, since a training of minutes pays for every token. A
+fourth kind, "auxiliary", is asked in training only: a whole row of a table.
 """
 
 from dataclasses import dataclass
@@ -9,12 +10,12 @@ from typing import Any
 
 EVALUATED_KINDS = ("coarse", "sparse", "dense")
 TEMPLATES = {
-    "paper": ("coarse", "Colour of the paper?"),
-    "tables": ("coarse", "How many tables?"),
-    "photo": ("coarse", "Is there a photograph?"),
-    "number": ("sparse", "Number in the {colour} box?"),
-    "digit": ("dense", "Row {row}, column {column} of the {colour} table?"),
-    "line": ("auxiliary", "All of row {row} of the {colour} table?"),
+    "paper": ("coarse", "Paper?"),
+    "tables": ("coarse", "Tables?"),
+    "photo": ("coarse", "Photograph?"),
+    "number": ("sparse", "Box {colour}?"),
+    "digit": ("dense", "Table {colour}, r{row} c{column}?"),
+    "line": ("auxiliary", "Table {colour}, r{row}?"),
 }
 
 

@@ -1,6 +1,9 @@
-"""How large the models are and how long they learn: on two CPU cores, on one GPU, and in a dry run."""
+"""How large the models are and how long they learn: on CPU cores, on one GPU, and in a dry run."""
 
 from dataclasses import dataclass
+
+# pixels that a visual token at full length covers each way: 16 tokens a tile
+TOKEN_SIDE = 12
 
 
 @dataclass(frozen=True)
@@ -8,6 +11,8 @@ class Size:
     """Of base and methods.
 
     Args:
+        patch_size (`int`): of the tower, in pixels: 12, a patch being a visual token, or 6, four of them being one.
+            ViCO, which merges 4 x 4 tokens more, needs the latter.
         tower_width (`int`), tower_layers (`int`): of the vision tower.
         width (`int`), layers (`int`), feed_forward (`int`): of the language model; `width` a multiple of 96 or 64.
         pages (`int`): drawn before the base learns.
@@ -20,6 +25,7 @@ class Size:
         workers (`int`): processes that draw pages; 0 draws them between the steps.
     """
 
+    patch_size: int
     tower_width: int
     tower_layers: int
     width: int
@@ -40,7 +46,8 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(64, 3, 96, 3, 256, 4000, 450, 500, 16, 3e-3, 150, 50, 120, 60, 16),
-    "gpu": Size(128, 4, 384, 8, 1024, 40000, 1000, 1200, 64, 1e-3, 300, 100, 200, 100, 64, bf16=True, workers=12),
-    "dry": Size(64, 1, 64, 1, 64, 24, 2, 2, 4, 2e-3, 2, 2, 2, 2, 2),
+    "cpu": Size(6, 64, 3, 128, 3, 256, 8000, 1500, 1200, 16, 2e-3, 250, 80, 120, 60, 16),
+    "cpu-small": Size(12, 64, 3, 96, 3, 256, 2500, 800, 250, 16, 3e-3, 0, 0, 40, 40, 12),
+    "gpu": Size(6, 128, 4, 384, 8, 1024, 40000, 1000, 1200, 64, 1e-3, 300, 100, 200, 100, 64, bf16=True, workers=12),
+    "dry": Size(6, 64, 1, 64, 1, 64, 24, 2, 2, 4, 2e-3, 2, 2, 2, 2, 2),
 }

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from .pages import COLOURS, PAPERS
 from .questions import TEMPLATES
 
-VOCAB_SIZE = 340
+VOCAB_SIZE = 400
 
 
 def corpus() -> list[str]:
