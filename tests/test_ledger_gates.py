@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="ledger reads fonts and a photograph fr
 pytest.importorskip("scipy", reason="intervals by resampling need scipy")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from ledger import evaluation_set, gates, measure, recipe  # noqa: E402
+from ledger import PagePool, evaluation_set, gates, measure, readout, recipe  # noqa: E402
 from ledger.stages import load  # noqa: E402
 
 VICO = SimpleNamespace(model_type="vtc_vico", image_seq_length=16, compressed_seq_length=4)
@@ -136,3 +136,17 @@ def test_scores_of_take_the_decisions_that_are_given(made, monkeypatch):
     scores = gates.scores_of(model, processor, items, choices)
     assert {name: values.shape for name, values in scores.items()} == {"full": (6,), "oracle": (6,)}
     assert any(torch.equal(each, torch.cat(choices["oracle"].decisions)) for each in taken)
+
+
+def test_readout_finds_what_means_keep_and_not_what_they_mix():
+    tiles, fields = readout.tiles_of(PagePool(60, "train", 3), "table")
+    # features that name their own digit: a token of one digit tells it, one of four tells which four, in no order
+    digits = np.array([[int(digit) for digit in field.text] for field in fields])
+    maps = torch.eye(10)[torch.from_numpy(digits)].reshape(len(tiles), 4, 4, 10).permute(0, 3, 1, 2)
+    alone = readout.examples_of(maps, fields, 16)
+    assert list(alone) == [0] and len(alone[0][0]) == 16 * len(tiles)
+    assert [int(np.argmax(vector)) for vector in alone[0][0]] == [int(digit) for digit in alone[0][1]]
+    mixed = readout.examples_of(maps, fields, 4)
+    assert sorted(mixed) == [0, 1, 4, 5]
+    first = torch.from_numpy(mixed[0][0][0])
+    assert first.tolist() == pytest.approx(maps[0, :, :2, :2].mean((1, 2)).tolist())

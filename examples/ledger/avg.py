@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/ledger/avg-work"))
     parser.add_argument("--stage-3", type=Path, help="folder after stage 3, to go on from there")
     parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--granularities", type=int, nargs="+", help="tokens per tile, coarse first; default: 1 to 16")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of stage 3")
     parser.add_argument("--tolerance", type=float, default=0.02, help="nats per token within which losses are equal")
     parser.add_argument("--gate-questions", type=int, default=600, help="0: go on without the gates")
@@ -68,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_seed(args.seed)
     processor = build_processor(args.base)
     if args.stage_3 is None:
-        model = hf_vtc.convert.from_base(args.base, "avg_llava", dtype=torch.float32)
+        fields = {} if args.granularities is None else {"vis_token_granularity": args.granularities}
+        model = hf_vtc.convert.from_base(args.base, "avg_llava", dtype=torch.float32, **fields)
         train_granularities(model, processor, args, console)
         save(model, processor, args.work / "after_stage_3")
     model, _ = load(args.stage_3 or args.work / "after_stage_3")
