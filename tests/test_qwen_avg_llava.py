@@ -95,7 +95,7 @@ def test_the_router_by_hand(base):
         small = F.avg_pool2d(maps[None], (high, wide), ceil_mode=True)[0]
         pyramid.append(small.flatten(1).T)
     states = torch.cat([*pyramid, text])
-    attended = router.merger.attend(lambda layer: layer(states[None]), None)[0]
+    attended = router.merger.attend(states[None], None)[0]
     states = router.merger.norm_1(states + attended)
     states = router.merger.norm_2(states + router.merger.linear_2(router.merger.linear_1(states).relu()))
     logits = router.linear_2(router.act(router.linear_1(states)))
