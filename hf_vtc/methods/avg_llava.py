@@ -21,17 +21,13 @@ def router_flops(workload: Workload) -> float:
     """The router, which reads all granularities and the filtered text."""
     config, tiles, width = workload.config, workload.num_tiles, workload.text.width
     scales = config.vis_token_granularity
-    # queries, keys and values of a tile are made of all tokens, and then pooled; of a grid when it is pooled
     if config.grid_base is None:
         length = sum(scales) + config.filtered_text_num
-        projected = workload.num_features + config.filtered_text_num
     else:
         (counts,) = config.levels(workload.sizes())
         length = sum(counts[-len(scales) :]) + config.filtered_text_num
-        projected = tiles * length
-    router = linear_flops(3 * projected, width, width)
-    # output and feed-forward; then the two layers that vote
-    router += linear_flops(3 * tiles * length, width, width) + linear_flops(tiles * length, width, width, len(scales))
+    # queries, keys, values, output and feed-forward; then the two layers that vote
+    router = linear_flops(6 * tiles * length, width, width) + linear_flops(tiles * length, width, width, len(scales))
     pairs = tiles * length * (tiles if config.router_attention == "tiles" else length)
     return router + 4.0 * pairs * width
 

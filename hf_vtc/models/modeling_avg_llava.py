@@ -87,7 +87,7 @@ class AvgLlavaSteps(AvgLlavaInit):
         choices = pyramid[: len(self.config.vis_token_granularity)]
         with self.graph_of(self.router):
             chosen = filter_text(finest[base_tile], text, text_rows, rows, self.config.filtered_text_num)
-            router_logits = self.router(choices, chosen, image_of_tile, num_tiles, grid=finest)
+            router_logits = self.router(choices, chosen, image_of_tile, num_tiles)
         return Scores((router_logits,), router_logits, pyramid)
 
     def _rows_asked(self, layout: Layout) -> torch.LongTensor:

@@ -2,18 +2,15 @@
 
 Paper: arXiv 2410.02745. Upstream: DeepLearnXMU/AVG-LLaVA@3685bc8, `llava/model/llava_arch.py` (`TextFilterCosine`) and
 `llava/model/multimodal_router/builder.py` (Apache-2.0). The text filter never builds patches x text similarities; one
-pass serves all images of a batch; votes are summed and normalised in float32. Queries, keys and values of pooled tokens
-are pooled from those of the tokens, and those of the text are made once for all tiles of an image.
+pass serves all images of a batch; votes are summed and normalised in float32.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .configuration_avg_llava import AvgLlavaConfig
-from .ops_vtc import pool_pyramid, segment_mean
+from .ops_vtc import segment_mean
 
 
 def text_similarity(base_features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -91,27 +88,21 @@ class RouterLayer(nn.Module):
         self.norm_2 = nn.LayerNorm(width, eps=1e-5)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, states: torch.Tensor, members: torch.Tensor | list[int], through: Callable | None = None
-    ) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, members: torch.Tensor | list[int]) -> torch.Tensor:
         """`(T, L, D)` states of all tiles, of which tile `t` belongs to image `members[t]`, or `(N, D)` states of all
-        images, one after the other, of which image `i` has `members[i]`.
-
-        `through` runs the states through a linear layer of this one, for callers who know a shorter way to it.
-        """
+        images, one after the other, of which image `i` has `members[i]`."""
         attend = self.attend if states.ndim == 3 else self.attend_in_images
-        attended = attend((lambda layer: layer(states)) if through is None else through, members)
-        states = self.norm_1(states + self.dropout(attended))
+        states = self.norm_1(states + self.dropout(attend(states, members)))
         inner = self.dropout(self.linear_1(states).relu())
         return self.norm_2(states + self.dropout(self.linear_2(inner)))
 
-    def attend(self, through: Callable, image_of_tile: torch.Tensor) -> torch.Tensor:
+    def attend(self, states: torch.Tensor, image_of_tile: torch.Tensor) -> torch.Tensor:
         """Multi-head self-attention along one axis of `(T, L, D)`."""
         mask = image_of_tile[:, None] == image_of_tile if self.across_tiles else None
         # projected as states lie in memory; attention takes any axes of what comes out
         heads = (
-            through(layer).unflatten(-1, (self.num_heads, -1))  # (T, L, heads, D / heads)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
+            project(states).unflatten(-1, (self.num_heads, -1))  # (T, L, heads, D / heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         axes = (1, 2, 0, 3) if self.across_tiles else (0, 2, 1, 3)
         queries, keys, values = (each.permute(axes) for each in heads)
@@ -121,11 +112,11 @@ class RouterLayer(nn.Module):
         attended = attended.permute((2, 0, 1, 3) if self.across_tiles else axes)
         return self.out_proj(attended.flatten(2))
 
-    def attend_in_images(self, through: Callable, lengths: list[int]) -> torch.Tensor:
+    def attend_in_images(self, states: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """Multi-head self-attention within each image of `(N, D)` states."""
         queries, keys, values = (
-            through(layer).unflatten(-1, (self.num_heads, -1)).transpose(0, 1).split(lengths, 1)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
+            project(states).unflatten(-1, (self.num_heads, -1)).transpose(0, 1).split(lengths, 1)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         dropout = self.dropout.p if self.training else 0.0
         # none of these has parameters, so that every process makes the same calls of modules
@@ -163,12 +154,7 @@ class GranularityRouter(nn.Module):
         self.norm = WideLayerNorm(num_granularities, eps=1e-5)
 
     def forward(
-        self,
-        pyramid: list[torch.Tensor],
-        text: torch.Tensor,
-        image_of_tile: torch.Tensor,
-        num_tiles: torch.Tensor,
-        grid: torch.Tensor | None = None,
+        self, pyramid: list[torch.Tensor], text: torch.Tensor, image_of_tile: torch.Tensor, num_tiles: torch.Tensor
     ) -> torch.Tensor:
         """Route images.
 
@@ -177,13 +163,11 @@ class GranularityRouter(nn.Module):
             text (`torch.Tensor` of shape `(num_images, K, D)`): from `filter_text`.
             image_of_tile (`torch.LongTensor` of shape `(T,)`): the image of each tile.
             num_tiles (`torch.LongTensor` of shape `(num_images,)`): tiles of each image.
-            grid (`torch.Tensor` of shape `(T, N, D)`, *optional*): all tokens, of which the pyramid holds means.
-                Default: the finest of the pyramid.
 
         Returns:
             `(num_images, E)`, float32.
         """
-        votes = self.votes(pyramid, text, image_of_tile, grid)
+        votes = self.votes(pyramid, text[image_of_tile], image_of_tile)
         # a product and no scattered sum, whose order a GPU leaves open
         images = torch.arange(len(num_tiles), device=num_tiles.device)
         members = (images[:, None] == image_of_tile).to(votes.dtype)
@@ -191,34 +175,16 @@ class GranularityRouter(nn.Module):
         return self.norm(mean_votes)
 
     def token_logits(
-        self,
-        pyramid: list[torch.Tensor],
-        text: torch.Tensor,
-        image_of_tile: torch.Tensor,
-        grid: torch.Tensor | None = None,
+        self, pyramid: list[torch.Tensor], text: torch.Tensor, image_of_tile: torch.Tensor
     ) -> torch.Tensor:
-        """Logits `(T, L, E)` of each token of each tile, whose image says which text is beside it."""
-        dtype, scales = self.voter.dtype, [level.shape[1] for level in pyramid]
-        grid, text = (pyramid[-1] if grid is None else grid).to(dtype), text.to(dtype)
-        states = torch.cat([*pyramid, text[image_of_tile]], dim=1).to(dtype)
-
-        def pooled_behind(layer: nn.Module) -> torch.Tensor:
-            # a mean of tokens goes through a linear layer as the mean of what that makes of them
-            return torch.cat([*pool_pyramid(layer(grid), scales), layer(text)[image_of_tile]], dim=1)
-
-        # whoever learns keeps the sums of the released code, row by row: gradients of a router are large
-        states = self.merger(states, image_of_tile, None if torch.is_grad_enabled() else pooled_behind)
+        """Logits `(T, L, E)` of each token of each tile; `text` is `(T, K, D)`."""
+        states = torch.cat([*pyramid, text], dim=1).to(self.voter.dtype)
+        states = self.merger(states, image_of_tile)
         return self.linear_2(self.act(self.linear_1(states)))
 
-    def votes(
-        self,
-        pyramid: list[torch.Tensor],
-        text: torch.Tensor,
-        image_of_tile: torch.Tensor,
-        grid: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def votes(self, pyramid: list[torch.Tensor], text: torch.Tensor, image_of_tile: torch.Tensor) -> torch.Tensor:
         """Weighted votes `(T, E)` of each tile, float32."""
-        logits = self.token_logits(pyramid, text, image_of_tile, grid)
+        logits = self.token_logits(pyramid, text, image_of_tile)
         return torch.einsum("tle,l->te", logits.float(), self.voter[:, 0].float())
 
 
