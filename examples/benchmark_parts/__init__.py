@@ -1,1 +1,0 @@
-"""What the benchmarks of the methods share: models and prompts, rounds that agree with a repeat, and what they write."""
