@@ -1,0 +1,161 @@
+"""The five methods at one size each, with random weights, and the plain transformers model with the same weights.
+
+What weights say does not change the time. "100m" has a decoder of 100 M parameters and the shapes of the records,
+"small" one of 10 M and images of a quarter of the pixels, "tiny" is for tests of the benchmark itself.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from hf_vtc.methods import record_named
+from hf_vtc.methods.shapes import Shape
+from hf_vtc.report.shapes import inputs_of_shape
+
+METHODS = ("vico", "avg_llava", "llavolta", "vistog", "convllava")
+SIZES = ("tiny", "small", "100m")
+# the placeholder; `inputs_of_shape` draws text behind it
+_IMAGE_TOKEN_ID = 9
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What differs between sizes: fields of decoder and towers, pixels of tiles, and groups of VisToG."""
+
+    decoder: Mapping[str, Any]
+    tower: Mapping[str, Any]
+    conv: Mapping[str, Any]
+    clip_side: int
+    joined_side: int
+    intern_side: int
+    conv_side: int
+    num_groups: int
+
+
+_SIZES = {
+    "100m": _Size({}, {}, {}, 336, 168, 448, 1536, 64),
+    "small": _Size(
+        {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
+        {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
+        {"hidden_sizes": [12, 24, 48, 96, 128], "depths": [1, 1, 3, 1, 1]},
+        168,
+        112,
+        224,
+        768,
+        16,
+    ),
+    "tiny": _Size(
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8},
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"hidden_sizes": [8, 8, 12, 16, 32], "depths": [1, 1, 1, 1, 1]},
+        56,
+        56,
+        112,
+        256,
+        4,
+    ),
+}
+
+
+def shape_of(method: str, size: str, vocab_size: int | None = None) -> Shape:
+    """A method's shape at a size of `SIZES`; `vocab_size` replaces that of the decoder."""
+    given, shape = _SIZES[size], record_named(method).shapes["100m"]
+    heads = given.decoder.get("num_attention_heads")
+    text = {**shape.text, **given.decoder, **({"num_key_value_heads": heads} if heads else {})}
+    if vocab_size is not None:
+        text["vocab_size"] = vocab_size
+    vision, fields, tiling, image_size = dict(shape.vision), dict(shape.fields), dict(shape.tiling), shape.image_size
+    if method == "convllava":
+        side = given.conv_side
+        vision |= given.conv | {"image_size": side}
+        return replace(shape, vision=vision, text=text, tiling=tiling | {"size": side}, image_size=(side, side))
+    vision |= given.tower
+    if method == "vico":
+        side = given.intern_side
+        vision["image_size"], image_size = [side, side], (side, 2 * side)
+    elif method == "avg_llava":
+        # as released: LLaVA-NeXT's tiles, here two and the whole image, joined to a map with a newline after each row
+        side = given.joined_side
+        pinpoints, image_size = [[side, 2 * side], [2 * side, side]], (side, 2 * side)
+        vision["image_size"] = side
+        fields |= {"image_grid_pinpoints": pinpoints, "router_attention": "tiles", "unpad_rule": "token_grid"}
+        tiling = {"tiling": "anyres", "image_grid_pinpoints": pinpoints}
+    else:
+        side = given.clip_side
+        vision["image_size"], image_size = side, (side, side)
+    if method == "vistog":
+        fields["num_semantic_tokens"] = given.num_groups
+    tiling["size"] = side
+    return replace(shape, vision=vision, text=text, fields=fields, tiling=tiling, image_size=image_size)
+
+
+def build(method: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A random model in eval mode; its answers have no end of their own."""
+    torch.manual_seed(0)
+    config = record_named(method).config(image_token_id=_IMAGE_TOKEN_ID, **shape.config())
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model.eval().to(device)
+
+
+def prompts(
+    model: PreTrainedModel, shape: Shape, batch_size: int, num_text_tokens: int = 64, images_per_row: int = 1
+) -> dict[str, torch.Tensor]:
+    """Rows of text with images of noise in the middle, as the processor gives them."""
+    inputs = inputs_of_shape(model, shape, batch_size * images_per_row, num_text_tokens)
+    if images_per_row == 1:
+        return inputs
+    before = num_text_tokens // 2
+    ids = inputs["input_ids"].unflatten(0, (batch_size, images_per_row))
+    images = ids[:, :, before : ids.shape[-1] - (num_text_tokens - before)].flatten(1)
+    inputs["input_ids"] = torch.cat([ids[:, 0, :before], images, ids[:, 0, -(num_text_tokens - before) :]], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return inputs
+
+
+def labelled(inputs: Mapping[str, torch.Tensor], num_answer_tokens: int = 16) -> dict[str, torch.Tensor]:
+    """The same prompts, whose last tokens are an answer."""
+    labels = inputs["input_ids"].clone()
+    labels[:, :-num_answer_tokens] = -100
+    return {**inputs, "labels": labels}
+
+
+def plain_of(model: PreTrainedModel) -> nn.Module:
+    """The uncompressed model of transformers with the same weights, in memory of its own."""
+    # the tests hold every method against it, and know which it is
+    tests = str(Path(__file__).resolve().parents[2] / "tests")
+    if tests not in sys.path:
+        sys.path.append(tests)
+    from factories import uncompressed
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        with model.device:
+            plain = uncompressed(model)
+    finally:
+        torch.set_default_dtype(before)
+    if isinstance(plain, PreTrainedModel):
+        plain.generation_config = model.generation_config
+    return plain.to(model.device).eval()
+
+
+def inputs_of_plain(plain: nn.Module, inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, Any]:
+    """What the plain model takes of these inputs; its tiles stand in a block for each image."""
+    from factories import stock_inputs
+
+    joined = model.config.mm_patch_merge_type == "spatial_unpad"
+    taken = stock_inputs(plain, inputs)
+    if model.config.sees_tiles and not joined:
+        # LLaVA 1.5 of transformers takes sizes for towers of another kind
+        taken.pop("image_sizes", None)
+    if joined:
+        taken["pixel_values"] = inputs["pixel_values"].unflatten(0, (len(inputs["num_tiles"]), -1))
+    return taken
