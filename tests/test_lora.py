@@ -199,7 +199,9 @@ def test_a_frozen_router_that_chooses_has_no_graph(method):
         out = model(**batch, labels=batch["input_ids"])
         out.loss.backward()
         assert out.router_logits.requires_grad != frozen
-        found.append({name: each.grad for name, each in model.named_parameters() if not name.startswith("model.router.")})
+        found.append(
+            {name: each.grad for name, each in model.named_parameters() if not name.startswith("model.router.")}
+        )
     beside, alone = found
     assert beside.keys() == alone.keys()
     for name, gradient in beside.items():

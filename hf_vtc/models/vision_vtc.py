@@ -271,7 +271,7 @@ class VtcVision(VtcPreTrainedModel):
 
     @contextmanager
     def graph_of(self, router: nn.Module) -> Iterator[None]:
-        """No graph while the body runs if the router is frozen: what it reads would get gradients of zero through it."""
+        """No graph in the body if the router is frozen: what it reads would get gradients of zero through it."""
         trains = torch.is_grad_enabled() and any(each.requires_grad for each in router.parameters())
         with torch.set_grad_enabled(trains):
             yield
