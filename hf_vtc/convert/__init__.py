@@ -5,13 +5,14 @@ streams a folder into a folder without ever holding the model. A layout is one f
 that is one entry of `LAYOUTS`.
 """
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..files import blaming, replacing_folder
@@ -206,7 +207,8 @@ def _from_model(
     for name, buffer in model.named_buffers():
         owner, _, leaf = plan.rename(name).names[0].rpartition(".")
         setattr(result.get_submodule(owner), leaf, buffer.detach().to("cpu", copy=True))
-    result.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    # with what transformers 4.57 notes of it beside its fields, and asks for in `generate`
+    result.generation_config = copy.deepcopy(model.generation_config)
     return result.to(model.device)
 
 
