@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import typer
 
@@ -75,8 +75,10 @@ def in_words_of(command: Callable[..., None], message: str) -> str:
 def _spellings(command: Callable[..., None]) -> dict[str, tuple[str, str | None]]:
     """How each parameter of a command is typed, and what denies it where it is a switch of two words."""
     spellings = {}
-    for name, hint in get_type_hints(command, include_extras=True).items():
-        info = next((part for part in get_args(hint) if isinstance(part, typer.models.ParameterInfo)), None)
+    # `get_type_hints` of Python 3.10 makes an option of what is None by default, and hides what is declared of it
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        declared_as = get_args(parameter.annotation)
+        info = next((part for part in declared_as if isinstance(part, typer.models.ParameterInfo)), None)
         if info is None:
             continue
         typed = name.replace("_", "-")
@@ -88,7 +90,7 @@ def _spellings(command: Callable[..., None]) -> dict[str, tuple[str, str | None]
             yes, _, no = declared[0].partition("/")
             spellings[name] = (yes, no or None)
         else:
-            is_switch = inspect.signature(command).parameters[name].default in (True, False)
+            is_switch = parameter.default in (True, False)
             spellings[name] = (f"--{typed}", f"--no-{typed}" if is_switch else None)
     return spellings
 

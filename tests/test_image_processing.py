@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_samples import random_image
+from packaging.version import Version
 from PIL import Image
+from PIL import __version__ as PILLOW
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hf_vtc.models  # noqa: F401 - registers the Auto classes
@@ -34,6 +36,10 @@ except ImportError:
         LlavaNextImageProcessor as LlavaNextProcessor,
     )
 
+samples_as_pillow_13 = pytest.mark.skipif(
+    Version(PILLOW) < Version("13"),
+    reason="before Pillow 13 a resize makes its two passes in another order; ours is 13's",
+)
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 # height, width: upright, flat, exact ties between two grids (1.25, 0.75, 1.75), one tile, extremes
@@ -72,6 +78,7 @@ def internvl_tiles(image: Image.Image, size: int, max_tiles: int) -> list[Image.
 
 
 @pytest.mark.window
+@samples_as_pillow_13
 @pytest.mark.parametrize("max_tiles", [1, 4, 12])
 @pytest.mark.parametrize("size", [*SIZES, (1, 1)])
 def test_dynamic_equals_the_description_bit_for_bit(size, max_tiles):
@@ -87,6 +94,7 @@ def test_dynamic_equals_the_description_bit_for_bit(size, max_tiles):
 
 
 @pytest.mark.window
+@samples_as_pillow_13
 @pytest.mark.parametrize("size", SIZES)
 def test_dynamic_equals_transformers_bit_for_bit(size):
     image = random_image(*size)
@@ -114,6 +122,7 @@ def test_dynamic_at_the_published_size_equals_transformers_bit_for_bit():
 
 
 @pytest.mark.window
+@samples_as_pillow_13
 @pytest.mark.parametrize(
     "size", [(40, 64), (64, 40), (32, 32), (100, 100), (7, 90), (90, 7), (48, 64), (333, 500), (33, 32)]
 )
@@ -131,6 +140,7 @@ def test_anyres_equals_transformers_bit_for_bit(size):
 
 
 @pytest.mark.window
+@samples_as_pillow_13
 @pytest.mark.parametrize("size", SIZES)
 def test_pad_equals_transformers_bit_for_bit(size):
     image = random_image(*size)
@@ -149,6 +159,7 @@ def test_pad_equals_transformers_bit_for_bit(size):
 
 
 @pytest.mark.window
+@samples_as_pillow_13
 @pytest.mark.parametrize("tiling", ("crop", "keep_aspect"))
 @pytest.mark.parametrize("size", SIZES)
 def test_short_side_equals_transformers_bit_for_bit(size, tiling):
@@ -212,6 +223,7 @@ def test_bad_token_strides_raise(fields, message):
 
 
 @pytest.mark.window
+@samples_as_pillow_13
 @pytest.mark.parametrize("size", SIZES)
 def test_single_equals_transformers_bit_for_bit(size):
     image = random_image(*size)

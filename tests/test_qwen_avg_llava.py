@@ -157,6 +157,8 @@ def test_gradients_of_all_granularities_are_those_of_their_mean(base, tmp_path):
     """One pass for each granularity on features of one run of the tower, against one graph of all of them."""
     row = dict(row_of(batch_of(own_model(base), 30, images_per_row=[1]), 0))
     row["labels"] = row["input_ids"].masked_fill(row["input_ids"] == own_model(base).config.image_token_id, -100)
+    # Trainer of 4.57 and 5.0 counts a first label too, which nothing predicts
+    row["labels"][:, 0] = -100
     plain = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1}
     model, together = own_model(base), own_model(base)
     arguments = arguments_of(tmp_path, **plain)

@@ -362,6 +362,8 @@ class _Replay:
                 states, kwargs = self.given[layer_idx]
                 kwargs = {**kwargs, **named_cache(cache)}
             states = layer(states, **kwargs)
+            # those of Qwen2.5-VL in 4.57 and 5.0
+            states = states[0] if isinstance(states, tuple) else states
         return self.decoder.norm(states)
 
 
