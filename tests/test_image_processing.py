@@ -38,7 +38,7 @@ except ImportError:
 
 samples_as_pillow_13 = pytest.mark.skipif(
     Version(PILLOW) < Version("13"),
-    reason="before Pillow 13 a resize makes its two passes in another order; ours is 13's",
+    reason="before Pillow 13 a resize makes its passes in another order than ours",
 )
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
