@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from train_base import to_pixel_values
 from transformers import InternVLVisionModel
 
-from hf_vtc.models.tiling_vtc import pooled_grid
+from hf_vtc.models.grids_vtc import pooled_grid
 
 from .dataset import PagePool
 from .pages import FIELD_SIZE, TABLE_SIDE, Field, field_bits
