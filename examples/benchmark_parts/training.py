@@ -132,7 +132,7 @@ class Step:
     Args:
         name (`str`): of the trainer.
         trainer (`(model, arguments) -> Trainer`): which also says what trains.
-        asked (`(model, batch) -> list`): what each pass of the language model that has gradients is asked for.
+        asked (`(model, batch, budget) -> list`): what each pass of the language model with gradients is asked for.
         references (`int`): passes at full length without gradients before it.
         lora (`bool`): whether adapters train, and the compressor.
         budgets (`tuple`): at which it is measured; `"auto"` is the trainer's own way.
@@ -226,7 +226,10 @@ def oracle_step(
     def step() -> None:
         model.train()
         with torch.no_grad():
+            # the plain tower: in training a method may run more beside it, whatever is asked
+            model.model.training = False
             features = passes[0].oracle.encode()
+            model.model.training = True
             for each in references:
                 each.loss(features)
         for each in passes:
