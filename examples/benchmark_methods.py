@@ -1,6 +1,6 @@
 """Every method against what could be: its oracle, plain transformers, and the straightforward procedure in training.
 
-    python examples/benchmark_methods.py --size small         # four minutes on two idle cores
+    python examples/benchmark_methods.py --size small         # some four minutes on two idle cores
     python examples/benchmark_methods.py                      # a decoder of 100 M parameters, more than an hour
     python examples/benchmark_methods.py --parts training --vocabularies 32000 152000
 
