@@ -89,7 +89,7 @@ def groups(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, 
         for method in arguments.methods:
             for vocabulary in arguments.vocabularies:
                 for kind in arguments.kinds:
-                    own = ["full", "auto"] if method == "convllava" else ["full", *arguments.budgets]
+                    own = ["full", *arguments.budgets]
                     given = (arguments.size, arguments.training_batch, vocabulary, kind == "lora", own, limits)
                     yield f"training, {method}, vocabulary {vocabulary}, {kind}", training.measure(method, *given)
     if "router-step" in arguments.parts:

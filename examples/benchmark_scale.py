@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from benchmark_parts import training
-from benchmark_parts.cases import METHODS, SIZES, build, prompts, shape_of
+from benchmark_parts.cases import METHODS, SIZES, build, prompts, shape_of, takes
 from benchmark_parts.first_token import TOLERANCES, require_equal
 from benchmark_parts.rounds import Limits, peak_bytes, take_turns
 from benchmark_parts.writing import environment, mebibytes, milliseconds, times
@@ -64,7 +64,7 @@ def first_token(axis: str, value: int, method: str, size: str, limits: Limits) -
     else:
         rows, images = (value, 1) if axis == "batch" else (1, value)
         inputs = prompts(model, shape, rows, images_per_row=images)
-    budget = "full" if method == "convllava" else 0.5
+    budget = 0.5 if takes(model, inputs, 0.5) else "full"
     out = model(**inputs, vtc_budget=budget, logits_to_keep=1)
     oracle = Oracle(model, inputs, budget)
     require_equal(f"{method}, {axis} {value}", out.logits, oracle.logits(), TOLERANCES[torch.float32])

@@ -6,7 +6,7 @@ What weights say does not change the time. "100m" has a decoder of 100 M paramet
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,16 @@ class _Size:
     num_groups: int
 
 
+@dataclass(frozen=True)
+class _Images:
+    """What a size makes of a method's images: fields of its tower, pixels, how they are cut, fields of its config."""
+
+    vision: Mapping[str, Any]
+    size: tuple[int, int]
+    tiling: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
 _SIZES = {
     "100m": _Size({}, {}, {}, 336, 168, 448, 1536, 64),
     "small": _Size(
@@ -63,36 +73,69 @@ _SIZES = {
 }
 
 
+def _tiles_and_thumbnail(given: _Size) -> _Images:
+    side = given.intern_side
+    return _Images(given.tower | {"image_size": [side, side]}, (side, 2 * side), {"size": side})
+
+
+def _joined_tiles(given: _Size) -> _Images:
+    # as released: LLaVA-NeXT's tiles, here two and the whole image, joined to a map with a newline after each row
+    side = given.joined_side
+    pinpoints = [[side, 2 * side], [2 * side, side]]
+    tiling = {"tiling": "anyres", "image_grid_pinpoints": pinpoints, "size": side}
+    fields = {"image_grid_pinpoints": pinpoints, "router_attention": "tiles", "unpad_rule": "token_grid"}
+    return _Images(given.tower | {"image_size": side}, (side, 2 * side), tiling, fields)
+
+
+def _one_tile(given: _Size) -> _Images:
+    side = given.clip_side
+    return _Images(given.tower | {"image_size": side}, (side, side), {"size": side})
+
+
+def _groups_of_one_tile(given: _Size) -> _Images:
+    return replace(_one_tile(given), fields={"num_semantic_tokens": given.num_groups})
+
+
+def _whole_image(given: _Size) -> _Images:
+    side = given.conv_side
+    return _Images(given.conv | {"image_size": side}, (side, side), {"size": side})
+
+
+_IMAGES = {
+    "vico": _tiles_and_thumbnail,
+    "avg_llava": _joined_tiles,
+    "llavolta": _one_tile,
+    "vistog": _groups_of_one_tile,
+    "convllava": _whole_image,
+}
+
+
 def shape_of(method: str, size: str, vocab_size: int | None = None) -> Shape:
     """A method's shape at a size of `SIZES`; `vocab_size` replaces that of the decoder."""
     given, shape = _SIZES[size], record_named(method).shapes["100m"]
-    heads = given.decoder.get("num_attention_heads")
+    heads, images = given.decoder.get("num_attention_heads"), _IMAGES[method](given)
     text = {**shape.text, **given.decoder, **({"num_key_value_heads": heads} if heads else {})}
     if vocab_size is not None:
         text["vocab_size"] = vocab_size
-    vision, fields, tiling, image_size = dict(shape.vision), dict(shape.fields), dict(shape.tiling), shape.image_size
-    if method == "convllava":
-        side = given.conv_side
-        vision |= given.conv | {"image_size": side}
-        return replace(shape, vision=vision, text=text, tiling=tiling | {"size": side}, image_size=(side, side))
-    vision |= given.tower
-    if method == "vico":
-        side = given.intern_side
-        vision["image_size"], image_size = [side, side], (side, 2 * side)
-    elif method == "avg_llava":
-        # as released: LLaVA-NeXT's tiles, here two and the whole image, joined to a map with a newline after each row
-        side = given.joined_side
-        pinpoints, image_size = [[side, 2 * side], [2 * side, side]], (side, 2 * side)
-        vision["image_size"] = side
-        fields |= {"image_grid_pinpoints": pinpoints, "router_attention": "tiles", "unpad_rule": "token_grid"}
-        tiling = {"tiling": "anyres", "image_grid_pinpoints": pinpoints}
-    else:
-        side = given.clip_side
-        vision["image_size"], image_size = side, (side, side)
-    if method == "vistog":
-        fields["num_semantic_tokens"] = given.num_groups
-    tiling["size"] = side
-    return replace(shape, vision=vision, text=text, fields=fields, tiling=tiling, image_size=image_size)
+    # pinpoints decide how images are cut where there are any
+    tiling = images.tiling if "tiling" in images.tiling else {**shape.tiling, **images.tiling}
+    return replace(
+        shape,
+        vision={**shape.vision, **images.vision},
+        text=text,
+        fields={**shape.fields, **images.fields},
+        tiling=tiling,
+        image_size=images.size,
+    )
+
+
+def takes(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], budget: Any) -> bool:
+    """Whether a model can meet a budget."""
+    try:
+        model.count_visual_tokens(**inputs, vtc_budget=budget)
+    except ValueError:
+        return False
+    return True
 
 
 def build(method: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

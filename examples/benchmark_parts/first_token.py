@@ -112,7 +112,8 @@ def compared_budgets(
         seen[kept, routed] = budget
         oracle = Oracle(model, dict(inputs), budget)
         require_equal(f"{budget} and its oracle", out.logits[:, -1], oracle.logits()[:, -1], TOLERANCES[model.dtype])
-        routes = model.config.model_type == "vtc_avg_llava" and routed
+        # at the width of the decoder
+        routes = model.model.routes_by_text and routed
         beside = released_products(model, len(inputs["pixel_values"])) if routes else lambda: None
         found.append(Compared(budget, sum(kept), oracle, beside))
     return found, left_out
@@ -164,7 +165,7 @@ def measure(
     compared, left_out = compared_budgets(model, inputs, budgets)
     variants = variants_of(model, plain, inputs, compared)
     pairs = [("plain", "full"), *((f"oracle {each.budget}", str(each.budget)) for each in compared)]
-    if method == "avg_llava" and "auto" in budgets:
+    if model.model.routes_by_text and "auto" in budgets:
         products = released_products(model, len(inputs["pixel_values"]))
         variants |= {"router's products": products, "router": router_alone(model, inputs)}
         pairs.append(("router", "router's products"))

@@ -30,7 +30,7 @@ from hf_vtc.trainers import (
 )
 from hf_vtc.trainers.schedule import Stage
 
-from .cases import build, inputs_of_plain, labelled, plain_of, prompts, shape_of
+from .cases import build, inputs_of_plain, labelled, plain_of, prompts, shape_of, takes
 from .first_token import require_equal
 from .rounds import Limits, peak_bytes, take_turns
 
@@ -178,23 +178,20 @@ def _next_token(model: nn.Module, arguments: TrainingArguments) -> Trainer:
     return NextTokenTrainer(model, arguments)
 
 
+_TRAINERS = {
+    "vico": Step("VicoConsistencyTrainer", _Alternating, _half_of_the_tiles, references=1),
+    "avg_llava": Step("AvgLlavaGranularityTrainer", AvgLlavaGranularityTrainer, _every_granularity),
+    "vistog": Step("VistogTrainer, stage 2", lambda model, given: VistogTrainer(model, given, stage=2)),
+    "llavolta": Step("LlavoltaTrainer", lambda model, given: LlavoltaTrainer(model, given, stages=[Stage(2, 8, 1.0)])),
+    "convllava": Step("ConvllavaTrainer, stage 3", lambda model, given: ConvllavaTrainer(model, given, stage=3)),
+}
+
+
 def steps_of(method: str, lora: bool, budgets: Sequence[Any]) -> list[Step]:
     """The kinds of steps of a method."""
-    steps = [Step("next token, LoRA" if lora else "next token", _next_token, lora=lora, budgets=tuple(budgets))]
     if lora:
-        return steps
-    if method == "vico":
-        steps.append(Step("VicoConsistencyTrainer", _Alternating, _half_of_the_tiles, references=1))
-    elif method == "avg_llava":
-        steps.append(Step("AvgLlavaGranularityTrainer", AvgLlavaGranularityTrainer, _every_granularity))
-    elif method == "vistog":
-        steps.append(Step("VistogTrainer, stage 2", lambda model, given: VistogTrainer(model, given, stage=2)))
-    elif method == "llavolta":
-        stages = [Stage(2, 8, 1.0)]
-        steps.append(Step("LlavoltaTrainer", lambda model, given: LlavoltaTrainer(model, given, stages=stages)))
-    else:
-        steps.append(Step("ConvllavaTrainer, stage 3", lambda model, given: ConvllavaTrainer(model, given, stage=3)))
-    return steps
+        return [Step("next token, LoRA", _next_token, lora=True, budgets=tuple(budgets))]
+    return [Step("next token", _next_token, budgets=tuple(budgets)), _TRAINERS[method]]
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -309,15 +306,16 @@ def measure(
             arguments = TrainingArguments(folder, report_to=[], use_cpu=limits.device.type == "cpu", disable_tqdm=True)
             trainer = kind.trainer(trained, arguments)
             references = passes_of(model, batch, [{"vtc_budget": "full"}] * kind.references)
-            for budget in kind.budgets:
+            budgets_met = [budget for budget in kind.budgets if takes(model, inputs, budget)]
+            for budget in budgets_met:
                 passes = passes_of(model, batch, kind.asked(model, batch, budget))
                 kept[budget] = sum(each.num_kept for each in passes) // len(passes)
                 variants[f"oracle {budget}"] = oracle_step(model, trained, passes, references)
                 variants[str(budget)] = _at(budget, trainer, step_by(trainer, trained, batch))
-            pairs = [(f"oracle {budget}", str(budget)) for budget in kind.budgets]
+            pairs = [(f"oracle {budget}", str(budget)) for budget in budgets_met]
             rounds = take_turns(variants, pairs, limits)
             memory = {name: peak_bytes(variants[name], limits.device) for name in variants}
-        for budget in kind.budgets:
+        for budget in budgets_met:
             name, oracle = str(budget), f"oracle {budget}"
             rows.append(
                 {
