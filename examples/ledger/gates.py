@@ -50,7 +50,7 @@ class Choice:
 def choices_of(config: Any, items: Sequence[EvaluationItem], seed: int = 0) -> dict[str, Choice]:
     """Policies by name: `full`, `compressed`, `oracle`, and draws by lot of as many tokens as the oracle spends."""
     rng = np.random.default_rng(seed)
-    if config.model_type == "vtc_vico":
+    if hasattr(config, "compressed_seq_length"):
         full, small = config.image_seq_length, config.compressed_seq_length
         oracle = [np.array([kind != "table" for kind in item.fields]) for item in items]
         policies = {

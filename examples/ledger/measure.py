@@ -22,6 +22,7 @@ from rich.table import Table
 import hf_vtc
 from hf_vtc.evaluation import EvalReport
 from hf_vtc.evaluation.statistics import Difference, Interval, difference, score_interval
+from hf_vtc.methods import record_of
 
 from .dataset import evaluation_set, records_of
 from .questions import EVALUATED_KINDS
@@ -30,7 +31,7 @@ from .stages import load
 EVALUATION_SEED = 1234
 CONFIDENCE = 0.95
 _BATCH_SIZE, _MAX_ANSWER_TOKENS = 100, 6
-_BASELINES = {"vtc_vico": ("random", "fixed", "pool", "smaller"), "vtc_avg_llava": ("random", "fixed")}
+_BASELINES = {"vico": ("random", "fixed", "pool", "smaller"), "avg_llava": ("random", "fixed")}
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def measure(model: Any, processor: Any, num_questions: int, console: Console, ou
         processor,
         records_of(items),
         budgets=("auto",),
-        baselines=_BASELINES[model.config.model_type],
+        baselines=_BASELINES[record_of(model.config).name],
         metric="exact",
         batch_size=_BATCH_SIZE,
         max_new_tokens=_MAX_ANSWER_TOKENS,
