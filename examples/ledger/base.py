@@ -174,14 +174,15 @@ def train_tower(model: nn.Module, pool: PagePool, folder: Path, size: Size, seed
 
 
 class LedgerCollator(PageCollator):
-    """Pages as sequences of many questions: all coarse and sparse ones, and some of the tables'."""
+    """Pages as sequences of many questions: all coarse and sparse ones, some about tables, and the contents."""
 
     def choose(self, questions: list[Question]) -> list[Question]:
         chosen = [question for question in questions if question.kind in ("coarse", "sparse")]
-        for topic, number in (("digit", MAX_DIGITS), ("line", MAX_LINES)):
+        for topic, number in (("look", MAX_LINES), ("digit", MAX_DIGITS), ("line", MAX_LINES)):
             some = [question for question in questions if question.topic == topic]
             chosen += [some[i] for i in self.rng.permutation(len(some))[:number]]
-        return [chosen[i] for i in self.rng.permutation(len(chosen))]
+        # the contents come last, or they would give other answers away
+        return [*(chosen[i] for i in self.rng.permutation(len(chosen))), questions[-1]]
 
 
 def train_language(
@@ -212,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--start", type=Path, help="go on from the weights of an earlier run, both phases")
     parser.add_argument("--tower", type=Path, help="start phase 2 from the tower that an earlier run saved here")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
@@ -220,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_base(size, tokenizer)
+    if args.start is not None:
+        model.load_state_dict(InternVLForConditionalGeneration.from_pretrained(args.start).state_dict())
     console.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     pool = PagePool(size.pages, "train", args.seed, size.patch_size, size.workers)
     console.print(f"drew {len(pool)} pages in {time.time() - start:.0f} s")

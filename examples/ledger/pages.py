@@ -187,7 +187,7 @@ def draw_page(rng: np.random.Generator, split: str, num_tables: int | None = Non
 
 
 def questions_of(paper: str, fields: list[Field]) -> list[Question]:
-    """Every question that a page can answer, coarse ones first."""
+    """Every question that a page can answer, coarse ones first, its contents last."""
     kinds = [each.kind for each in fields]
     questions = [
         ask("paper", paper),
@@ -197,11 +197,14 @@ def questions_of(paper: str, fields: list[Field]) -> list[Question]:
     for tile, each in enumerate(fields):
         if each.kind == "box":
             questions.append(ask("number", each.text, tile, colour=each.colour))
+            questions.append(ask("look", f"{each.colour} {each.text}", tile, colour=each.colour))
         elif each.kind == "table":
             for place, digit in enumerate(each.text):
                 row, column = divmod(place, TABLE_SIDE)
                 questions.append(ask("digit", digit, tile, colour=each.colour, row=row + 1, column=column + 1))
             for row in range(TABLE_SIDE):
                 line = each.text[row * TABLE_SIDE : (row + 1) * TABLE_SIDE]
-                questions.append(ask("line", line, tile, colour=each.colour, row=row + 1))
-    return questions
+                answer = f"{each.colour} r{row + 1} {line}"
+                questions.append(ask("line", answer, tile, colour=each.colour, row=row + 1))
+    contents = ", ".join(f"{each.colour} {each.text}" for each in fields if each.colour)
+    return [*questions, ask("contents", contents)]

@@ -2,7 +2,10 @@
 
 coarse: the paper's colour, how many tables, whether there is a photograph. sparse: the number in a box. dense: one
 digit of a table, by row and column ("r2 c3"). Texts are short, since a training of minutes pays for every token. A
-fourth kind, "auxiliary", is asked in training only: a whole row of a table.
+fourth kind, "auxiliary", is asked in training only. Its answers name what they talk about before they say something of
+it ("red r2 4107"), and the contents of a page follow its reading order: a model without a pretrained language model
+learns to look things up from them, and hardly from single digits, which give no gradient before both halves of looking
+up exist.
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ TEMPLATES = {
     "number": ("sparse", "Box {colour}?"),
     "digit": ("dense", "Table {colour}, r{row} c{column}?"),
     "line": ("auxiliary", "Table {colour}, r{row}?"),
+    "look": ("auxiliary", "Look {colour}?"),
+    "contents": ("auxiliary", "Contents?"),
 }
 
 

@@ -18,7 +18,8 @@ def corpus() -> list[str]:
     for _, template in TEMPLATES.values():
         for colour, row, column in itertools.product(COLOURS, range(1, 5), range(1, 5)):
             texts.append("user\n" + template.format(colour=colour, row=row, column=column))
-    return texts + [f"assistant\n{answer}" for answer in ["yes", "no", *PAPERS] * 20]
+    answers = ["yes", "no", *PAPERS, *(f"{colour} r1" for colour in COLOURS)]
+    return texts + [f"assistant\n{answer}" for answer in answers * 20]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
