@@ -7,7 +7,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from hf_vtc.models.image_processing_vtc import _resized
+from hf_vtc.models.pixels_vtc import resized
 
 # of every pixel of `resizes()`, the same with Pillow 10.1.0, 11.3.0, 12.3.0 and 13.0.0
 DIGEST = "65a32cd4f0378f88db9eeab3752ef6e2c87695f89ba05ba61f16e3b85642248d"
@@ -27,7 +27,7 @@ def resizes():
 def test_pixels_do_not_depend_on_the_version_of_pillow():
     digest = hashlib.sha256()
     for image, size, resample in resizes():
-        digest.update(_resized(image, size, resample).tobytes())
+        digest.update(resized(image, size, resample).tobytes())
     assert digest.hexdigest() == DIGEST
 
 
@@ -35,6 +35,6 @@ def test_pixels_do_not_depend_on_the_version_of_pillow():
 @pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 has one order of passes")
 def test_pixels_are_those_of_pillow_13():
     pictures = list(resizes())
-    assert all(_resized(*picture).tobytes() == picture[0].resize(*picture[1:]).tobytes() for picture in pictures)
+    assert all(resized(*picture).tobytes() == picture[0].resize(*picture[1:]).tobytes() for picture in pictures)
     # both orders of the passes are among them
     assert len({image.height - size[1] > max(0, 2 * (image.width - size[0])) for image, size, _ in pictures}) == 2

@@ -64,9 +64,8 @@ class VtcGenerationMixin(GenerationMixin):
         if kwargs.get("router_decisions") is None and "vtc_budget" not in kwargs:
             kwargs["vtc_budget"] = self._asked_for("vtc_budget", generation_config, kwargs)
         vision = VisionInputs(**{name: kwargs.pop(name, None) for name in VisionInputs.__dataclass_fields__})
-        for name in OF_PROCESSORS:
-            # which the stock method refuses
-            kwargs.pop(name, None)
+        # the stock method refuses what only processors know
+        kwargs = {name: value for name, value in kwargs.items() if name not in OF_PROCESSORS}
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:

@@ -496,6 +496,4 @@ def _make_loadable_everywhere(file: Path) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    config["model_input_names"] = list(TEXT_INPUT_NAMES)
-    config["padding_side"] = "left"
-    write_json(file, config)
+    write_json(file, config | {"model_input_names": list(TEXT_INPUT_NAMES), "padding_side": "left"})
