@@ -73,7 +73,9 @@ def test_first_token_rows(method):
     full, *others = rows
     assert full["budget"] == "full" and full["kept"] == full["reserved"]
     measured = [row for row in others if "left_out" not in row]
-    assert all(row["kept"] < row["reserved"] and row["eta"]["median"] > 0 for row in measured)
+    # ConvLLaVA's tower has compressed before anything is reserved
+    fewer = method != "convllava"
+    assert all((row["kept"] < row["reserved"]) == fewer and row["eta"]["median"] > 0 for row in measured)
     left_out = {row["budget"]: row["left_out"] for row in others if "left_out" in row}
     if method == "convllava":
         assert left_out[0.5].startswith("refused")
@@ -105,7 +107,10 @@ def test_released_products_are_those_of_the_router():
     assert counted.get_total_flops() == expected.get_total_flops()
 
 
-@pytest.mark.parametrize("method", METHODS)
+# each trains for twenty seconds: one is enough for every day
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=[] if method == "llavolta" else pytest.mark.slow) for method in METHODS]
+)
 def test_training_rows(method):
     rows = training.measure(method, "tiny", 1, 512, False, ["full", "auto"], SHORT)
     assert [row["budget"] for row in rows] == ["full", "auto", "auto"]
@@ -165,6 +170,7 @@ def test_different_outputs_are_not_reported(monkeypatch, tmp_path, capsys):
     assert "apart" in capsys.readouterr().err and not (tmp_path / "found.json").exists()
 
 
+@pytest.mark.slow
 def test_scale_draws_and_writes(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib, `pip install hf_vtc[viz]`")
     monkeypatch.setattr(benchmark_scale, "AXES", {"tiles": (1, 3), "images": (1, 2), "vocabulary": (256,)})

@@ -37,6 +37,7 @@ from .rounds import Limits, peak_bytes, take_turns
 NUM_ANSWER_TOKENS = 16
 # of losses, which are sums of other order
 _TOLERANCE = 1e-4
+_CACHE_NAMES = ("past_key_value", "past_key_values", "cache")
 _RANK = 16
 
 
@@ -118,8 +119,8 @@ class OraclePass:
             if layer_idx in replay.given:
                 given, kwargs = replay.given[layer_idx]
                 states = self._handed(("layer", layer_idx), states, given)
-                # a replay for the first token fills a cache
-                kwargs = {name: value for name, value in kwargs.items() if "past_key_value" not in name}
+                # a replay for the first token fills a cache, whose name is another from 5.24 on
+                kwargs = {name: value for name, value in kwargs.items() if name not in _CACHE_NAMES}
                 kwargs["use_cache"] = False
             states = layer(states, **kwargs)
         return decoder.norm(states)
