@@ -118,8 +118,8 @@ def one_row_per_image(method: str) -> dict:
 
     One tile, or the whole image in place of tiles.
     """
-    tiled = {"max_tiles": 1}
-    return {"vico": tiled, "vistog": tiled, "llavolta": tiled, "avg_llava": {"tiling": "pad"}, "convllava": {}}[method]
+    other = {"avg_llava": {"tiling": "pad"}, "convllava": {}}
+    return other.get(method, {"max_tiles": 1})
 
 
 def _install_stand_ins(folder: Path) -> None:

@@ -41,6 +41,8 @@ OVERRIDES = {
         "vision_config": {**factories._CLIP, **_TWO_LAYERS},
         "text_config": {**factories._TEXT, **_TWO_LAYERS},
     },
+    "visionzip": {"vision_config": {**factories._CLIP, **_TWO_LAYERS}},
+    "cdpruner": {"vision_config": {**factories._CLIP, **_TWO_LAYERS}},
 }
 # what the vision side of a forward pass takes
 VISION_INPUTS = ("pixel_values", "num_tiles", "image_sizes")
