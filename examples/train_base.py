@@ -139,9 +139,9 @@ class TileDataset(torch.utils.data.Dataset):
 
 
 def collate_tiles(examples: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]) -> dict[str, torch.Tensor]:
-    """Batch of [`TileDataset`] examples as inputs of [`TowerReader`]: each label is `(B, 64)`."""
+    """Batch of [`TileDataset`] examples as inputs of [`TowerReader`]: each label is `(B, patches)`."""
     batch = {"pixel_values": to_pixel_values(np.stack([tile for tile, _ in examples]))}
-    for name in PATCH_LABELS:
+    for name in examples[0][1]:
         batch[name] = torch.from_numpy(np.stack([labels[name] for _, labels in examples])).long().flatten(1)
     return batch
 

@@ -1,6 +1,7 @@
 """The tokenizer of the tiny models and the one text format that they know (ChatML, as InternVL writes it)."""
 
 import itertools
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -26,8 +27,8 @@ def corpus() -> list[str]:
     return texts + [f"assistant\n{answer}" for answer in answers * 20]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train the tokenizer: byte-level BPE of 400 entries, which can write any text.
+def build_tokenizer(texts: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
+    """Train the tokenizer: byte-level BPE of 400 entries, which can write any text; merged on `texts`, or `corpus()`.
 
     Digits are single tokens. Padding is `<|endoftext|>` on the left, the end of an answer is `<|im_end|>`, and nothing
     is added in front. The same installed `tokenizers` gives the same vocabulary every time.
@@ -43,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(corpus() if texts is None else texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",

@@ -18,7 +18,7 @@ from digit_forms.text import TOKENS_PER_TILE
 from digit_forms.training import training_arguments
 from rich.console import Console
 from torch import nn
-from train_base import OPTIMIZER, HeldOutCheck, PageCollator, to_pixel_values
+from train_base import OPTIMIZER, HeldOutCheck, PageCollator, collate_tiles
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -109,14 +109,6 @@ class TileDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         page, tile = self.index[i]
         return self.pool.tiles[page][tile], {name: self.pool.labels[page][name][tile] for name in PATCH_LABELS}
-
-
-def collate_tiles(examples: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]) -> dict[str, torch.Tensor]:
-    """Batch of [`TileDataset`] examples as inputs of [`TowerReader`]: each label is `(B, patches)`."""
-    batch = {"pixel_values": to_pixel_values(np.stack([tile for tile, _ in examples]))}
-    for name in PATCH_LABELS:
-        batch[name] = torch.from_numpy(np.stack([labels[name] for _, labels in examples])).long().flatten(1)
-    return batch
 
 
 class TowerReader(nn.Module):

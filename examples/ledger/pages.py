@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from digit_forms.digits import check_split, load_split, render_digit, samples_by_class
-from digit_forms.pages import AUGMENTATION, blend, jitter_colour
+from digit_forms.pages import AUGMENTATION, BOX_COLOURS, PAGE_COLOURS, blend, jitter_colour
 from PIL import Image
 
 from .fonts import fonts_of, printed_digit
@@ -28,21 +28,7 @@ BOX_COUNTS = (1, 2)
 PHOTO_SHARE = 0.5
 HANDWRITTEN_SHARE = 0.3
 
-PAPERS = {
-    "white": (248, 248, 246),
-    "yellow": (252, 240, 178),
-    "blue": (200, 224, 250),
-    "green": (206, 242, 206),
-    "pink": (252, 210, 222),
-}
-COLOURS = {
-    "red": (214, 36, 40),
-    "blue": (36, 84, 214),
-    "green": (26, 144, 64),
-    "orange": (244, 140, 16),
-    "purple": (134, 44, 172),
-    "black": (24, 24, 26),
-}
+PAPERS, COLOURS = PAGE_COLOURS, BOX_COLOURS
 INK = (20, 20, 28)
 
 

@@ -2,14 +2,11 @@
 
 import itertools
 
-from digit_forms.text import MAX_POSITIONS, SPECIAL_TOKENS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import digit_forms.text
 from transformers import PreTrainedTokenizerFast
 
 from .pages import COLOURS, PAPERS
 from .questions import TEMPLATES
-
-VOCAB_SIZE = 400
 
 
 def corpus() -> list[str]:
@@ -23,26 +20,5 @@ def corpus() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train the tokenizer; special tokens and sides as those of `digit_forms`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|endoftext|>", "<|im_end|>")],
-        model_input_names=["input_ids", "attention_mask"],
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_POSITIONS,
-    )
+    """As that of `digit_forms`, merged on the ledger's texts."""
+    return digit_forms.text.build_tokenizer(corpus())
