@@ -36,7 +36,9 @@ def test_an_engine_cannot_leave_the_compression_out(method, engine):
         # its tower compresses, whoever runs it
         assert type(built_by(engine, config)) is record_named(method).model
         return
-    with pytest.raises(ValueError, match=f"{engine} would serve this vtc_{method} model uncompressed.*Install hf_vtc"):
+    with pytest.raises(
+        ValueError, match=f"{engine} would serve this vtc_{method} model uncompressed.*With hf_vtc beside it vLLM"
+    ):
         built_by(engine, config)
 
 

@@ -490,6 +490,6 @@ def _refuse_engines(config: VtcConfig) -> None:
         raise ValueError(
             f"{engine} would serve this {config.model_type} model uncompressed without saying so: its backend for "
             "models of transformers fixes the placeholders of an image, and asks for all of its visual tokens. "
-            "Install hf_vtc beside vLLM, whose plugin serves the model with its tokens saved, or use `generate` or "
-            "`hf-vtc serve`."
+            "With hf_vtc beside it vLLM serves the methods and bases of docs/serve.md with their tokens saved; for "
+            "others use `generate` or `hf-vtc serve`."
         )
