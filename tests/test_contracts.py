@@ -127,15 +127,13 @@ def test_loss_of_a_label_right_after_an_image(model):
     labels[0, image[-1] + 1] = 7
     with torch.no_grad():
         out = model(**batch, labels=labels, vtc_budget=some_budget(model))
-        # the state before the label is that of the last kept token, which a method without a choice never drops
-        dropped = int(out.num_visual_tokens) < len(image)
-        if model.config.model_type != "vtc_cdpruner":
-            assert bool(out.kept_mask[0, image[-1]]) != dropped
-        else:
-            # which keeps tokens at their own places, not at the first ones
-            assert dropped
-    expected = nn.functional.cross_entropy(out.logits[0, image[-1]][None], torch.tensor([7]))
-    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=1e-6)
+    # a method without a choice drops nothing
+    kept = out.kept_mask[0, image]
+    assert bool(kept.all()) == (int(out.num_visual_tokens) == len(image))
+    # the state before the label is that of the last token that is kept, wherever it stands
+    for before in (image[kept][-1], image[-1]):
+        expected = nn.functional.cross_entropy(out.logits[0, before][None], torch.tensor([7]))
+        torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_placeholders_are_never_labels(model):
