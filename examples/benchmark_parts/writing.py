@@ -60,17 +60,21 @@ def mebibytes(count: float) -> str:
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 
+# of what is compared with its oracle and with plain transformers
+_AGAINST_BOTH: list[Column] = [
+    ("ms (p10-p90)", lambda row: milliseconds(row["seconds"])),
+    ("oracle", lambda row: milliseconds(row["oracle_seconds"])),
+    ("eta", lambda row: times(row["eta"])),
+    ("times plain", lambda row: times(row["over_plain"])),
+    ("MiB", lambda row: mebibytes(row["bytes"])),
+]
 FIRST_TOKEN: list[Column] = [
     ("method", lambda row: row["method"]),
     ("budget", lambda row: str(row["budget"])),
     ("batch", lambda row: str(row["batch"])),
     ("dtype", lambda row: row["dtype"]),
     ("tokens", lambda row: f"{row['kept']} of {row['reserved']}"),
-    ("ms (p10-p90)", lambda row: milliseconds(row["seconds"])),
-    ("oracle", lambda row: milliseconds(row["oracle_seconds"])),
-    ("eta", lambda row: times(row["eta"])),
-    ("times plain", lambda row: times(row["over_plain"])),
-    ("MiB", lambda row: mebibytes(row["bytes"])),
+    *_AGAINST_BOTH,
     ("plain MiB", lambda row: mebibytes(row["plain_bytes"])),
 ]
 TRAINING: list[Column] = [
@@ -80,11 +84,7 @@ TRAINING: list[Column] = [
     ("batch", lambda row: str(row["batch"])),
     ("vocabulary", lambda row: str(row["vocabulary"])),
     ("tokens", lambda row: f"{row['kept']} of {row['reserved']}"),
-    ("ms (p10-p90)", lambda row: milliseconds(row["seconds"])),
-    ("oracle", lambda row: milliseconds(row["oracle_seconds"])),
-    ("eta", lambda row: times(row["eta"])),
-    ("times plain", lambda row: times(row["over_plain"])),
-    ("MiB", lambda row: mebibytes(row["bytes"])),
+    *_AGAINST_BOTH,
     ("oracle MiB", lambda row: mebibytes(row["oracle_bytes"])),
     ("plain MiB", lambda row: mebibytes(row["plain_bytes"])),
 ]
