@@ -28,7 +28,7 @@ __all__ = ["ImageProcessorBase", "ProcessorBase", "TextArguments"]
 
 
 class TextArguments(TextKwargs, total=False):
-    """Arguments of the tokenizer. 5.10 and 5.11 read this one and drop it, since they do not declare it."""
+    """Arguments of the tokenizer. 5.11 reads this one and drops it, since it does not declare it; 5.16 does."""
 
     return_text_replacement_offsets: bool | None
 
