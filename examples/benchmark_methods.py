@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from benchmark_parts import conv_tower, first_token, router_step, training
-from benchmark_parts.cases import METHODS, SIZES
+from benchmark_parts.cases import METHODS, ON_GRIDS, SIZES
 from benchmark_parts.first_token import DifferentOutputs
 from benchmark_parts.rounds import Limits
 from benchmark_parts.writing import environment, table, unsteady, write
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="100m")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["first-token"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ON_GRIDS], default=list(METHODS))
     parser.add_argument("--budgets", nargs="+", type=budget, default=["auto", 0.5, 0.25], help="beside 'full'")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="of the first token")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))

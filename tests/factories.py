@@ -254,7 +254,7 @@ def stock_inputs(stock, batch) -> dict[str, torch.Tensor]:
     taken = inspect.signature(stock.forward).parameters
     types = {}
     if "mm_token_type_ids" in taken:
-        types["mm_token_type_ids"] = (batch["input_ids"] == batch.config.image_token_id).int()
+        types["mm_token_type_ids"] = (batch["input_ids"] == stock.config.image_token_id).int()
     return types | {name: value for name, value in batch.items() if name in taken}
 
 

@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "examples"))
 import benchmark_methods  # noqa: E402
 import benchmark_scale  # noqa: E402
 from benchmark_parts import conv_tower, first_token, rounds, router_step, training, writing  # noqa: E402
-from benchmark_parts.cases import METHODS, build, prompts, shape_of  # noqa: E402
+from benchmark_parts.cases import METHODS, ON_GRIDS, build, prompts, shape_of  # noqa: E402
 from benchmark_parts.first_token import DifferentOutputs, released_products, require_equal  # noqa: E402
 from benchmark_parts.rounds import Limits, Ratio, Rounds, Spread, peak_bytes, take_turns  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -67,7 +67,7 @@ def test_equal_outputs_are_required():
             require_equal("x", other, values, 1e-2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *ON_GRIDS])
 def test_first_token_rows(method):
     rows = first_token.measure(method, "tiny", 2, torch.float32, ["auto", 0.5, 0.25], SHORT)
     full, *others = rows
@@ -88,20 +88,27 @@ def test_first_token_rows(method):
     assert text.count(f"| {method} |") == 1 + len(measured)
 
 
+@pytest.mark.parametrize("case", ["avg_llava", "avg_llava on qwen3_vl"])
 @torch.no_grad()
-def test_released_products_are_those_of_the_router():
+def test_released_products_are_those_of_the_router(case):
     """Of the layer as it is built, row by row, without anything shared."""
-    shape = shape_of("avg_llava", "tiny")
-    model = build("avg_llava", shape, torch.float32, CPU)
+    shape = shape_of(case, "tiny")
+    model = build(case, shape, torch.float32, CPU)
     inputs = prompts(model, shape, 2)
-    run, router = released_products(model, len(inputs["pixel_values"])), model.model.router
-    length = sum(model.config.vis_token_granularity) + model.config.filtered_text_num
-    states = torch.randn(len(inputs["pixel_values"]), length, model.config.text_config.hidden_size)
-    image_of_tile = torch.repeat_interleave(inputs["num_tiles"])
+    run, router = released_products(model, inputs), model.model.router
+    width, num_texts = model.config.text_config.hidden_size, model.config.filtered_text_num
+    if case == "avg_llava":
+        length = sum(model.config.vis_token_granularity) + num_texts
+        states = torch.randn(len(inputs["pixel_values"]), length, width)
+        members = torch.repeat_interleave(inputs["num_tiles"])
+    else:
+        # 4 x 6 tokens and their means over the windows of the granularities
+        length = 24 + 12 + 6 + 4 + 2 + num_texts
+        states, members = torch.randn(2 * length, width), [length, length]
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as expected:
-        router.linear_2(router.act(router.linear_1(router.merger(states, image_of_tile))))
+        router.linear_2(router.act(router.linear_1(router.merger(states, members))))
     with FlopCounterMode(display=False) as counted:
         run()
     assert counted.get_total_flops() == expected.get_total_flops()

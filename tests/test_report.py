@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories import METHODS, budgets_of, random_batch, tiny_config, tiny_model
+from factories import CONTRACTED, METHODS, budgets_of, random_batch, tiny_config, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -415,6 +415,18 @@ def test_oracle_computes_what_the_model_computes(model, batch, budget):
     else:
         assert model.config.model_type == "vtc_llavolta" and budget != "full"
     assert oracle.num_kept == model.count_visual_tokens(**batch, vtc_budget=budget).tolist()
+
+
+@pytest.mark.parametrize("case", CONTRACTED)
+@torch.no_grad()
+def test_oracle_has_the_logits_of_the_model(case):
+    """On every base: a decoder whose positions have several axes is given them, whatever its token would be."""
+    model = tiny_model(case)
+    batch = random_batch(model.config, torch.Generator().manual_seed(1), num_rows=3)
+    for budget in ("full", "auto", budgets_of(model.config)[0]):
+        expected = model(**batch, vtc_budget=budget, logits_to_keep=1).logits[:, -1]
+        found = measured.Oracle(model, batch, budget).logits()[:, -1]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """The five methods at one size each, with random weights, and the plain transformers model with the same weights.
 
+Two of them on Qwen's bases too, by names such as "llavolta on qwen3_vl".
+
 What weights say does not change the time. "100m" has a decoder of 100 M parameters and the shapes of the records,
 "small" one of 10 M and images of a quarter of the pixels, "tiny" is for tests of the benchmark itself.
 """
@@ -19,6 +21,7 @@ from hf_vtc.methods.shapes import Shape
 from hf_vtc.report.shapes import inputs_of_shape
 
 METHODS = ("vico", "avg_llava", "llavolta", "vistog", "convllava")
+ON_GRIDS = tuple(f"{method} on {base}" for base in ("qwen3_vl", "qwen2_5_vl") for method in ("llavolta", "avg_llava"))
 SIZES = ("tiny", "small", "100m")
 # the placeholder; `inputs_of_shape` draws text behind it
 _IMAGE_TOKEN_ID = 9
@@ -26,7 +29,7 @@ _IMAGE_TOKEN_ID = 9
 
 @dataclass(frozen=True)
 class _Size:
-    """What differs between sizes: fields of decoder and towers, pixels of tiles, and groups of VisToG."""
+    """What differs between sizes: fields of decoder and towers, pixels of tiles, grids, and groups of VisToG."""
 
     decoder: Mapping[str, Any]
     tower: Mapping[str, Any]
@@ -35,6 +38,8 @@ class _Size:
     joined_side: int
     intern_side: int
     conv_side: int
+    # rows and columns of visual tokens
+    grid: tuple[int, int]
     num_groups: int
 
 
@@ -49,7 +54,7 @@ class _Images:
 
 
 _SIZES = {
-    "100m": _Size({}, {}, {}, 336, 168, 448, 1536, 64),
+    "100m": _Size({}, {}, {}, 336, 168, 448, 1536, (21, 28), 64),
     "small": _Size(
         {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
         {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -58,6 +63,7 @@ _SIZES = {
         112,
         224,
         768,
+        (10, 14),
         16,
     ),
     "tiny": _Size(
@@ -68,6 +74,7 @@ _SIZES = {
         56,
         112,
         256,
+        (4, 6),
         4,
     ),
 }
@@ -110,13 +117,53 @@ _IMAGES = {
 }
 
 
-def shape_of(method: str, size: str, vocab_size: int | None = None) -> Shape:
-    """A method's shape at a size of `SIZES`; `vocab_size` replaces that of the decoder."""
+def _on_grid(base: str, shape: Shape, given: _Size) -> Shape:
+    """A shape with the tower and the decoder of one of Qwen's bases in place of its own, and one image of a grid."""
+    tower, text = {**shape.vision, **given.tower}, dict(shape.text)
+    depth, patch = tower["num_hidden_layers"], _PATCHES_OF_GRIDS[base]
+    vision = {
+        "model_type": base,
+        "depth": depth,
+        "num_heads": tower["num_attention_heads"],
+        "out_hidden_size": text["hidden_size"],
+        "patch_size": patch,
+        **{name: tower[name] for name in ("hidden_size", "intermediate_size")},
+    }
+    half_of_head = text["hidden_size"] // text["num_attention_heads"] // 2
+    height_and_width = 2 * [half_of_head * 5 // 16]
+    rope = {"rope_type": "default", "mrope_section": [half_of_head - sum(height_and_width), *height_and_width]}
+    if base == "qwen3_vl":
+        vision["deepstack_visual_indexes"] = [depth // 4, depth // 2, depth - 1]
+        text["head_dim"], rope["mrope_interleaved"] = 2 * half_of_head, True
+    else:
+        vision["fullatt_block_indexes"] = [depth - 1]
+    stride, (rows, columns) = 2 * patch, given.grid
+    tiling = {"tiling": "patches", "patch_size": patch, "token_stride": stride}
+    limits = {"min_pixels": stride**2, "max_pixels": rows * columns * stride**2}
+    return replace(
+        shape,
+        vision=vision,
+        text={**text, "model_type": f"{base}_text", "rope_scaling": rope},
+        fields={},
+        tiling=tiling | limits,
+        image_size=(rows * stride, columns * stride),
+    )
+
+
+# sides of the patches of the released towers
+_PATCHES_OF_GRIDS = {"qwen3_vl": 16, "qwen2_5_vl": 14}
+
+
+def shape_of(case: str, size: str, vocab_size: int | None = None) -> Shape:
+    """The shape of a case, of `METHODS` or `ON_GRIDS`, at a size; `vocab_size` replaces that of the decoder."""
+    method, _, base = case.partition(" on ")
     given, shape = _SIZES[size], record_named(method).shapes["100m"]
     heads, images = given.decoder.get("num_attention_heads"), _IMAGES[method](given)
     text = {**shape.text, **given.decoder, **({"num_key_value_heads": heads} if heads else {})}
     if vocab_size is not None:
         text["vocab_size"] = vocab_size
+    if base:
+        return _on_grid(base, replace(shape, text=text), given)
     # pinpoints decide how images are cut where there are any
     tiling = images.tiling if "tiling" in images.tiling else {**shape.tiling, **images.tiling}
     return replace(
@@ -138,10 +185,10 @@ def takes(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], budget: An
     return True
 
 
-def build(method: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def build(case: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A random model in eval mode; its answers have no end of their own."""
     torch.manual_seed(0)
-    config = record_named(method).config(image_token_id=_IMAGE_TOKEN_ID, **shape.config())
+    config = record_named(case.partition(" on ")[0]).config(image_token_id=_IMAGE_TOKEN_ID, **shape.config())
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0

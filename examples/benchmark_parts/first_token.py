@@ -51,43 +51,55 @@ def require_equal(what: str, found: torch.Tensor, expected: torch.Tensor, tolera
     return apart
 
 
-def released_products(model: PreTrainedModel, num_tiles: int) -> Callable[[], None]:
+def arguments_of(module: nn.Module, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> tuple[tuple, dict]:
+    """What a module of the router is called with under `"auto"`."""
+    given = []
+    handle = module.register_forward_pre_hook(lambda _, *arguments: given.append(arguments), with_kwargs=True)
+    try:
+        model(**inputs, vtc_budget="auto", logits_to_keep=1)
+    finally:
+        handle.remove()
+    return given[0]
+
+
+def router_alone(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
+    """The router on what it reads of these inputs."""
+    router = model.model.router
+    args, kwargs = arguments_of(router, model, inputs)
+    return lambda: router(*args, **kwargs)
+
+
+def released_products(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Callable[[], None]:
     """The matrix products of AVG-LLaVA's router as released, on memory that is there already."""
-    config, width = model.config, model.config.text_config.hidden_size
-    scales, heads = config.vis_token_granularity, config.router_num_heads
-    length = sum(scales) + config.filtered_text_num
+    router, config = model.model.router, model.config
+    heads, num_choices = config.router_num_heads, len(config.vis_token_granularity)
+    (states, members), _ = arguments_of(router.merger, model, inputs)
+    width, num_rows = states.shape[-1], states[..., 0].numel()
     places = {"dtype": model.dtype, "device": model.device}
-    rows, square = torch.randn(num_tiles * length, width, **places), torch.randn(width, width, **places)
-    votes, out = torch.randn(width, len(scales), **places), torch.empty(num_tiles * length, width, **places)
-    last = torch.empty(num_tiles * length, len(scales), **places)
-    # attention of the tiles at each place, or of the places of each tile
-    axes = (length, num_tiles) if config.router_attention == "tiles" else (num_tiles, length)
-    queries = torch.randn(axes[0] * heads, axes[1], width // heads, **places)
-    scores, mixed = torch.empty(axes[0] * heads, axes[1], axes[1], **places), torch.empty_like(queries)
+    rows, square = torch.randn(num_rows, width, **places), torch.randn(width, width, **places)
+    votes, out = torch.randn(width, num_choices, **places), torch.empty(num_rows, width, **places)
+    last = torch.empty(num_rows, num_choices, **places)
+    if states.ndim == 2:
+        # attention within images that are grids
+        attended = [(heads, length) for length in members]
+    else:
+        # of the tiles at each place, or of the places of each tile
+        num_tiles, length = states.shape[:2]
+        attended = [(length * heads, num_tiles) if router.merger.across_tiles else (num_tiles * heads, length)]
+    queries = [torch.randn(*shape, width // heads, **places) for shape in attended]
+    scores = [torch.empty(*shape, shape[1], **places) for shape in attended]
+    mixed = [torch.empty_like(each) for each in queries]
 
     def run() -> None:
         # queries, keys, values, output, two of the feed-forward, and the first of the two layers that vote
         for _ in range(7):
             torch.mm(rows, square, out=out)
         torch.mm(rows, votes, out=last)
-        torch.bmm(queries, queries.transpose(1, 2), out=scores)
-        torch.bmm(scores, queries, out=mixed)
+        for query, score, result in zip(queries, scores, mixed):
+            torch.bmm(query, query.transpose(1, 2), out=score)
+            torch.bmm(score, query, out=result)
 
     return run
-
-
-def router_alone(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
-    """The router on what it reads of these inputs."""
-    router, given = model.model.router, []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given.append((args, kwargs))
-
-    handle = router.register_forward_pre_hook(keep, with_kwargs=True)
-    model(**inputs, vtc_budget="auto", logits_to_keep=1)
-    handle.remove()
-    args, kwargs = given[0]
-    return lambda: router(*args, **kwargs)
 
 
 def compared_budgets(
@@ -114,7 +126,7 @@ def compared_budgets(
         require_equal(f"{budget} and its oracle", out.logits[:, -1], oracle.logits()[:, -1], TOLERANCES[model.dtype])
         # at the width of the decoder
         routes = model.model.routes_by_text and routed
-        beside = released_products(model, len(inputs["pixel_values"])) if routes else lambda: None
+        beside = released_products(model, inputs) if routes else lambda: None
         found.append(Compared(budget, sum(kept), oracle, beside))
     return found, left_out
 
@@ -125,7 +137,7 @@ def variants_of(
     inputs: Mapping[str, torch.Tensor],
     compared: Sequence[Compared],
 ) -> dict[str, Callable[[], Any]]:
-    """What takes turns; a model whose images get shorter in the decoder has no oracle in `generate`."""
+    """What takes turns; `generate` where it has an oracle (`hf_vtc.report.bench` says where it has none)."""
     own = inputs_of_plain(plain, inputs, model)
     if any(each.oracle.replay is not None for each in compared):
         ours = functools.partial(model, **inputs, logits_to_keep=1, use_cache=True)
@@ -166,7 +178,7 @@ def measure(
     variants = variants_of(model, plain, inputs, compared)
     pairs = [("plain", "full"), *((f"oracle {each.budget}", str(each.budget)) for each in compared)]
     if model.model.routes_by_text and "auto" in budgets:
-        products = released_products(model, len(inputs["pixel_values"]))
+        products = released_products(model, inputs)
         variants |= {"router's products": products, "router": router_alone(model, inputs)}
         pairs.append(("router", "router's products"))
     rounds = take_turns(variants, pairs, limits)

@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from ..methods.costs import GridTowerShape, TowerShape, config_dict, decoder_of, sub_config, tower_of
 from ..methods.record import record_of
-from ..models.host_vtc import named_cache
+from ..models.host_vtc import named_cache, position_axes
 from ..models.layout_vtc import layout_of_prompt
 from ..models.prompt_vtc import Budget, VisionInputs
 from .analytic import costs_of, decoder_parts
@@ -170,8 +170,9 @@ def bench(
         entry (`str`, *optional*): `"generate"`: everyone runs `generate(max_new_tokens=1)`, the oracle that of
             transformers, so that our bookkeeping counts and that of transformers cancels out. `"forward"`: everyone
             runs one forward pass with logits of the last position, the oracle that of the language model. Default:
-            `"generate"`; `"forward"` where images get shorter inside of the decoder (LLaVolta), since no `generate` of
-            transformers knows that: the oracle then runs the decoder's layers alone, on what they were given.
+            `"generate"`; `"forward"` where images get shorter inside of the decoder (LLaVolta) or positions have
+            several axes (Qwen's bases), since no `generate` of transformers knows that for embeddings: the oracle then
+            runs the decoder's layers alone, on what they were given.
         on_round (`Callable`, *optional*): called with the number of rounds that are done, those of the warm-up too.
 
     Raises:
@@ -194,7 +195,8 @@ def bench(
     oracle = Oracle(model, inputs, vtc_budget)
     if entry == "generate" and oracle.replay is not None:
         raise ValueError(
-            "`entry='generate'` has no oracle where images get shorter inside of the decoder. Leave it out."
+            "`entry='generate'` has no oracle where images get shorter inside of the decoder, or where positions have "
+            "several axes. Leave it out."
         )
     if entry is None:
         entry = "generate" if oracle.replay is None else "forward"
@@ -242,7 +244,9 @@ class Oracle:
         replay = _Replay(model.model.language_model)
         with replay.recording():
             out = model(**inputs, vtc_budget=vtc_budget, logits_to_keep=1)
-        self.replay = replay if replay.is_interrupted else None
+        # no `generate` of transformers gives embeddings positions of several axes
+        replays = replay.is_interrupted or position_axes(model.config.text_config)
+        self.replay = replay if replays else None
         undecided = {name: value for name, value in inputs.items() if name != "router_decisions"}
         full = model.count_visual_tokens(**undecided, vtc_budget="full")
         self.num_reserved, self.num_kept = full.tolist(), out.num_visual_tokens.tolist()
