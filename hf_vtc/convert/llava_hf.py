@@ -1,5 +1,9 @@
-"""LLaVA and LLaVA-NeXT in transformers (repositories of `llava-hf`, `model_type` `llava` and `llava_next`): bases."""
+"""LLaVA, LLaVA-NeXT and LLaVA-OneVision in transformers: bases.
 
+Repositories of `llava-hf`, `model_type` `llava`, `llava_next` and `llava_onevision`.
+"""
+
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +15,17 @@ from .layout import Layout
 from .llava_official import IMAGE_TOKEN, llava_processor, merge_fields, tower_config
 from .plan import Plan, Renamed, Source, is_tied
 from .targets import plan_base, targets_of
+
+_ONEVISION_SIDES = range(384, 2305, 384)
+# what a `config.json` may leave out: decoder, feature layer, features that are read, canvases
+_DEFAULTS = {
+    "llava": ("llama", -2, "default", None),
+    "llava_next": ("llama", -2, "default", LLAVA_NEXT_PINPOINTS),
+    "llava_onevision": ("qwen2", -1, "full", tuple(itertools.product(_ONEVISION_SIDES, repeat=2))),
+}
+_TITLES = {"llava": "LLaVA", "llava_next": "LLaVA-NeXT", "llava_onevision": "LLaVA-OneVision"}
+_PADDED = "Images are padded to squares, as in training; transformers crops them by default."
+_IMAGES_ONLY = "Images only: a prompt with a video is refused."
 
 _PREFIXES = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
@@ -25,7 +40,7 @@ _PREFIXES = (
 
 def matches(config: Mapping[str, Any]) -> bool:
     """Whether a `config.json` is of this layout."""
-    return config.get("model_type") in ("llava", "llava_next") and "text_config" in config
+    return config.get("model_type") in _DEFAULTS and "text_config" in config
 
 
 def methods(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Record]:
@@ -47,7 +62,7 @@ def rename(name: str) -> Renamed | None:
 
 
 def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
-    """Plan the conversion of a LLaVA or LLaVA-NeXT model of transformers.
+    """Plan the conversion of a LLaVA, LLaVA-NeXT or LLaVA-OneVision model of transformers.
 
     Args:
         source (`Source`): the checkpoint, or the config and the tensors of a model in memory.
@@ -57,27 +72,29 @@ def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     Raises:
         ValueError: a tower or setting that has no counterpart here.
     """
-    config, stored, anyres = source.config, source.stored, {}
+    config, stored, base = source.config, source.stored, source.config["model_type"]
+    default_decoder, default_layer, default_selected, canvases = _DEFAULTS[base]
     text = require_object(config, "text_config")
     if not config.get("multimodal_projector_bias", True):
         raise ValueError("`multimodal_projector_bias` must be True: the projector here has biases.")
-    if config["model_type"] == "llava_next":
-        anyres = {"image_grid_pinpoints": config.get("image_grid_pinpoints", LLAVA_NEXT_PINPOINTS)}
+    anyres = {} if canvases is None else {"image_grid_pinpoints": config.get("image_grid_pinpoints") or canvases}
+    if base == "llava_onevision":
+        anyres["max_map_tiles"] = _max_map_tiles(config)
     head = head_name(stored)
     embeddings = next((name for name in stored if name.endswith("embed_tokens.weight")), "")
     tied = is_tied(source, text, head, embeddings)
     tower = tower_config(require_object(config, "vision_config"))
-    decoder = decoder_config(text, "llama", tied)
+    decoder = decoder_config(text, default_decoder, tied)
     return plan_base(
         target,
         overrides,
-        layout="LLaVA-NeXT of transformers" if anyres else "LLaVA of transformers",
+        layout=f"{_TITLES[base]} of transformers",
         fields={
             "vision_config": tower,
             "text_config": decoder,
             "image_token_id": source.image_token_id,
-            "vision_feature_layer": one_layer(config.get("vision_feature_layer", -2)),
-            "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
+            "vision_feature_layer": one_layer(config.get("vision_feature_layer", default_layer)),
+            "vision_feature_select_strategy": config.get("vision_feature_select_strategy", default_selected),
             "projector_hidden_act": config.get("projector_hidden_act", "gelu"),
             "downsample_ratio": 1.0,
             "tie_word_embeddings": tied,
@@ -86,17 +103,31 @@ def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
         rename=rename,
         processor=llava_processor(source, tower, decoder, anyres, "true_aspect"),
         ignored={head: "equal to the input embeddings"} if tied and head else {},
-        notes=[] if anyres else ["Images are padded to squares, as in training; transformers crops them by default."],
+        notes={"llava": [_PADDED], "llava_onevision": [_IMAGES_ONLY]}.get(base, []),
     )
 
 
+def _max_map_tiles(config: Mapping[str, Any]) -> int:
+    """The limit in `vision_aspect_ratio`, `"anyres_max_9"` where a file does not say it."""
+    given = config.get("vision_aspect_ratio", "anyres_max_9")
+    found = re.fullmatch(r"anyres_max_([1-9]\d*)", str(given))
+    if found is None:
+        raise ValueError(f"`vision_aspect_ratio` must be 'anyres_max_' and a number of tiles, got {given!r}.")
+    return int(found[1])
+
+
 LAYOUT = Layout(
-    title="LLaVA and LLaVA-NeXT of transformers, `llava-hf` (`model_type` 'llava', 'llava_next')",
+    title="LLaVA, LLaVA-NeXT and LLaVA-OneVision of transformers, `llava-hf` (`model_type` "
+    "'llava', 'llava_next', 'llava_onevision')",
     image_token=IMAGE_TOKEN,
     matches=matches,
     methods=methods,
     rename=rename,
     plan=plan,
     stored_image_token_id=stored_image_token_id,
-    model_classes=("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"),
+    model_classes=(
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+    ),
 )

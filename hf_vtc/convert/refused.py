@@ -7,7 +7,6 @@ REFUSED_BASES = {
     "gemma4": "its decoder has inputs of its own at every layer and windows of the full sequence",
     "idefics3": "an image is many runs of placeholders with text between them",
     "llava_next_video": "videos are not supported",
-    "llava_onevision": "its canvases are limited by area and its rows hold images of different kinds",
     "qwen2_vl": "its tower is not among those whose grids were tried; Qwen2.5-VL's is",
     "qwen3_5": "three of four layers of its decoder are recurrent, which no method was tried on",
     "qwen3_5_moe": "three of four layers of its decoder are recurrent, which no method was tried on",

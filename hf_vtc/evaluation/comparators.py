@@ -20,6 +20,7 @@ _OF_THE_BASE = (
     "mm_patch_merge_type",
     "image_grid_pinpoints",
     "unpad_rule",
+    "max_map_tiles",
     "tie_word_embeddings",
 )
 

@@ -128,7 +128,7 @@ RECORD = register(
         compressor=lambda config: (*connector_names(config), "model.router"),
         untaught=("model.router",),
         base=Base(
-            kinds=("internvl", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl"),
+            kinds=("internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl"),
             fresh_modules=("model.router",),
             # the original LLaVA-NeXT code measures padding on the grid of tokens, right while tokens are square
             fresh_fields={"router_select": False, "unpad_rule": "true_aspect"},

@@ -63,7 +63,7 @@ RECORD = register(
         draw=draw,
         baselines=Baselines(random=Baseline(tokens_by_lot, is_drawn=True)),
         compressor=connector_names,
-        base=Base(kinds=("internvl", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl")),
+        base=Base(kinds=("internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")),
         sharding=Sharding(),
         trainers=(),
         recipes=(),

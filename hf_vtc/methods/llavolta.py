@@ -154,7 +154,8 @@ RECORD = register(
         baselines=BASELINES,
         compressor=connector_names,
         base=Base(
-            kinds=("internvl", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl"), official_fields=official_fields
+            kinds=("internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl"),
+            official_fields=official_fields,
         ),
         sharding=Sharding(),
         trainers=("LlavoltaTrainer",),

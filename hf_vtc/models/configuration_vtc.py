@@ -10,10 +10,12 @@ from transformers.utils import logging
 
 from .grids_vtc import grid_positions
 from .host_vtc import PARTS_HAVE_OWN_DTYPE, PREFERS_INSTALLED_CODE, grid_base_of, position_axes, require_base
-from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles
+from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles, scaled_down
 from .window_vtc import note_on_newer
 
 MERGE_TYPES = ("flat", "spatial_unpad")
+# merge type and rule of maps that are scaled down
+_LIMITED_MAPS = ("spatial_unpad", "true_aspect")
 
 # said here, since whatever runs one of our models reads its config first; by one logger, so that copies of this file
 # that travelled beside weights do not repeat it
@@ -45,6 +47,8 @@ class VtcConfig(PretrainedConfig):
         mm_patch_merge_type (`str`): `"flat"`: InternVL, LLaVA-1.5, the tiles of an image one after the other.
             `"spatial_unpad"`: LLaVA-NeXT, the view of the whole image, then the tiles as one map without its padding,
             `image_newline` at the end of each row; not for every method.
+        max_map_tiles (`int`, *optional*): for `"spatial_unpad"`, as in LLaVA-OneVision (`anyres_max_9`): a map of more
+            tokens than so many tiles, by more than a fifth, is scaled down to them, and a single tile ends in a newline.
         image_grid_pinpoints (`list[list[int]]`, *optional*): for `"spatial_unpad"`, the canvases of the image
             processor, (height, width) in pixels. Official files have (width, height).
         unpad_rule (`str`): for `"spatial_unpad"`, what the aspect ratio of the image is compared with to find the
@@ -93,6 +97,7 @@ class VtcConfig(PretrainedConfig):
         mm_patch_merge_type: str = "flat",
         image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
         unpad_rule: str = "true_aspect",
+        max_map_tiles: int | None = None,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ):
@@ -107,6 +112,7 @@ class VtcConfig(PretrainedConfig):
         self.mm_patch_merge_type = mm_patch_merge_type
         self.image_grid_pinpoints = None if image_grid_pinpoints is None else [list(p) for p in image_grid_pinpoints]
         self.unpad_rule = unpad_rule
+        self.max_map_tiles = max_map_tiles
         if vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(
                 "`vision_feature_select_strategy` must be 'default' (drop the class token) or 'full', got "
@@ -211,6 +217,12 @@ class VtcConfig(PretrainedConfig):
         for name, values in (("mm_patch_merge_type", MERGE_TYPES), ("unpad_rule", UNPAD_RULES)):
             if getattr(self, name) not in values:
                 raise ValueError(f"`{name}` must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+        limit = self.max_map_tiles
+        if limit is not None and (limit < 1 or (self.mm_patch_merge_type, self.unpad_rule) != _LIMITED_MAPS):
+            raise ValueError(
+                "`max_map_tiles` must be a positive number of tiles and needs `mm_patch_merge_type='spatial_unpad'` "
+                f"with `unpad_rule='true_aspect'`, got {limit}, {self.mm_patch_merge_type!r} and {self.unpad_rule!r}."
+            )
         if self.mm_patch_merge_type == "flat":
             return
         if not self.joins_tiles:
@@ -264,6 +276,11 @@ class VtcConfig(PretrainedConfig):
             return self.joined_sizes(num_tiles, image_sizes)
         return ImageSizes(num_tiles, image_sizes, None)
 
+    @property
+    def single_tile_newlines(self) -> int:
+        """Newlines behind an image of a single tile."""
+        return int(self.newline_behind_single_tile or self.max_map_tiles is not None)
+
     def tokens_of_images(self, sizes: ImageSizes, token_grid: tuple[Any, Any]) -> Any:
         """Visual tokens of each image, `(num_images,)`, whose tiles have (rows, columns) `token_grid` of them.
 
@@ -272,9 +289,10 @@ class VtcConfig(PretrainedConfig):
         per_tile = token_grid[0] * token_grid[1]
         if sizes.grids is None:
             return sizes.num_tiles * per_tile
-        rows, columns = sizes.kept(token_grid, self.unpad_rule).unbind(-1)
+        kept = sizes.kept(token_grid, self.unpad_rule)
+        rows, columns = scaled_down(kept, token_grid, self.max_map_tiles).unbind(-1)
         joined = per_tile + rows * (columns + 1)
-        return joined.where(sizes.num_tiles > 1, per_tile + int(self.newline_behind_single_tile))
+        return joined.where(sizes.num_tiles > 1, per_tile + self.single_tile_newlines)
 
     def reserved_tokens(self, sizes: ImageSizes) -> Any:
         """Visual tokens of each image without compression, `(num_images,)` on the CPU."""

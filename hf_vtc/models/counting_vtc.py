@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from .tiling_vtc import TileLayout, unpadded_grids
+from .tiling_vtc import TileLayout, scaled_down, unpadded_grids
 
 
 def tokens_of_tiles(layout: TileLayout, image_seq_length: int) -> int:
@@ -16,12 +16,14 @@ def tokens_of_tiles(layout: TileLayout, image_seq_length: int) -> int:
 
 def tokens_of_map(layout: TileLayout, image_seq_length: int, rule: str) -> int:
     """Reserved placeholders of `"anyres"` tiles that become one map without padding: the base tile's, then the map's
-    with one newline per row. A tile that is the whole image (`"single"`, `"pad"`) has no map."""
+    with one newline per row. A tile that is the whole image (`"single"`, `"pad"`) has no map, and a newline where maps
+    are scaled down."""
     if layout.num_tiles == 1:
-        return image_seq_length
+        return image_seq_length + int(layout.max_map_tiles is not None)
     side = math.isqrt(image_seq_length)
     size, grid = torch.tensor([layout.image_size]), torch.tensor([layout.grid])
-    ((rows, columns),) = unpadded_grids(size, grid, (side, side), rule).tolist()
+    kept = unpadded_grids(size, grid, (side, side), rule)
+    ((rows, columns),) = scaled_down(kept, (side, side), layout.max_map_tiles).tolist()
     return image_seq_length + rows * (columns + 1)
 
 

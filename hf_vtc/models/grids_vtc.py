@@ -153,6 +153,23 @@ def grid_positions(
     return positions
 
 
+def scaled_map(tokens: torch.Tensor, per_tile: int, kept: tuple[int, int], scaled: tuple[int, int]) -> torch.Tensor:
+    """The tokens of an image whose map has (rows, columns) `kept`, with one of `scaled` by bilinear interpolation.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(per_tile + rows * (columns + 1), D)`): those of the whole view, then the map
+            with a newline at the end of each row.
+        per_tile (`int`): tokens of the whole view.
+
+    Source: transformers' LLaVA-OneVision, `pack_image_features`.
+    """
+    whole, rows = tokens[:per_tile], tokens[per_tile:].unflatten(0, (kept[0], kept[1] + 1))
+    # in the order of memory of the original, by which half precision rounds
+    content = rows[:, :-1].permute(2, 0, 1)[None].contiguous()
+    content = torch.nn.functional.interpolate(content, scaled, mode="bilinear")[0].permute(1, 2, 0)
+    return torch.cat([whole, torch.cat([content, rows[: scaled[0], -1:]], dim=1).flatten(0, 1)])
+
+
 def black_image(config: Any) -> dict[str, torch.Tensor]:
     """Arguments of `forward` for the smallest image, black.
 

@@ -261,6 +261,12 @@ def flattened(images: Any) -> list[Image.Image]:
     return [images]
 
 
+def alone_in_rows(images: Any) -> list[bool]:
+    """Whether each image of a list is alone in its prompt: in a list of one, or in none, as transformers reads it."""
+    rows = images if isinstance(images, list) else [images]
+    return [len(row) == 1 for row in map(flattened, rows) for _ in row]
+
+
 def sizes_of_images(images: Any) -> list[tuple[int, int]]:
     """(height, width) in pixels of (lists of lists of) PIL images, as `fetch_images` gives them."""
     return [(image.height, image.width) for image in flattened(images)]

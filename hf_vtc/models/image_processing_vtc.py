@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .host_processor_vtc import ImageProcessorBase
-from .image_loading_vtc import flattened, has_unit_range, load_images
+from .image_loading_vtc import alone_in_rows, flattened, has_unit_range, load_images
 from .padding_vtc import PaddedImages
 from .pixels_vtc import as_patches, cut, stacked
 from .tiling_vtc import TileLayout, TilingSettings, refuse_misnamed, refuse_unknown, square_size
@@ -34,8 +34,8 @@ LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1
 _SEVERAL_TILES = ("anyres", "dynamic")
 # how many times as many pixels a large batch may have by its padding
 _MOST_PADDING = 4
-# fields of `tiling="patches"` alone
-_OF_PATCHES = ("patch_size", "min_pixels", "max_pixels")
+# fields of a single base each, which files of the others do not name
+_OF_SOME_BASES = ("patch_size", "min_pixels", "max_pixels", "max_map_tiles")
 # keys of `preprocessor_config.json` that are no fields
 _WRITTEN_BY_HOSTS = ("auto_map", "image_processor_type", "processor_class", "feature_extractor_type")
 
@@ -58,6 +58,7 @@ class VtcImageProcessorKwargs(TypedDict, total=False):
     patch_size: int | None
     min_pixels: int | None
     max_pixels: int | None
+    max_map_tiles: int | None
     crop_to_patches: bool | None
     input_data_format: str | None
     return_tensors: str | None
@@ -88,6 +89,9 @@ class VtcImageProcessor(ImageProcessorBase):
             the pixels of the image (ConvLLaVA: 64, Qwen3-VL: 32). `image_sizes` are then processed sizes.
         patch_size (`int`, *optional*): for `"patches"`, side in pixels of one patch of the tower.
         min_pixels, max_pixels (`int`, *optional*): for `"patches"`, between which the size of an image is left alone.
+        max_map_tiles (`int`, *optional*): for `"anyres"`, as LLaVA-OneVision does it: the tiles' worth of tokens above
+            which the model scales the map of an image down. An image that shares its prompt with others, by being
+            in a list of its own with them, is then one tile, padded as for `"pad"`.
 
     Raises:
         ValueError: a field is outside of its range.
@@ -112,6 +116,7 @@ class VtcImageProcessor(ImageProcessorBase):
         patch_size: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_map_tiles: int | None = None,
         **kwargs: Any,
     ):
         known = (*TilingSettings.__dataclass_fields__, *_WRITTEN_BY_HOSTS)
@@ -134,6 +139,7 @@ class VtcImageProcessor(ImageProcessorBase):
         self.patch_size = patch_size
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
+        self.max_map_tiles = max_map_tiles
         self._settings()
 
     @property
@@ -159,18 +165,19 @@ class VtcImageProcessor(ImageProcessorBase):
         fields.update((name, value) for name, value in overrides.items() if value is not None)
         return TilingSettings(**{**fields, "size": square_size(fields["size"])})
 
-    def get_tile_layout(self, height: int, width: int, **overrides: Any) -> TileLayout:
+    def get_tile_layout(self, height: int, width: int, alone: bool = True, **overrides: Any) -> TileLayout:
         """Grid, tile count and tile boxes of an image, without its pixels.
 
         Args:
             height (`int`): of the upright image, in pixels.
             width (`int`): of the upright image, in pixels.
+            alone (`bool`): whether no other image is in its prompt, which matters with `max_map_tiles`.
             **overrides: fields of this processor for this call.
 
         Raises:
             ValueError: the image has no pixels, or is so long and thin that the resized one would exhaust memory.
         """
-        return _bounded_layout(height, width, self._settings(**overrides))
+        return _bounded_layout(height, width, self._settings(**overrides).of_image(alone))
 
     def get_model_size(self, height: int, width: int, **overrides: Any) -> tuple[int, int]:
         """(height, width) in pixels that the model is told of an image of this size, as `image_sizes`.
@@ -278,7 +285,7 @@ class VtcImageProcessor(ImageProcessorBase):
         """Tiles of all images, in order.
 
         Args:
-            images: whatever `fetch_images` takes.
+            images: whatever `fetch_images` takes; images of one prompt may stand in a list of their own.
             input_data_format (`str`): `"channels_first"` or `"channels_last"` of arrays. Default: the only reading
                 that gives 1 to 4 channels; if both do, last for numpy and first for torch.
             return_tensors (`str`): `"pt"` or `"np"`. Default: numpy arrays.
@@ -302,14 +309,16 @@ class VtcImageProcessor(ImageProcessorBase):
         settings = self._settings(**overrides)
         _check_crop_to_patches(crop_to_patches, settings)
         self.check_rescaling(images, overrides.get("do_rescale"))
-        images = flattened(load_images(images, "images", input_data_format))
+        images = load_images(images, "images", input_data_format)
+        of_images = [settings.of_image(alone) for alone in alone_in_rows(images)]
+        images = flattened(images)
         if not images:
             raise ValueError("`images` must hold at least one image, got none. Leave it out for text alone.")
-        layouts = [_bounded_layout(image.height, image.width, settings) for image in images]
+        layouts = [_bounded_layout(image.height, image.width, own) for image, own in zip(images, of_images)]
         if settings.tiling == "patches":
             return BatchFeature(as_patches(images, layouts, settings), tensor_type=return_tensors)
         self._check_padding([settings.processed_size(layout) for layout in layouts])
-        tiles = [tile for image, layout in zip(images, layouts) for tile in cut(image, layout, settings)]
+        tiles = [tile for image in zip(images, layouts, of_images) for tile in cut(*image)]
         data = {
             "pixel_values": stacked(tiles, settings),
             "image_sizes": np.array([_model_size(layout, settings) for layout in layouts], dtype=np.int64),
@@ -325,8 +334,8 @@ class VtcImageProcessor(ImageProcessorBase):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as every supported version of transformers writes and reads them."""
-        # those of one tiling are in no file of another, which older versions read too
-        left_out = () if self.tiling == "patches" else _OF_PATCHES
+        # files that older versions read too do not name what is newer than these
+        left_out = [name for name in _OF_SOME_BASES if getattr(self, name) is None]
         fields = super().to_dict().items()
         return {name: value for name, value in fields if not name.startswith("_") and name not in left_out}
 

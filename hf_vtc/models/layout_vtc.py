@@ -1,5 +1,6 @@
 """Where the images of one call are: made once, on the host, before the tower runs."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -290,7 +291,7 @@ def sizes_of_images(
         refuse_no_pixels(image_sizes)
     joined = config.mm_patch_merge_type == "spatial_unpad" and image_sizes is not None
     if num_tiles is None and joined:
-        num_tiles = config.tiles_of_joined(image_sizes, total)
+        num_tiles = _tiles_of_joined(config, placeholder_mask, image_sizes, total)
     elif num_tiles is None:
         num_tiles = _tiles_unsaid(config, placeholder_mask, image_sizes, total)
     if apart and (len(num_tiles) != total or total and int(num_tiles.max()) > given.shape[1]):
@@ -324,6 +325,31 @@ def _tiles_unsaid(
     return torch.tensor([-(-length // config.image_seq_length) for _, length in runs], dtype=torch.long)
 
 
+def _tiles_of_joined(
+    config: VtcConfig, placeholder_mask: torch.Tensor, image_sizes: torch.Tensor, num_given: int
+) -> torch.LongTensor:
+    """Tiles of each image where nobody gives `num_tiles` and the tiles of an image are joined.
+
+    Where an image that shares its prompt is a single tile, the placeholders of a row tell: they are those of the next
+    images, cut each, or else of single tiles.
+    """
+    cut = config.tiles_of_joined(image_sizes, num_given)
+    if config.max_map_tiles is None or not placeholder_mask.numel() or int(cut.max()) == 1:
+        return cut
+    single = torch.ones_like(cut)
+    of_cut = config.reserved_tokens(config.joined_sizes(cut, image_sizes)).tolist()
+    of_single = int(config.reserved_tokens(config.joined_sizes(single, image_sizes))[0])
+    num_tiles, first = cut.clone(), 0
+    for written in placeholder_mask.sum(1).tolist():
+        sums = list(itertools.accumulate(of_cut[first:]))
+        if written in sums:
+            first += 1 + sums.index(written)
+        else:
+            num_tiles[first : first + written // of_single] = 1
+            first += written // of_single
+    return num_tiles
+
+
 def _tiles_apart(
     config: VtcConfig,
     placeholder_mask: torch.Tensor,
@@ -335,7 +361,7 @@ def _tiles_apart(
     if most == 1:
         return torch.ones(num_images, dtype=torch.long)
     if config.mm_patch_merge_type == "spatial_unpad" and image_sizes is not None:
-        return config.tiles_of_joined(image_sizes, num_images * most)
+        return _tiles_of_joined(config, placeholder_mask, image_sizes, num_images * most)
     runs = placeholder_runs(placeholder_mask)
     if len(runs) != num_images:
         raise ValueError(

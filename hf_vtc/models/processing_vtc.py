@@ -26,7 +26,7 @@ from .chat_templates_vtc import (  # noqa: F401  public under this name too
 )
 from .counting_vtc import COUNT_RULES
 from .host_processor_vtc import ProcessorBase, TextArguments
-from .image_loading_vtc import sizes_of_images
+from .image_loading_vtc import alone_in_rows, sizes_of_images
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
 from .tiling_vtc import TilingSettings, images_apart, refuse_misnamed, refuse_unknown
@@ -229,6 +229,9 @@ class VtcProcessor(ProcessorBase):
         if self.return_layout is False:
             features["pixel_values"] = images_apart(features["pixel_values"], features.pop("num_tiles"))
         elif self.return_layout is None and text is not None and _image_argument("vtc_budget", kwargs) is None:
+            if self.image_processor.max_map_tiles is not None:
+                # whose prompts tell it but for chance: a map can be as long as some single tiles
+                return features
             if self.image_start_token is not None or self.count_rule != "tiles":
                 features.pop("num_tiles")
         return features
@@ -320,16 +323,17 @@ class VtcProcessor(ProcessorBase):
                     "each image one placeholder in the text, or one content item in the chat."
                 )
 
-    def reserved_tokens(self, height: int, width: int, **overrides: Any) -> int:
+    def reserved_tokens(self, height: int, width: int, alone: bool = True, **overrides: Any) -> int:
         """Placeholders that an image of this size reserves, its start and end token not counted.
 
         Args:
             height (`int`): of the upright image, in pixels.
             width (`int`): of the upright image, in pixels.
+            alone (`bool`): whether no other image is in its prompt, see `max_map_tiles` of `VtcImageProcessor`.
             **overrides: fields of the image processor for this call.
         """
         return COUNT_RULES[self.count_rule](
-            self.image_processor.get_tile_layout(height, width, **overrides), self.image_seq_length
+            self.image_processor.get_tile_layout(height, width, alone, **overrides), self.image_seq_length
         )
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
@@ -338,10 +342,16 @@ class VtcProcessor(ProcessorBase):
             grid, of_images = image_inputs["image_grid_thw"][image_idx], self.image_processor
             return self._expanded(math.prod(map(int, grid)) * of_images.patch_size**2 // of_images.token_stride**2)
         height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
-        return self._expanded(self.reserved_tokens(height, width, **_layout_fields(kwargs)))
+        # an image that is cut has a whole view beside its tiles where that matters
+        alone = "num_tiles" not in image_inputs or int(image_inputs["num_tiles"][image_idx]) > 1
+        return self._expanded(self.reserved_tokens(height, width, alone, **_layout_fields(kwargs)))
 
     def written_tokens(
-        self, image_sizes: Sequence[Sequence[int]], vtc_budget: Any = None, **overrides: Any
+        self,
+        image_sizes: Sequence[Sequence[int]],
+        vtc_budget: Any = None,
+        alone: Sequence[bool] | None = None,
+        **overrides: Any,
     ) -> list[int]:
         """Placeholders that each image of a call gets, start and end tokens not counted.
 
@@ -349,17 +359,20 @@ class VtcProcessor(ProcessorBase):
             image_sizes (`Sequence[Sequence[int]]`): (height, width) in pixels of upright images.
             vtc_budget: `None` for as many as the method may need at any budget; else as the model takes it, with one
                 entry per image if it is a list, for as many as enter the language model at it.
+            alone (`Sequence[bool]`, *optional*): of each image, as in `reserved_tokens`. Default: every one is.
             **overrides: fields of the image processor for this call.
 
         Raises:
             ValueError: nothing fits `vtc_budget`, only pixels can tell what does, or `model_config` is missing or of
                 another model.
         """
-        reserved = [self.reserved_tokens(*size, **overrides) for size in image_sizes]
+        alone = [True] * len(image_sizes) if alone is None else alone
+        placed = list(zip(image_sizes, alone, strict=True))
+        reserved = [self.reserved_tokens(*size, each, **overrides) for size, each in placed]
         if vtc_budget is None:
             return reserved
         config = self.model_config
-        num_tiles = [self.image_processor.get_tile_layout(*size, **overrides).num_tiles for size in image_sizes]
+        num_tiles = [self.image_processor.get_tile_layout(*size, each, **overrides).num_tiles for size, each in placed]
         told = [self.image_processor.get_model_size(*size, **overrides) for size in image_sizes]
         sizes = config.sizes_of(torch.tensor(num_tiles, dtype=torch.long), torch.tensor(told).reshape(-1, 2))
         of_model = config.reserved_tokens(sizes).tolist()
@@ -385,7 +398,7 @@ class VtcProcessor(ProcessorBase):
         """Model inputs of the images of a call, and what the placeholder of each becomes in the prompt."""
         image_inputs = self.image_processor(images, **kwargs)
         sizes = sizes_of_images(images)
-        written = self.written_tokens(sizes, vtc_budget, **_layout_fields(kwargs))
+        written = self.written_tokens(sizes, vtc_budget, alone_in_rows(images), **_layout_fields(kwargs))
         return image_inputs, [self._expanded(count) for count in written]
 
     def _expanded(self, count: int) -> str:

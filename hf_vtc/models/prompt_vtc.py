@@ -139,7 +139,7 @@ def chosen_levels(
 
 
 # outputs of processors that say nothing about an image that a model would have to know
-OF_PROCESSORS = ("mm_token_type_ids", "num_patches")
+OF_PROCESSORS = ("mm_token_type_ids", "num_patches", "batch_num_images")
 _OF_IMAGES = tuple(VisionInputs.__dataclass_fields__)
 
 

@@ -4,7 +4,8 @@ The field `tiling` names one of seven ways, all but the last two with square til
 
 - `"single"`: the whole image resized to one square tile.
 - `"pad"`: LLaVA 1.5, the image centred on a square of the mean colour, then resized to one tile.
-- `"anyres"`: LLaVA-NeXT, the best of `image_grid_pinpoints`, black padding; the whole image comes first.
+- `"anyres"`: LLaVA-NeXT, the best of `image_grid_pinpoints`, black padding; the whole image comes first. With
+  `max_map_tiles` LLaVA-OneVision, where an image that shares its prompt with others is cut as for `"pad"`.
 - `"dynamic"`: InternVL, the grid of at most `max_tiles` tiles with the closest aspect ratio; the thumbnail comes last.
 - `"crop"`: CLIP, the short side resized to the tile, the middle of the long one.
 - `"keep_aspect"`: ConvLLaVA at any aspect ratio, the short side resized to `size`, one tile of the whole image.
@@ -18,7 +19,7 @@ the same without its centre crop, arXiv 2405.15738 section 4.3); OpenGVLab/Inter
 import difflib
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ class TileLayout(NamedTuple):
         boxes (`tuple[tuple[float, float, float, float], ...]`): (left, top, right, bottom) of every tile in
             original pixels, in the order of `pixel_values`; reaches beyond the image where a tile holds padding.
         token_grid (`tuple[int, int]`, *optional*): (rows, columns) of visual tokens, where `token_stride` gives them.
+        max_map_tiles (`int`, *optional*): tiles' worth of tokens above which the image's map is scaled down.
     """
 
     image_size: tuple[int, int]
@@ -67,6 +69,7 @@ class TileLayout(NamedTuple):
     grid: tuple[int, int]
     boxes: tuple[tuple[float, float, float, float], ...]
     token_grid: tuple[int, int] | None = None
+    max_map_tiles: int | None = None
 
     @property
     def num_tiles(self) -> int:
@@ -122,6 +125,7 @@ class TilingSettings:
     patch_size: int | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    max_map_tiles: int | None = None
 
     def __post_init__(self) -> None:
         if self.tiling not in TILINGS:
@@ -138,8 +142,17 @@ class TilingSettings:
                 raise ValueError(f"`{name}` needs one value per colour channel (3), got {getattr(self, name)}.")
         if self.tiling == "anyres":
             self._check_pinpoints()
+        if self.max_map_tiles is not None and (self.max_map_tiles < 1 or self.tiling not in ("anyres", "pad")):
+            raise ValueError(
+                f"`max_map_tiles` must be a positive number of tiles and needs `tiling='anyres'`, got "
+                f"{self.max_map_tiles} and {self.tiling!r}."
+            )
         self._check_patches()
         self._check_token_stride()
+
+    def of_image(self, alone: bool) -> "TilingSettings":
+        """These settings for an image that is alone in its prompt, or shares it with others."""
+        return self if alone or self.max_map_tiles is None else replace(self, tiling="pad")
 
     def _check_patches(self) -> None:
         names = ("patch_size", "min_pixels", "max_pixels")
@@ -215,10 +228,11 @@ class TilingSettings:
             if self.token_stride is not None:
                 rows, columns = (side // self.token_stride for side in self.processed_size(layout))
                 layout = layout._replace(token_grid=(rows, columns))
-            return layout
+            return layout._replace(max_map_tiles=self.max_map_tiles)
         if self.tiling == "anyres":
             pinpoints = tuple((int(pair[0]), int(pair[1])) for pair in self.image_grid_pinpoints)
-            return anyres_layout(height, width, self.tile_size, pinpoints)
+            layout = anyres_layout(height, width, self.tile_size, pinpoints)
+            return layout._replace(max_map_tiles=self.max_map_tiles)
         return dynamic_layout(height, width, self.tile_size, self.min_tiles, self.max_tiles, self.use_thumbnail)
 
 
@@ -340,6 +354,22 @@ def unpadded_grids(
     kept_rows = torch.where(wide, rows - (rows - content_rows) // 2 * 2, rows)
     kept_columns = torch.where(wide, columns, columns - (columns - content_columns) // 2 * 2)
     return torch.stack([kept_rows, kept_columns], dim=-1)
+
+
+def scaled_down(kept: torch.LongTensor, tokens: tuple[Any, Any], max_map_tiles: int | None) -> torch.LongTensor:
+    """Rows and columns of maps of which none has much more tokens than `max_map_tiles` tiles.
+
+    Args:
+        kept (`torch.LongTensor` of shape `(..., 2)`): (rows, columns), as `unpadded_grids` gives them.
+        tokens: as there.
+        max_map_tiles (`int`, *optional*): None for no limit.
+
+    Source: transformers' LLaVA-OneVision, `pack_image_features`, whose double precision decides what is rounded.
+    """
+    if max_map_tiles is None:
+        return kept
+    ratio = (kept.prod(-1).double() / (max_map_tiles * tokens[0] * tokens[1])).sqrt()[..., None]
+    return torch.where(ratio > 1.1, torch.div(kept.double(), ratio, rounding_mode="floor").long(), kept)
 
 
 def stacked_grids(grids: Sequence[tuple[int, int]]) -> tuple[torch.LongTensor, torch.LongTensor]:

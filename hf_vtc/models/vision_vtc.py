@@ -20,12 +20,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_vtc import VtcConfig
+from .grids_vtc import scaled_map
 from .host_tower_vtc import bare_parameters_of, build_tower, restore_places, run_grid_tower
 from .host_vtc import FORWARD_ARGUMENTS
 from .layout_vtc import Layout, layout_of_images
 from .packing_vtc import to_device, to_host
 from .prompt_vtc import Budget, VisionInputs, refuse_unknown
-from .tiling_vtc import joined_order, places_apart
+from .tiling_vtc import joined_order, places_apart, scaled_down
 from .tower_vtc import Connector, run_tower_to, unused_modules
 
 # bytes to which torch aligns what it allocates on a CPU
@@ -329,6 +330,8 @@ class VtcVision(VtcPreTrainedModel):
             source = torch.where(order < 0, end, order + torch.tensor(firsts).repeat_interleave(lengths))
             (source,) = to_device(parts[0].device, source)
             joined = torch.cat(parts).index_select(0, source)
+            if self.config.max_map_tiles is not None and layout.sizes.grids is not None:
+                joined = self._scaled_maps(joined.split(lengths.tolist()), shapes)
         return touch(joined, newline) if self.training and newline is not None else joined
 
     def _shapes_of_maps(
@@ -346,6 +349,16 @@ class VtcVision(VtcPreTrainedModel):
             for image_idx, idx in enumerate(chosen)
         ]
 
+    def _scaled_maps(self, images: Sequence[torch.Tensor], shapes: Sequence[tuple]) -> torch.Tensor:
+        """The tokens of all images, maps with too many of them scaled down; `shapes` as `_shapes_of_maps` gives them."""
+        scaled = []
+        for tokens, (token_grid, num_tiles, _, kept) in zip(images, shapes, strict=True):
+            size = scaled_down(torch.tensor(kept), token_grid, self.config.max_map_tiles).tolist()
+            if num_tiles > 1 and size != list(kept):
+                tokens = scaled_map(tokens, token_grid[0] * token_grid[1], kept, tuple(size))
+            scaled.append(tokens)
+        return torch.cat(scaled)
+
     def _token_order(
         self,
         token_grid: tuple[int, int],
@@ -360,7 +373,7 @@ class VtcVision(VtcPreTrainedModel):
             return torch.arange(num_tiles * per_tile)
         if num_tiles == 1:
             single = torch.arange(per_tile)
-            return nn.functional.pad(single, (0, int(self.config.newline_behind_single_tile)), value=-1)
+            return nn.functional.pad(single, (0, self.config.single_tile_newlines), value=-1)
         return joined_order(tile_grid, token_grid, kept)
 
     @can_return_tuple
