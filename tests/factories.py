@@ -21,7 +21,7 @@ from hf_vtc.methods import record_named, record_of
 from hf_vtc.models.grids_vtc import black_image
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
 from hf_vtc.models.processing_vtc import COUNT_RULES, VtcProcessor
-from hf_vtc.models.tiling_vtc import TilingSettings, anyres_layout
+from hf_vtc.models.tiling_vtc import TilingSettings
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 # an id that no random text has; before an image of Qwen's bases, which find images by it on 4.57
@@ -193,6 +193,27 @@ def _with_weights_of(model, stock):
     return stock
 
 
+def _stock_onevision(model):
+    """`LlavaOnevisionForConditionalGeneration` with the weights that a model of its shape shares with it."""
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    ours = model.config
+    config = LlavaOnevisionConfig(
+        vision_config=ours.vision_config.to_dict(),
+        text_config=ours.text_config.to_dict(),
+        image_token_index=ours.image_token_id,
+        # no token of a text
+        video_token_index=ours.text_config.vocab_size - 1,
+        image_grid_pinpoints=ours.image_grid_pinpoints,
+        vision_aspect_ratio=f"anyres_max_{ours.max_map_tiles}",
+        vision_feature_layer=ours.vision_feature_layer,
+        vision_feature_select_strategy=ours.vision_feature_select_strategy,
+        projector_hidden_act=ours.projector_hidden_act,
+        tie_word_embeddings=ours.tie_word_embeddings,
+    )
+    return _with_weights_of(model, LlavaOnevisionForConditionalGeneration(config).eval())
+
+
 def _stock_qwen(model):
     """The stock model of a Qwen base with all weights, whose tower has another name there."""
     ours = model.config
@@ -255,6 +276,8 @@ def stock_inputs(stock, batch) -> dict[str, torch.Tensor]:
     types = {}
     if "mm_token_type_ids" in taken:
         types["mm_token_type_ids"] = (batch["input_ids"] == stock.config.image_token_id).int()
+    if "batch_num_images" in taken and "pixel_values" in batch:
+        types["batch_num_images"] = torch.tensor([len(images) for _, images in batch.rows if images])
     return types | {name: value for name, value in batch.items() if name in taken}
 
 
@@ -269,8 +292,8 @@ class TiledImages:
     # ids before the placeholders of each image
     opening: tuple[int, ...] = ()
 
-    def draw(self, config, generator) -> tuple[dict[str, torch.Tensor], int]:
-        """Vision inputs of one image, and the placeholders that it reserves."""
+    def draw(self, config, generator, alone: bool = True) -> tuple[dict[str, torch.Tensor], int]:
+        """Vision inputs of one image, which may be alone in its row, and the placeholders that it reserves."""
         tiles = draw_int(1, self.most_tiles, generator)
         side = config.vision_config.image_size
         side = side if isinstance(side, int) else side[0]
@@ -283,13 +306,16 @@ class TiledImages:
 
 
 class AnyresImages(TiledImages):
-    """Random images of LLaVA-NeXT: some size in pixels, and the tiles that follow from it."""
+    """Random images of LLaVA-NeXT and LLaVA-OneVision: some size in pixels, and the tiles that follow from it."""
 
-    def draw(self, config, generator) -> tuple[dict[str, torch.Tensor], int]:
-        """Vision inputs of one image, and the placeholders that it reserves."""
+    def draw(self, config, generator, alone: bool = True) -> tuple[dict[str, torch.Tensor], int]:
+        """Vision inputs of one image, which may be alone in its row, and the placeholders that it reserves."""
         height, width = draw_int(20, 90, generator), draw_int(20, 90, generator)
         tile_size, pinpoints = config.tile_size, config.image_grid_pinpoints
-        layout = anyres_layout(height, width, tile_size, pinpoints)
+        images = VtcImageProcessor(
+            "anyres", tile_size, image_grid_pinpoints=pinpoints, max_map_tiles=config.max_map_tiles
+        )
+        layout = images.get_tile_layout(height, width, alone)
         inputs = {
             "pixel_values": torch.randn(layout.num_tiles, 3, tile_size, tile_size, generator=generator),
             "num_tiles": torch.tensor([layout.num_tiles]),
@@ -303,7 +329,7 @@ class SizedImages:
 
     opening: tuple[int, ...] = ()
 
-    def draw(self, config, generator) -> tuple[dict[str, torch.Tensor], int]:
+    def draw(self, config, generator, alone: bool = True) -> tuple[dict[str, torch.Tensor], int]:
         """Vision inputs of one image, and the placeholders that it reserves."""
         stride = config.token_stride
         height, width = (stride * draw_int(1, 2, generator) + 5 * draw_int(0, 1, generator) for _ in range(2))
@@ -327,7 +353,7 @@ class GridImages(TiledImages):
 
     opening = (_VISION_START,)
 
-    def draw(self, config, generator) -> tuple[dict[str, torch.Tensor], int]:
+    def draw(self, config, generator, alone: bool = True) -> tuple[dict[str, torch.Tensor], int]:
         """Vision inputs of one image, and the placeholders that it reserves."""
         merge = config.vision_config.spatial_merge_size
         rows, columns = draw_int(2, 3, generator), draw_int(2, 4, generator)
@@ -504,12 +530,41 @@ TINY["cdpruner on llava_next"] = Tiny(
     images=AnyresImages(),
     scored=("auto", "some"),
 )
+# maps of two tiles' worth of tokens at most, so that small images are scaled down
+_ONEVISION = {
+    "vision_config": {**_CLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
+    "text_config": {**_TEXT, "model_type": "qwen2", "num_hidden_layers": 3},
+    "vision_feature_select_strategy": "full",
+    "mm_patch_merge_type": "spatial_unpad",
+    "image_grid_pinpoints": _PINPOINTS,
+    "max_map_tiles": 2,
+}
+_JOINED = {
+    "tiling": "anyres",
+    "size": 32,
+    "image_grid_pinpoints": _PINPOINTS,
+    "max_map_tiles": 2,
+    "image_seq_length": 16,
+    "count_rule": "unpad_true_aspect",
+}
+_ON_ONEVISION = {
+    "llavolta": ({"compress_layer_idx": 1, "compress_stride": 4}, (0.3, 0.6), ()),
+    "avg_llava": ({"filtered_text_num": 8, "router_num_heads": 4}, (0.3, 0.6), ("auto",)),
+    "cdpruner": ({}, (0.4, 0.6), ("auto", "some")),
+}
+TINY |= {
+    f"{method} on llava_onevision": Tiny(
+        {**_ONEVISION, **own}, _JOINED, _stock_onevision, budgets, AnyresImages(), scored
+    )
+    for method, (own, budgets, scored) in _ON_ONEVISION.items()
+}
 CONTRACTED = tuple(TINY)
 
 
 def _tiny_of(config) -> Tiny:
-    name, joined = record_of(config).name, config.mm_patch_merge_type == "spatial_unpad"
-    base = "llava_next" if joined else config.grid_base
+    name = record_of(config).name
+    joined = "llava_next" if config.max_map_tiles is None else "llava_onevision"
+    base = joined if config.mm_patch_merge_type == "spatial_unpad" else config.grid_base
     return TINY.get(f"{name} on {base}", TINY[name])
 
 
@@ -554,7 +609,7 @@ def random_batch(config, generator, num_rows=None, images_per_row=None, padding_
     for num_images in images_per_row:
         row, images = _text(draw_int(2, 6, generator), generator), []
         for _ in range(num_images):
-            image, reserved = images_of(config).draw(config, generator)
+            image, reserved = images_of(config).draw(config, generator, num_images == 1)
             images.append(image)
             row += [*images_of(config).opening, *[config.image_token_id] * reserved]
             row += _text(draw_int(1, 5, generator), generator)

@@ -1,7 +1,5 @@
 """LLaVA-OneVision of transformers as a base: equal models and processor, several images in a row, what is refused."""
 
-import math
-
 import pytest
 import torch
 from contract_samples import GREEDY

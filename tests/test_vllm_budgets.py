@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import METHODS, budgets_of, tiny_model, tiny_processor
+from factories import CONTRACTED, METHODS, budgets_of, tiny_config, tiny_model, tiny_processor
 from PIL import Image
 
 from hf_vtc.vllm import window
-from hf_vtc.vllm.budgets import AUTO, FULL, budget_of_code, image_arguments, planned
+from hf_vtc.vllm.budgets import AUTO, FULL, budget_of_code, image_arguments, planned, refuse_unserved_base
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [(40, 70), (32, 96), (90, 33)]
@@ -114,6 +114,26 @@ def test_arguments_of_a_request_are_sorted(given, expected):
 def test_arguments_that_an_engine_cannot_honour_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         image_arguments(given)
+
+
+@pytest.mark.parametrize("name", [name for name in CONTRACTED if " on " in name])
+def test_bases_that_an_engine_cannot_serve_are_refused_by_name(name):
+    base = name.partition(" on ")[2]
+    if base == "llava_next":
+        refuse_unserved_base(tiny_config(name))
+        return
+    with pytest.raises(ValueError, match=f"vLLM does not serve vtc_.* on {base}: .*Use `generate` or `hf-vtc serve`"):
+        refuse_unserved_base(tiny_config(name))
+
+
+def test_the_plugin_asks_for_the_base_before_it_prepares_or_builds_anything():
+    base, processing = (
+        (ROOT / "hf_vtc" / "vllm" / name).read_text(encoding="utf-8") for name in ("base.py", "processing.py")
+    )
+    assert base.index("refuse_unserved_base(config)") < base.index("self.vision = ")
+    # every step of the other side begins with the processor
+    given = processing.partition("def get_hf_processor")[2].partition("return processor")[0]
+    assert "refuse_unserved_base(processor.model_config)" in given
 
 
 def test_versions_of_vllm_that_were_not_proven_are_named():

@@ -63,14 +63,17 @@ class VtcCollator:
         Raises:
             ValueError: a record cannot be read; the message says which.
         """
-        conversations, images = [], []
+        conversations, rows_of_images = [], []
         for idx, record in enumerate(records):
             try:
                 conversations.append(Conversation.from_record(record))
-                images += self._loaded(conversations[-1].images)
+                rows_of_images.append(self._loaded(conversations[-1].images))
             except (ValueError, OSError) as error:
                 raise ValueError(f"{_place(records, idx)}: {error}") from error
-        image_inputs = dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
+        image_inputs = {}
+        if any(rows_of_images):
+            # by rows, since a base may cut an image otherwise beside others
+            image_inputs = dict(self.processor.image_processor(rows_of_images, return_tensors="pt"))
 
         rows, first = [], 0
         for idx, conversation in enumerate(conversations):
@@ -90,8 +93,10 @@ class VtcCollator:
             messages (`list[dict]`): of a `Conversation`.
             image_sizes (`Sequence[tuple[int, int]]`): (height, width) in pixels of its upright images.
         """
-        self.processor.image_processor.check_sizes(image_sizes)
-        inputs = {"image_sizes": image_sizes}
+        images = self.processor.image_processor
+        images.check_sizes(image_sizes)
+        tiles = [images.get_tile_layout(*size, len(image_sizes) == 1).num_tiles for size in image_sizes]
+        inputs = {"image_sizes": image_sizes, "num_tiles": tiles}
         self._row(messages, [self.processor.replace_image_token(inputs, image) for image in range(len(image_sizes))])
 
     def _loaded(self, images: list[Any]) -> list[Image.Image]:

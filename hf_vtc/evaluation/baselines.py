@@ -108,7 +108,8 @@ def smaller_options(processor: Any, image_sizes: Sequence[tuple[int, int]]) -> d
     limits = range(cutter.min_tiles, cutter.max_tiles + 1) if cutter.tiling == "dynamic" else [cutter.max_tiles]
     options: dict[int, int] = {}
     for max_tiles in limits:
-        count = sum(processor.reserved_tokens(*size, max_tiles=max_tiles) for size in image_sizes)
+        alone = len(image_sizes) == 1
+        count = sum(processor.reserved_tokens(*size, alone, max_tiles=max_tiles) for size in image_sizes)
         if count not in options.values():
             options[max_tiles] = count
     return options

@@ -34,11 +34,12 @@ class Point:
     draw: int = 0
 
 
-def levels_of(processor: Any, config: PretrainedConfig, image_sizes: Sequence[tuple[int, int]]) -> list[Sequence[int]]:
-    """Visual tokens of each image, (height, width) in pixels, at each of its levels, all of them first."""
+def levels_of(processor: Any, config: PretrainedConfig, questions: Sequence[Question]) -> list[Sequence[int]]:
+    """Visual tokens of each image of some questions, at each of its levels, all of them first."""
     cutter = processor.image_processor
-    num_tiles = [cutter.get_tile_layout(*size).num_tiles for size in image_sizes]
-    told = [cutter.get_model_size(*size) for size in image_sizes]
+    placed = [(*size, len(each.image_sizes) == 1) for each in questions for size in each.image_sizes]
+    num_tiles = [cutter.get_tile_layout(*place).num_tiles for place in placed]
+    told = [cutter.get_model_size(height, width) for height, width, _ in placed]
     sizes = config.sizes_of(torch.tensor(num_tiles, dtype=torch.long), torch.tensor(told).reshape(-1, 2))
     return config.levels(sizes)
 
@@ -69,8 +70,7 @@ def method_points(
     Raises:
         ValueError: a budget cannot be met by every image; the message says which can.
     """
-    sizes = [size for question in questions for size in question.image_sizes]
-    levels = levels_of(processor, config, sizes)
+    levels = levels_of(processor, config, questions)
     if budgets is None:
         return _default_points(config, levels)
     given = list(budgets)

@@ -47,8 +47,8 @@ class VtcConfig(PretrainedConfig):
         mm_patch_merge_type (`str`): `"flat"`: InternVL, LLaVA-1.5, the tiles of an image one after the other.
             `"spatial_unpad"`: LLaVA-NeXT, the view of the whole image, then the tiles as one map without its padding,
             `image_newline` at the end of each row; not for every method.
-        max_map_tiles (`int`, *optional*): for `"spatial_unpad"`, as in LLaVA-OneVision (`anyres_max_9`): a map of more
-            tokens than so many tiles, by more than a fifth, is scaled down to them, and a single tile ends in a newline.
+        max_map_tiles (`int`, *optional*): for `"spatial_unpad"`, as in LLaVA-OneVision (`anyres_max_9`): a map with a
+            fifth more tokens than so many tiles is scaled down to them, and a newline stands behind a single tile.
         image_grid_pinpoints (`list[list[int]]`, *optional*): for `"spatial_unpad"`, the canvases of the image
             processor, (height, width) in pixels. Official files have (width, height).
         unpad_rule (`str`): for `"spatial_unpad"`, what the aspect ratio of the image is compared with to find the

@@ -369,7 +369,9 @@ def scaled_down(kept: torch.LongTensor, tokens: tuple[Any, Any], max_map_tiles: 
     if max_map_tiles is None:
         return kept
     ratio = (kept.prod(-1).double() / (max_map_tiles * tokens[0] * tokens[1])).sqrt()[..., None]
-    return torch.where(ratio > 1.1, torch.div(kept.double(), ratio, rounding_mode="floor").long(), kept)
+    # of coarse maps that are long and thin a row stays, which is less than one of the original's
+    smaller = torch.div(kept.double(), ratio, rounding_mode="floor").long().clamp(min=1)
+    return torch.where(ratio > 1.1, smaller, kept)
 
 
 def stacked_grids(grids: Sequence[tuple[int, int]]) -> tuple[torch.LongTensor, torch.LongTensor]:

@@ -350,7 +350,7 @@ class VtcVision(VtcPreTrainedModel):
         ]
 
     def _scaled_maps(self, images: Sequence[torch.Tensor], shapes: Sequence[tuple]) -> torch.Tensor:
-        """The tokens of all images, maps with too many of them scaled down; `shapes` as `_shapes_of_maps` gives them."""
+        """The tokens of all images, of `_shapes_of_maps`, where maps with too many of them are scaled down."""
         scaled = []
         for tokens, (token_grid, num_tiles, _, kept) in zip(images, shapes, strict=True):
             size = scaled_down(torch.tensor(kept), token_grid, self.config.max_map_tiles).tolist()

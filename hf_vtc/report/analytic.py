@@ -351,8 +351,8 @@ _PIXEL_LIMITS = {"qwen2_5_vl": (56 * 56, 28 * 28 * 16384), "qwen3_vl": (2**16, 2
 
 
 def _default_processor(config: Mapping[str, Any]) -> VtcImageProcessor:
-    """LLaVA-NeXT's tiling where the config has canvases, InternVL's where it has InternVL's tower or pixel shuffle,
-    Qwen's where it has such a tower, else LLaVA 1.5's."""
+    """LLaVA-NeXT's or LLaVA-OneVision's tiling where the config has canvases, InternVL's where it has InternVL's
+    tower or pixel shuffle, Qwen's where it has such a tower, else LLaVA 1.5's."""
     vision, canvases = sub_config(config, "vision_config"), config.get("image_grid_pinpoints")
     base = grid_base_of(str(vision.get("model_type")))
     if base is not None:
@@ -364,7 +364,8 @@ def _default_processor(config: Mapping[str, Any]) -> VtcImageProcessor:
     size = side_of(config.get("force_image_size") or vision["image_size"])
     # official files hold them as text, and as (width, height)
     if isinstance(canvases, (list, tuple)):
-        return VtcImageProcessor("anyres", size, image_grid_pinpoints=canvases)
+        limit = config.get("max_map_tiles")
+        return VtcImageProcessor("anyres", size, image_grid_pinpoints=canvases, max_map_tiles=limit)
     internvl = config.get("downsample_ratio", 1) < 1 or str(vision.get("model_type")).startswith("intern")
     return VtcImageProcessor("dynamic" if internvl else "pad", size)
 

@@ -21,7 +21,7 @@ from vllm.model_executor.models.utils import (
 
 from ..models.configuration_vtc import VtcConfig
 from ..models.vision_vtc import VtcVision
-from .budgets import budget_of_code
+from .budgets import budget_of_code, refuse_unserved_base
 
 _VISION = "vision."
 
@@ -67,11 +67,7 @@ class VtcServed(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
-        if config.grid_base is not None:
-            raise ValueError(
-                f"vLLM does not serve {config.model_type} on {config.grid_base}: its visual tokens stand at places in "
-                "an image, which the engine is not told. Use `generate` or `hf-vtc serve`."
-            )
+        refuse_unserved_base(config)
         self.check(config)
         self.config = config
         text_config = config.text_config

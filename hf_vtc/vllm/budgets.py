@@ -7,6 +7,7 @@ caches, so what an image is worth may depend on nothing but itself and the argum
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..models.configuration_vtc import VtcConfig
 from ..models.processing_vtc import VtcImagesKwargs, VtcProcessor
 from ..models.prompt_vtc import BY_SCORES, Budget, budgets_per_image
 from ..models.tiling_vtc import refuse_unknown
@@ -23,6 +24,18 @@ class Planned(NamedTuple):
 
     num_placeholders: list[int]
     codes: list[int]
+
+
+def refuse_unserved_base(config: VtcConfig) -> None:
+    """Raise a ValueError for a model on a base whose images an engine cannot prepare or place as they must be."""
+    if config.grid_base is not None:
+        base, reason = config.grid_base, "its visual tokens stand at places in an image, which the engine is not told"
+    elif config.max_map_tiles is not None:
+        base = "llava_onevision"
+        reason = "an image is cut otherwise beside others, while the engine prepares and caches images one by one"
+    else:
+        return
+    raise ValueError(f"vLLM does not serve {config.model_type} on {base}: {reason}. Use `generate` or `hf-vtc serve`.")
 
 
 def image_arguments(mm_processor_kwargs: Mapping[str, Any]) -> tuple[Budget, dict[str, Any]]:

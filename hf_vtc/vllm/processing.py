@@ -19,7 +19,7 @@ from vllm.multimodal.processing import (
 )
 
 from ..models.processing_vtc import VtcProcessor
-from .budgets import Planned, image_arguments, planned
+from .budgets import Planned, image_arguments, planned, refuse_unserved_base
 
 
 class VtcProcessingInfo(BaseProcessingInfo):
@@ -30,6 +30,7 @@ class VtcProcessingInfo(BaseProcessingInfo):
         processor = self.ctx.get_hf_processor(VtcProcessor)
         # as the engine has it, with the overrides of its operator
         processor.model_config = self.get_hf_config()
+        refuse_unserved_base(processor.model_config)
         return processor
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
