@@ -428,6 +428,7 @@ _QWEN2_5_VL = {
     },
 }
 _PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+_PINPOINTS_OF_27 = [[rows // 32 * 27, columns // 32 * 27] for rows, columns in _PINPOINTS]
 _DYNAMIC = {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16}
 
 TINY = {
@@ -530,21 +531,21 @@ TINY["cdpruner on llava_next"] = Tiny(
     images=AnyresImages(),
     scored=("auto", "some"),
 )
-# maps of two tiles' worth of tokens at most, so that small images are scaled down
+# 3 x 3 tokens and a rest, as 27 x 27 of 384 pixels; maps of two tiles at most, so that small images are scaled down
 _ONEVISION = {
-    "vision_config": {**_CLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
+    "vision_config": {**_CLIP, "model_type": "siglip_vision_model", "vision_use_head": False, "image_size": 27},
     "text_config": {**_TEXT, "model_type": "qwen2", "num_hidden_layers": 3},
     "vision_feature_select_strategy": "full",
     "mm_patch_merge_type": "spatial_unpad",
-    "image_grid_pinpoints": _PINPOINTS,
+    "image_grid_pinpoints": _PINPOINTS_OF_27,
     "max_map_tiles": 2,
 }
 _JOINED = {
     "tiling": "anyres",
-    "size": 32,
-    "image_grid_pinpoints": _PINPOINTS,
+    "size": 27,
+    "image_grid_pinpoints": _PINPOINTS_OF_27,
     "max_map_tiles": 2,
-    "image_seq_length": 16,
+    "image_seq_length": 9,
     "count_rule": "unpad_true_aspect",
 }
 _ON_ONEVISION = {

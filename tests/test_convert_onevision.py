@@ -23,7 +23,9 @@ from transformers import (
 
 from hf_vtc.convert import convert, from_base
 from hf_vtc.models.counting_vtc import COUNT_RULES
+from hf_vtc.models.grids_vtc import grid_windows, halved_grids
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
+from hf_vtc.models.ops_vtc import pool_pyramid
 
 pytestmark = pytest.mark.window
 
@@ -100,16 +102,13 @@ def test_stock_ids_and_every_way_to_name_the_same_images(converted, side):
         assert torch.equal(ours_ids, stock.generate(**theirs, **GREEDY))
 
 
-def test_a_row_with_beams_generates_what_the_stock_model_does(converted):
+def test_a_row_generates_what_the_stock_model_does(converted):
     stock, model, processor, _ = converted
-    for row in (ROWS[1], ROWS[2]):
+    for row, options in ((ROWS[1], {}), (ROWS[1], {"num_beams": 3}), (ROWS[2], {})):
+        # of several images, transformers 4.57 shows the beams those of each other
         theirs, ours = both(processor, rows_of(row))
-        options = GREEDY | {"num_beams": 3}
-        # of a single row, whose images the stock model may repeat for its beams
-        expected = stock.generate(**theirs, **GREEDY)
-        assert torch.equal(model.generate(**ours, **GREEDY, vtc_budget="full"), expected)
-        alone = model.generate(**ours, **options, vtc_budget="full")
-        assert torch.equal(alone, stock.generate(**theirs, **options))
+        expected = stock.generate(**theirs, **GREEDY | options)
+        assert torch.equal(model.generate(**ours, **GREEDY | options, vtc_budget="full"), expected)
 
 
 def test_the_processor_gives_what_that_of_the_base_gives(converted):
@@ -170,3 +169,17 @@ def test_a_tile_with_an_odd_rest_is_read_as_the_base_reads_it():
     features = features if isinstance(features, (list, tuple)) else features.pooler_output
     ours = model.get_image_features(pixels, num_tiles=torch.tensor([17]), image_sizes=sizes).pooler_output
     assert len(ours) == 1 and torch.equal(ours[0], features[0])
+
+
+def test_a_pyramid_of_an_odd_grid_by_hand():
+    """27 x 27 tokens: windows of 1 x 2, 2 x 2, 2 x 4 and 4 x 4, those at an edge of what is there."""
+    assert halved_grids(27)[:5] == [(27, 27), (27, 14), (14, 14), (14, 7), (7, 7)]
+    features = torch.randn(2, 729, 5)
+    pyramid = pool_pyramid(features, [49, 98, 196, 378, 729])
+    assert pyramid[-1] is features
+    for found, (high, wide) in zip(pyramid, ((4, 4), (2, 4), (2, 2), (1, 2))):
+        members, widths = grid_windows(729, 27, high, wide)
+        expected = torch.stack([features[:, own].mean(1) for own in members.split(widths.tolist())], dim=1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="364 tokens cannot be reached.*729, 378, 196"):
+        pool_pyramid(features, [364])

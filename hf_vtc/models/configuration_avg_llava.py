@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
-from .grids_vtc import pooled_grid
+from .grids_vtc import halved_grids, pooled_grid
 from .tiling_vtc import ImageSizes, stacked_grids
 
 # side of what is pooled to granularities where images are grids of any size, in visual tokens
@@ -25,8 +25,9 @@ class AvgLlavaConfig(VtcConfig):
 
     Args:
         vis_token_granularity (`list[int]`, *optional*): tokens per tile of each granularity that the router chooses
-            from, coarse to fine: what connector and tower give for a tile, divided by a power of two; its grid comes
-            from halving columns and rows in turns. Default: up to four halvings, all tokens among them. Where all
+            from, coarse to fine: what is left of those that connector and tower give for a tile when columns and rows
+            of their grid are halved in turns, half of an odd side rounded up (27 x 27, 27 x 14, 14 x 14, ...; windows
+            at an edge are means of what is there). Default: up to four halvings, all tokens among them. Where all
             tokens are not among them, a budget can still ask for them.
         router_select (`bool`): whether `vtc_budget="auto"` routes; `False` keeps all tokens.
         filtered_text_num (`int`): text rows that the router reads, those most similar to the image.
@@ -146,9 +147,7 @@ class AvgLlavaConfig(VtcConfig):
     def _checked_granularities(self, granularities: list[int] | None) -> list[int]:
         finest = self.finest_granularity
         if granularities is None:
-            # how often a side can be halved
-            evenness = (self.grid_side & -self.grid_side).bit_length() - 1
-            return [finest >> exponent for exponent in reversed(range(min(2 * evenness, 4) + 1))]
+            return [rows * columns for rows, columns in reversed(halved_grids(self.grid_side)[:5])]
         granularities = [int(scale) for scale in granularities]
         if granularities != sorted(set(granularities)) or not granularities or granularities[-1] > finest:
             raise ValueError(

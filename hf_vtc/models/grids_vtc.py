@@ -60,8 +60,23 @@ def patches_of(pixels: np.ndarray, patch_size: int, merge: int) -> np.ndarray:
     return patches.repeat(_FRAMES_OF_PATCH, axis=5).reshape(rows * columns * merge**2, -1)
 
 
+def halved_grids(side: int) -> list[tuple[int, int]]:
+    """(rows, columns) of a square grid whose columns and rows are halved in turns, as far as that goes.
+
+    An even side is halved while it stays whole; half of an odd one, as of LLaVA-OneVision's 27, is rounded up.
+    """
+    grids = [(side, side)]
+    while True:
+        rows, columns = grids[-1]
+        longer = columns if rows == columns else rows
+        if longer == 1 or longer % 2 and side % 2 == 0:
+            return grids
+        half = -(-longer // 2)
+        grids.append((rows, half) if rows == columns else (half, columns))
+
+
 def pooled_grid(side: int, scale: int) -> tuple[int, int]:
-    """(rows, columns) that `scale` tokens form when columns and rows of a square grid are halved in turns.
+    """(rows, columns) that `scale` tokens form, as one of `halved_grids`.
 
     Args:
         side (`int`): of the grid.
@@ -70,14 +85,14 @@ def pooled_grid(side: int, scale: int) -> tuple[int, int]:
     Raises:
         ValueError: halving does not lead there.
     """
-    halvings = max(side * side // max(scale, 1), 1).bit_length() - 1
-    rows, columns = 2 ** (halvings // 2), 2 ** (halvings - halvings // 2)
-    if scale * rows * columns != side * side or side % rows or side % columns:
+    found = [grid for grid in halved_grids(side) if grid[0] * grid[1] == scale]
+    if not found:
+        scales = ", ".join(str(rows * columns) for rows, columns in halved_grids(side))
         raise ValueError(
             f"A granularity of {scale} tokens cannot be reached by halving columns and rows of a {side} x {side} grid "
-            f"in turns. Use {side * side} divided by 1, 2, 4, ... as far as its sides are even."
+            f"in turns. Use some of {scales}."
         )
-    return side // rows, side // columns
+    return found[0]
 
 
 def grid_windows(length: int, columns: int, high: int, wide: int) -> tuple[torch.LongTensor, torch.LongTensor]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from .grids_vtc import pooled_grid
+from .grids_vtc import halved_grids, pooled_grid
 from .kernels_vtc import has_kernel, set_forced
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -123,8 +123,8 @@ def pool_pyramid(features: torch.Tensor, scales: Sequence[int]) -> list[torch.Te
 
     Args:
         features (`torch.Tensor` of shape `(T, N, D)`): row-major grids, `N = side * side`.
-        scales (`Sequence[int]`): tokens per grid at each scale, `N` divided by 1, 2, 4, ...: columns and rows are
-            halved in turns, columns first.
+        scales (`Sequence[int]`): tokens per grid at each scale: columns and rows are halved in turns, columns first,
+            half of an odd side rounded up, whose last windows are means of what is there.
 
     Returns:
         One row-major tensor of shape `(T, scales[i], D)` per scale; the scale `N` gives `features` itself.
@@ -141,7 +141,7 @@ def pool_pyramid(features: torch.Tensor, scales: Sequence[int]) -> list[torch.Te
         pooled_grid(side, scale)
     pooled_scales = sorted({scale for scale in scales if scale != num_tokens}, reverse=True)
     halvings = [(num_tokens // scale).bit_length() - 1 for scale in pooled_scales]
-    if not halvings or max(halvings) > _MAX_HALVINGS or not _takes("pool_pyramid", features):
+    if not halvings or side % 2 or max(halvings) > _MAX_HALVINGS or not _takes("pool_pyramid", features):
         return pool_pyramid_reference(features, scales)
     levels = dict(zip(pooled_scales, torch.ops.hf_vtc.pool_pyramid(features, halvings)))
     return [features if scale == num_tokens else levels[scale] for scale in scales]
@@ -156,6 +156,13 @@ def pool_pyramid_reference(features: torch.Tensor, scales: Sequence[int]) -> lis
         rows, columns = pooled_grid(side, scale)
         if scale == num_tokens:
             pooled.append(features)
+            continue
+        if side % 2:
+            halvings = halved_grids(side).index((rows, columns))
+            window = 2 ** (halvings // 2), 2 ** (halvings - halvings // 2)
+            maps = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            maps = torch.nn.functional.avg_pool2d(maps, window, window, ceil_mode=True)
+            pooled.append(maps.flatten(2).transpose(1, 2))
             continue
         blocks = features.reshape(num_tiles, rows, side // rows, columns, side // columns, width)
         pooled.append(blocks.mean((2, 4)).flatten(1, 2))
