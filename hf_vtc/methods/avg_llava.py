@@ -7,7 +7,7 @@ from ..models.grids_vtc import grid_windows
 from ..models.modeling_avg_llava import AvgLlavaForConditionalGeneration, AvgLlavaModel
 from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload, linear_flops
-from .drawing import PAPER, Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
+from .drawing import PAPER, Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_map
 from .record import Base, Costs, Record, Sharding, connect_all, connector_names, register
 from .shapes import of_llava
 
@@ -42,8 +42,12 @@ def draw(kept: Kept) -> Drawing:
     granularity_idx, grids = int(decisions[kept.image_idx]), config.granularity_grids
     scales = [rows * columns for rows, columns in grids]
     rule = config.unpad_rule if config.mm_patch_merge_type == "spatial_unpad" else None
-    order, finest = (token_sequence(layout, grid, rule) for grid in (grids[granularity_idx], grids[-1]))
-    cells = cells_of(order, order, layout.num_tiles, grids[granularity_idx])
+    places, finest = (token_map(layout, grid, rule) for grid in (grids[granularity_idx], grids[-1]))
+    (high, wide), side = config.granularity_windows[granularity_idx], config.grid_side
+    cells = places.cells_of(places.order, places.order)
+    if side % 2:
+        # windows at the edge are narrower
+        cells = [each.repeat(high, 0).repeat(wide, 1)[:side, :side] for each in cells]
     compressed = granularity_idx < len(scales) - 1
     colour, label = colour_of(compressed), str(scales[granularity_idx])
     rows, columns = grids[granularity_idx]
@@ -52,7 +56,7 @@ def draw(kept: Kept) -> Drawing:
             colour,
             f"{label} token{'s' * (label != '1')} per tile ({rows} x {columns}), of {', '.join(map(str, scales))}",
         ),
-        kept_line(len(order), len(finest)),
+        kept_line(len(places.order), len(finest.order)),
         (None, "a cell is one visual token"),
     ]
     if any((each < 0).any() for each in cells):

@@ -6,7 +6,7 @@ from ..models.configuration_cdpruner import CdprunerConfig
 from ..models.modeling_cdpruner import CdprunerForConditionalGeneration, CdprunerModel
 from .baselines import Baseline, Baselines, Instead, Met
 from .costs import Workload
-from .drawing import PAPER, Drawing, Kept, Tile, cells_of, colour_of, kept_line, token_sequence
+from .drawing import PAPER, Drawing, Kept, Tile, colour_of, kept_line, token_map
 from .record import Base, Costs, Record, Sharding, connect_all, connector_names, register
 from .shapes import of_llava
 
@@ -25,7 +25,8 @@ def draw(kept: Kept) -> Drawing:
     grid = config.token_grid if config.grid_base is None else layout.token_grid
     stays = kept.decisions("one truth value per visual token", torch.bool, 1)
     joined = config.mm_patch_merge_type == "spatial_unpad"
-    order = token_sequence(layout, grid, config.unpad_rule if joined else None)
+    places = token_map(layout, grid, config.unpad_rule if joined else None)
+    order = places.order
     if not joined and config.grid_base is None:
         stays = kept.own_tiles(stays.unflatten(0, (-1, config.image_seq_length))).flatten()
     elif kept.image_idx != 0 or len(stays) != len(order):
@@ -34,7 +35,7 @@ def draw(kept: Kept) -> Drawing:
             f"{len(stays)}. `overlay` needs the output of a call with one image, but for rows of equal tiles."
         )
     count, compressed = int(stays.sum()), not bool(stays.all())
-    cells = cells_of(order[stays], torch.arange(count), layout.num_tiles, grid)
+    cells = places.cells_of(order[stays], torch.arange(count))
     if config.shuffle_factor > 1 and config.ps_version == "v1":
         # InternVL's first pixel shuffle counts by columns
         cells = [each.T for each in cells]

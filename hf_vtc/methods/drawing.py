@@ -5,8 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from ..models.tiling_vtc import TileLayout, joined_order, unpadded_grids
+from ..models.tiling_vtc import TileLayout, joined_order, scaled_down, unpadded_grids
 
 Colour = tuple[int, int, int]
 # what stands before a line of a legend: a colour, several for tiles that are `filled`, or nothing
@@ -122,15 +123,53 @@ def cells_of(sources: torch.Tensor, tokens: torch.Tensor, num_tiles: int, grid: 
     return list(cells.reshape(num_tiles, *grid).numpy())
 
 
-def token_sequence(layout: TileLayout, grid: tuple[int, int], rule: str | None) -> torch.Tensor:
-    """Which cell of an image, tile by tile, each of its visual tokens is; -1 for a newline.
+class TokenMap(NamedTuple):
+    """Where the visual tokens of an image stand.
+
+    Args:
+        order (`torch.LongTensor` of shape `(num_tokens,)`): which cell, tile by tile, each token is; -1 for a newline.
+            Of a map that is scaled down, the cell in its middle.
+        nearest (`torch.LongTensor` of shape `(num_cells,)`): the cell of `order` that stands for each cell.
+    """
+
+    order: torch.LongTensor
+    nearest: torch.LongTensor
+    num_tiles: int
+    grid: tuple[int, int]
+
+    def cells_of(self, sources: torch.Tensor, tokens: torch.Tensor) -> list[np.ndarray]:
+        """`cells_of` this image, with every cell of a scaled map in the colour of its nearest token."""
+        cells = torch.from_numpy(np.stack(cells_of(sources, tokens, self.num_tiles, self.grid)))
+        return list(cells.flatten()[self.nearest].reshape(self.num_tiles, *self.grid).numpy())
+
+
+def token_map(layout: TileLayout, grid: tuple[int, int], rule: str | None) -> TokenMap:
+    """Where the visual tokens of an image stand.
 
     Args:
         grid (`tuple[int, int]`): (rows, columns) of tokens in a tile.
         rule (`str`, *optional*): how padding is cut off where tiles are joined to a map; None: they are not.
     """
+    per_tile = grid[0] * grid[1]
+    nearest = torch.arange(layout.num_tiles * per_tile)
     if rule is None or layout.num_tiles == 1:
-        return torch.arange(layout.num_tiles * grid[0] * grid[1])
+        newlines = int(layout.max_map_tiles is not None)
+        return TokenMap(F.pad(nearest, (0, newlines), value=-1), nearest, layout.num_tiles, grid)
     size, tiles = torch.tensor([layout.image_size]), torch.tensor([layout.grid])
-    (kept,) = unpadded_grids(size, tiles, grid, rule).tolist()
-    return joined_order(layout.grid, grid, tuple(kept))
+    kept = unpadded_grids(size, tiles, grid, rule)
+    (scaled,) = scaled_down(kept, grid, layout.max_map_tiles).tolist()
+    (kept,) = kept.tolist()
+    order = joined_order(layout.grid, grid, tuple(kept))
+    if scaled != kept:
+        content = order[per_tile:].unflatten(0, (kept[0], kept[1] + 1))[:, :-1]
+        rows, columns = (_middles(*sides) for sides in zip(kept, scaled))
+        own = content[rows][:, columns]
+        rows, columns = (_middles(*sides) for sides in zip(scaled, kept))
+        nearest[content.flatten()] = own[rows][:, columns].flatten()
+        order = torch.cat([order[:per_tile], F.pad(own, (0, 1), value=-1).flatten()])
+    return TokenMap(order, nearest, layout.num_tiles, grid)
+
+
+def _middles(length: int, count: int) -> torch.LongTensor:
+    """Of `length` equal places in a line those in which the middles of `count` equal parts lie."""
+    return (2 * torch.arange(count) + 1) * length // (2 * count)

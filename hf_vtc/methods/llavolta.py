@@ -14,7 +14,7 @@ from ..models.modeling_llavolta import LlavoltaForConditionalGeneration, Llavolt
 from ..models.tiling_vtc import TileLayout
 from .baselines import Baseline, Baselines, Instead, Met, between
 from .costs import Workload
-from .drawing import Drawing, Kept, Swatch, Tile, cells_of, colour_of, kept_line, token_sequence
+from .drawing import Drawing, Kept, Swatch, Tile, colour_of, kept_line, token_map
 from .record import Base, Costs, Record, Sharding, connect_all, connector_names, register
 from .shapes import of_llava
 
@@ -36,13 +36,14 @@ def draw(kept: Kept) -> Drawing:
     config, layout, count = kept.config, kept.layout, kept.num_tokens
     grid = layout.token_grid if config.grid_base is not None else (math.isqrt(config.image_seq_length),) * 2
     rule = config.unpad_rule if config.mm_patch_merge_type == "spatial_unpad" else None
-    order = token_sequence(layout, grid, rule)
+    places = token_map(layout, grid, rule)
+    order = places.order
     stride = _stride_of(config, layout, len(order), count)
     # the other compressors choose by content, of which the output says nothing
     known = config.compressor in ("avgpool1d", "uniform", "avgpool2d")
     members, widths = _windows(config, grid, len(order), stride if known else 1)
     tokens = torch.arange(len(widths)).repeat_interleave(widths)
-    cells = cells_of(order[members], tokens, layout.num_tiles, grid)
+    cells = places.cells_of(order[members], tokens)
     compressed = stride > 1
     layer_idx = config.compress_layer_idx
     where = f"before layer {layer_idx}" if layer_idx >= 0 else "before the decoder"

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
-from .grids_vtc import halved_grids, pooled_grid
+from .grids_vtc import halved_grids, halved_window, pooled_grid
 from .tiling_vtc import ImageSizes, stacked_grids
 
 # side of what is pooled to granularities where images are grids of any size, in visual tokens
@@ -138,8 +138,8 @@ class AvgLlavaConfig(VtcConfig):
 
     @property
     def granularity_windows(self) -> list[tuple[int, int]]:
-        """(high, wide) of what becomes one token at each of `all_granularities`, where images are grids."""
-        return [(self.grid_side // rows, self.grid_side // columns) for rows, columns in self.granularity_grids]
+        """(high, wide) of what becomes one token at each of `all_granularities`."""
+        return [halved_window(self.grid_side, grid) for grid in self.granularity_grids]
 
     def window_of(self, level: int) -> tuple[int, int]:
         return self.granularity_windows[::-1][level]

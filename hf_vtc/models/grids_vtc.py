@@ -95,6 +95,12 @@ def pooled_grid(side: int, scale: int) -> tuple[int, int]:
     return found[0]
 
 
+def halved_window(side: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """(high, wide) of what becomes one token of `grid`, one of `halved_grids`."""
+    halvings = halved_grids(side).index(grid)
+    return 2 ** (halvings // 2), 2 ** (halvings - halvings // 2)
+
+
 def grid_windows(length: int, columns: int, high: int, wide: int) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Windows of `high` x `wide` tokens of one grid, row by row; those at its edges have the members that are there.
 

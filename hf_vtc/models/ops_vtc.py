@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from .grids_vtc import halved_grids, pooled_grid
+from .grids_vtc import halved_window, pooled_grid
 from .kernels_vtc import has_kernel, set_forced
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -158,9 +158,10 @@ def pool_pyramid_reference(features: torch.Tensor, scales: Sequence[int]) -> lis
             pooled.append(features)
             continue
         if side % 2:
-            halvings = halved_grids(side).index((rows, columns))
-            window = 2 ** (halvings // 2), 2 ** (halvings - halvings // 2)
-            maps = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            maps, window = (
+                features.unflatten(1, (side, side)).permute(0, 3, 1, 2),
+                halved_window(side, (rows, columns)),
+            )
             maps = torch.nn.functional.avg_pool2d(maps, window, window, ceil_mode=True)
             pooled.append(maps.flatten(2).transpose(1, 2))
             continue

@@ -41,7 +41,7 @@ def overlay(
         processor: the `VtcProcessor` or `VtcImageProcessor` that cut the image. Default: InternVL's 448 pixel tiles.
         config: `model.config`. Default: the output is ViCO's.
         num_tiles (`(num_images,)`, *optional*): as the processor gives it with `return_layout=True`; needed if the
-            call had several images and the method decides by tile.
+            call had several images and the method decides by tile, or the base is LLaVA-OneVision.
         image_idx (`int`): which image of the call this is.
         tokens_per_tile (`tuple[int, int]`, *optional*): for ViCO without a `config`, visual tokens of a full and of a
             compressed tile; without them no numbers are drawn.
@@ -58,12 +58,26 @@ def overlay(
     """
     cutter = processor.image_processor if isinstance(processor, ProcessorMixin) else processor or VtcImageProcessor()
     picture = cutter.fetch_images(image)
-    layout = cutter.get_tile_layout(picture.height, picture.width)
+    counts = None if num_tiles is None else [int(count) for count in num_tiles]
+    layout = cutter.get_tile_layout(picture.height, picture.width, _is_alone(cutter, output, counts, image_idx))
     record = vico.RECORD if config is None else record_of(config)
     draw = record.need("draw", "`overlay`")
-    counts = None if num_tiles is None else [int(count) for count in num_tiles]
     kept = Kept(layout, output, config, image_idx, counts, tokens_per_tile)
     return compose(picture, layout, draw(kept), title, max_side, caption)
+
+
+def _is_alone(cutter: VtcImageProcessor, output: Any, num_tiles: list[int] | None, image_idx: int) -> bool:
+    """Whether an image was cut as one that is alone in its prompt."""
+    if cutter.max_map_tiles is None:
+        return True
+    if num_tiles is not None:
+        return num_tiles[image_idx] > 1
+    if not isinstance(output, (torch.Tensor, list, tuple)) and len(output.num_visual_tokens) > 1:
+        raise ValueError(
+            "`num_tiles` must be given for a call with several images: with `max_map_tiles` an image is cut otherwise "
+            "beside others in its prompt. Pass what the processor returned."
+        )
+    return True
 
 
 def stack(pictures: Sequence[Sequence[Image.Image]]) -> Image.Image:
