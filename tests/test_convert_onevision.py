@@ -3,6 +3,7 @@
 import pytest
 import torch
 from contract_samples import GREEDY
+from factories import tiny_config
 from onevision_models import (
     SIZES,
     both,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from hf_vtc.convert import convert, from_base
+from hf_vtc.methods import record_named
 from hf_vtc.models.counting_vtc import COUNT_RULES
 from hf_vtc.models.grids_vtc import grid_windows, halved_grids
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
@@ -183,3 +185,60 @@ def test_a_pyramid_of_an_odd_grid_by_hand():
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="364 tokens cannot be reached.*729, 378, 196"):
         pool_pyramid(features, [364])
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("method", ("vico", "vistog", "visionzip", "convllava"))
+def test_methods_that_do_not_fit_are_refused_with_the_reason(method):
+    reason = record_named(method).config.refused_bases["llava_onevision"]
+    with pytest.raises(ValueError, match=f"{method} does not fit llava_onevision: {reason}"):
+        from_base(stock_model(), method)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        ({"vision_aspect_ratio": "anyres"}, "`vision_aspect_ratio` must be 'anyres_max_' and a number of tiles"),
+        ({"vision_feature_layer": [-2, -1]}, "must be one layer"),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias"),
+    ),
+    ids=str,
+)
+def test_settings_without_a_counterpart_are_refused(fields, message):
+    stock = stock_model()
+    for name, value in fields.items():
+        setattr(stock.config, name, value)
+    with pytest.raises(ValueError, match=message):
+        from_base(stock, "llavolta")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {"max_map_tiles": 0},
+        {"unpad_rule": "token_grid"},
+        {"mm_patch_merge_type": "flat", "image_grid_pinpoints": None},
+    ),
+    ids=str,
+)
+def test_a_limit_that_means_nothing_is_refused(fields):
+    with pytest.raises(ValueError, match="`max_map_tiles` must be a positive number of tiles"):
+        tiny_config("llavolta on llava_onevision", **fields)
+    with pytest.raises(ValueError, match="`max_map_tiles` must be a positive number of tiles"):
+        VtcImageProcessor("dynamic", 32, max_map_tiles=9)
+
+
+def test_videos_and_wrong_tiles_are_refused(converted):
+    stock, model, processor, _ = converted
+    theirs, ours = both(processor, rows_of([SIZES[1]], [SIZES[3], SIZES[2]]))
+    with pytest.raises(TypeError, match="pixel_values_videos"):
+        model(**ours, pixel_values_videos=ours["pixel_values"][None])
+    with pytest.raises(ValueError, match="videos"):
+        processor(text=["<video>"], videos=[[picture(20, 20)] * 2])
+    with pytest.raises(ValueError, match="do not match"):
+        # as if each were cut
+        model(**{**ours, "num_tiles": torch.tensor([13, 2, 4])})
+    with pytest.raises(ValueError, match="needs 3 x 4 tiles"):
+        model(**{**ours, "num_tiles": torch.tensor([14, 1, 1]), "pixel_values": torch.zeros(16, 3, 32, 32)})

@@ -1,4 +1,4 @@
-"""Tools on models of LLaVA-OneVision: collator, budgets of prompts, estimate, bench, overlay, export, LoRA, trainers."""
+"""Tools on models of LLaVA-OneVision: collator, budgets of prompts, estimate, bench, overlay, export, LoRA, fit."""
 
 import copy
 import json

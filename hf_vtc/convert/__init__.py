@@ -81,9 +81,9 @@ def from_base(
     With `vtc_budget="full"` the result computes exactly what the base computes. Nothing is shared with the base.
 
     Args:
-        model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): an InternVL, LLaVA, LLaVA-NeXT, Qwen2.5-VL
-            or Qwen3-VL model of transformers, a checkpoint folder (of transformers or official), or the id of a
-            repository on the Hub.
+        model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): an InternVL, LLaVA, LLaVA-NeXT, LLaVA-OneVision,
+            Qwen2.5-VL or Qwen3-VL model of transformers, a checkpoint folder (of transformers or official), or the id
+            of a repository on the Hub.
         method (`str`): such as `"vico"`.
         image_token_id (`int`, *optional*): id of the placeholder, where an official folder has no tokenizer.
         dtype (`torch.dtype` or `str`, *optional*): of the parameters. Default: that of the base.

@@ -29,7 +29,9 @@ class ConvllavaConfig(VtcConfig):
     """
 
     model_type = "vtc_convllava"
-    refused_bases = dict.fromkeys(("internvl", "llava", "llava_next", *GRID_BASES), "the method is its own tower")
+    refused_bases = dict.fromkeys(
+        ("internvl", "llava", "llava_next", "llava_onevision", *GRID_BASES), "the method is its own tower"
+    )
     sees_tiles = False
 
     def __init__(

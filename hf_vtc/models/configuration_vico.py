@@ -33,7 +33,8 @@ class VicoConfig(VtcConfig):
 
     model_type = "vtc_vico"
     refused_bases = dict.fromkeys(
-        ("llava", "llava_next"), "it has no pixel shuffle, beside which a second one could be trained"
+        ("llava", "llava_next", "llava_onevision"),
+        "it has no pixel shuffle, beside which a second one could be trained",
     ) | dict.fromkeys(
         GRID_BASES,
         "a merger for windows of 4 x 4 visual tokens, and on Qwen3-VL one for each deeper row, is not there",

@@ -31,9 +31,9 @@ class VisionzipConfig(TrainingFreeConfig):
     """
 
     model_type = "vtc_visionzip"
-    refused_bases = {
-        "llava_next": "a map is joined from whole tiles, of which dominant tokens leave no rows"
-    } | dict.fromkeys(
+    refused_bases = dict.fromkeys(
+        ("llava_next", "llava_onevision"), "a map is joined from whole tiles, of which dominant tokens leave no rows"
+    ) | dict.fromkeys(
         GRID_BASES, "the attention of its tower is not read: its images lie in one sequence, in windows on Qwen2.5-VL"
     )
 

@@ -46,9 +46,9 @@ class VistogConfig(VtcConfig):
     """
 
     model_type = "vtc_vistog"
-    refused_bases = {
-        "llava_next": "tiles are joined by their grids, which semantic tokens do not have"
-    } | dict.fromkeys(
+    refused_bases = dict.fromkeys(
+        ("llava_next", "llava_onevision"), "tiles are joined by their grids, which semantic tokens do not have"
+    ) | dict.fromkeys(
         GRID_BASES,
         "semantic tokens have no place among patches that the tower attends to by windows and merges by 2 x 2",
     )
