@@ -4,15 +4,16 @@ Seen on transformers 4.57.6 to 5.24.0. Other towers run as a whole, by their `fo
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .host_vtc import grid_base_of
 
@@ -93,12 +94,14 @@ def run_grid_tower(
 
 def embed_patches(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """What a tower's `embeddings` give for `(T, 3, S, S)` pixels; InternVL's of 4.57 gives the grid beside it."""
-    device = next(tower.parameters()).device
-    if device.type != "meta":
-        # accelerate moves the input of a tower to its device, but here the tower itself is not called
-        pixel_values = pixel_values.to(device)
-    embedded = tower.embeddings(pixel_values)
+    embedded = tower.embeddings(on_device_of(tower, pixel_values))
     return embedded[0] if isinstance(embedded, tuple) else embedded
+
+
+def on_device_of(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """What parts of a module are going to read, where accelerate would move it if the module itself were called."""
+    device = next(module.parameters()).device
+    return states if device.type == "meta" else states.to(device)
 
 
 def run_tower_layer(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -142,18 +145,20 @@ def modules_behind_layers(tower: nn.Module) -> list[nn.Module]:
 class LayerParts(NamedTuple):
     """The steps of one encoder layer of a tower; a tuple is run in order.
 
-    `scale_1` and `scale_2` multiply the two residual branches, `num_heads` and `dropout` belong to the attention.
+    `attend` makes `(T, N, C)` of queries, keys and values `(T, heads, N, C / heads)` as the layer itself does.
+    `scale_1` and `scale_2` multiply the two residual branches if there are any, `dropout` is of attention weights.
     """
 
     norm_1: nn.Module
     to_query: tuple[nn.Module, ...]
     to_key: tuple[nn.Module, ...]
     to_value: tuple[nn.Module, ...]
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     to_output: tuple[nn.Module, ...]
-    scale_1: float | torch.Tensor
+    scale_1: torch.Tensor | None
     norm_2: nn.Module
     feed_forward: tuple[nn.Module, ...]
-    scale_2: float | torch.Tensor
+    scale_2: torch.Tensor | None
     num_heads: int
     dropout: float
 
@@ -162,6 +167,7 @@ def parts_of_layer(layer: nn.Module, tower_type: str) -> LayerParts:
     """Take an encoder layer of one of `TOWERS_IN_PARTS` apart; `tower_type` is the `model_type` of its config."""
     if tower_type == "internvl_vision":
         attention = layer.attention
+        dropout = attention.attention_dropout if attention.training else 0.0
         # bare parameters, which are read while the layer itself does not run
         with bare_parameters_of(layer):
             scale_1, scale_2 = layer.lambda_1, layer.lambda_2
@@ -170,28 +176,57 @@ def parts_of_layer(layer: nn.Module, tower_type: str) -> LayerParts:
             to_query=(attention.q_proj, attention.q_norm),
             to_key=(attention.k_proj, attention.k_norm),
             to_value=(attention.v_proj,),
+            attend=partial(_attend, attention, dropout),
             to_output=(attention.projection_layer, attention.projection_dropout),
             scale_1=scale_1,
             norm_2=layer.layernorm_after,
             feed_forward=(layer.mlp, layer.dropout),
             scale_2=scale_2,
             num_heads=attention.num_heads,
-            dropout=attention.attention_dropout,
+            dropout=dropout,
         )
     attention = layer.self_attn
+    dropout = attention.dropout if attention.training else 0.0
     return LayerParts(
         norm_1=layer.layer_norm1,
         to_query=(attention.q_proj,),
         to_key=(attention.k_proj,),
         to_value=(attention.v_proj,),
+        attend=partial(_attend, attention, dropout),
         to_output=(attention.out_proj,),
-        scale_1=1.0,
+        scale_1=None,
         norm_2=layer.layer_norm2,
         feed_forward=(layer.mlp,),
-        scale_2=1.0,
+        scale_2=None,
         num_heads=attention.num_heads,
-        dropout=attention.dropout,
+        dropout=dropout,
     )
+
+
+def _attend(
+    attention: nn.Module, dropout: float, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """What the attention of a tower's layer does, by the implementation that was chosen for it."""
+    name = attention.config._attn_implementation
+    # the eager one stands in the file of each tower, not among the others
+    function = (
+        import_module(type(attention).__module__).eager_attention_forward
+        if name == "eager"
+        else ALL_ATTENTION_FUNCTIONS[name]
+    )
+    attended, _ = function(
+        attention, queries, keys, values, None, scaling=attention.scale, dropout=dropout, is_causal=False
+    )
+    return attended.flatten(2)
+
+
+def checkpointed(
+    layer: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor
+) -> torch.Tensor:
+    """`function(states)`, which runs parts of a layer; it runs again for gradients if the layer itself would."""
+    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+        return layer._gradient_checkpointing_func(function, states)
+    return function(states)
 
 
 def class_token_of(tower: nn.Module, tower_type: str) -> torch.Tensor | None:
