@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ class VtcGenerationMixin(GenerationMixin):
         )
         if kwargs.get("use_model_defaults") is False:  # 4.57 only
             configs = configs[:1]
-        stock = vars(GenerationConfig()).get(name)
+        stock = vars(_stock_config()).get(name)
         given = [vars(config).get(name) for config in configs]
         return next((value for value in given if value is not None and value != stock), None)
 
@@ -267,14 +267,13 @@ class VtcGenerationMixin(GenerationMixin):
     ) -> GenerationConfig | None:
         """Turn `max_length` and `min_length`, which count the original prompt, into numbers of new tokens."""
         given = self.generation_config if generation_config is None else generation_config
-        config, stock = copy.deepcopy(given), GenerationConfig()
+        stock = _stock_config()
         asked = {
             name: self._asked_for(name, generation_config, kwargs)
             for name in ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
         }
         for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             kwargs.pop(total, None)
-            setattr(config, total, getattr(stock, total))
             length = asked[total]
             if length is None or asked[new] is not None:
                 continue
@@ -284,7 +283,18 @@ class VtcGenerationMixin(GenerationMixin):
                     "tokens. Raise it, or set `max_new_tokens`."
                 )
             kwargs[new] = max(length - prompt_length, 0)
-        return None if generation_config is None and config == given else config
+        totals = {total: getattr(stock, total) for total in ("max_length", "min_length")}
+        if all(getattr(given, total) == value for total, value in totals.items()):
+            return generation_config
+        config = copy.deepcopy(given)
+        vars(config).update(totals)
+        return config
+
+
+@lru_cache
+def _stock_config() -> GenerationConfig:
+    """What stands in a config where nobody asks for anything else."""
+    return GenerationConfig()
 
 
 class _NoPlaceholder(LogitsProcessor):
