@@ -154,7 +154,8 @@ class LargestVocabularyTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        # turned round, the weight of the head has a vocabulary axis too
+        for tensor in () if func.is_view else out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor) and tensor.ndim > 1 and tensor.shape[-1] == self.vocab_size:
                 self.rows = max(self.rows, tensor.numel() // self.vocab_size)
         return out
@@ -170,15 +171,50 @@ def test_training_makes_no_full_length_vocabulary_tensor(model):
         out = model(**batch, labels=labels, vtc_budget=some_budget(model))
         out.loss.backward()
     assert out.logits is None
-    num_placeholders = int((batch["input_ids"] == model.config.image_token_id).sum())
-    if int(out.num_visual_tokens.sum()) < num_placeholders:
-        assert 0 < largest.rows <= int(out.kept_mask.sum()) < batch["input_ids"].numel()
-    else:
-        # where nothing is ever dropped, the compact rows are the rows
-        assert largest.rows == batch["input_ids"].numel()
+    # the first token of a row is predicted by nothing
+    assert 0 < largest.rows == int((labels[:, 1:] != -100).sum()) < batch["input_ids"].numel()
     model.eval()
     with torch.no_grad():
         assert model(**batch, labels=labels, vtc_budget=some_budget(model)).logits.shape[:2] == labels.shape
+
+
+@pytest.mark.window
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("shifted", (False, True))
+def test_the_head_runs_once_on_the_rows_that_are_read(model, shifted, training):
+    model = copy.deepcopy(model).train(training)
+    batch = batch_of(model, 4, num_rows=3)
+    labels = with_labels(batch, model)
+    targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    given = {"labels": labels.flip(0), "shift_labels": targets} if shifted else {"labels": labels}
+    num_targets, rows = int((targets != -100).sum()), []
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0][..., 0].numel()))
+    with torch.no_grad():
+        for keep in (0, 2, torch.tensor([0, 5])):
+            torch.manual_seed(0)
+            out = model(**batch, **given, vtc_budget=some_budget(model), logits_to_keep=keep)
+            num_kept = int(out.kept_mask.sum()) if out.kept_index is not None else labels.numel()
+            in_evaluation = num_kept if isinstance(keep, int) and keep == 0 else num_targets + 2 * len(labels)
+            assert rows == [num_targets if training else in_evaluation]
+            if not training:
+                logits = model(**batch, vtc_budget=some_budget(model)).logits
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                torch.testing.assert_close(out.loss, loss, rtol=1e-6, atol=1e-6)
+                asked = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
+                torch.testing.assert_close(out.logits, logits[:, asked])
+            rows.clear()
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_a_batch_without_labels_has_the_loss_of_nothing(model, training):
+    model = copy.deepcopy(model).train(training)
+    batch = batch_of(model, 4, num_rows=2)
+    nothing = torch.full_like(batch["input_ids"], -100)
+    loss = model(**batch, labels=nothing, num_items_in_batch=torch.tensor(3), vtc_budget=some_budget(model)).loss
+    loss.backward()
+    assert float(loss.detach()) == 0 and not float(model.lm_head.weight.grad.abs().max())
+    # as in transformers
+    assert bool(model(**batch, labels=nothing, vtc_budget=some_budget(model)).loss.isnan())
 
 
 def test_logits_to_keep(model):

@@ -59,35 +59,32 @@ class VtcCausalLMOutputWithPast(CausalLMOutputWithPast):
     num_visual_tokens: torch.LongTensor | None = None
 
 
-def predicting_states(
+def predicting_rows(
     outputs: VtcModelOutputWithPast, labels: torch.Tensor, shift_labels: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States and what each of them predicts; a loss over these is the full-length loss.
+    """Rows of the flattened states that predict something, and what; a loss over these is the full-length loss.
 
     A kept token predicts the next kept token of its row.
 
     Args:
-        outputs ([`VtcModelOutputWithPast`]): `last_hidden_state` `(B, L, D)`, and `kept_index` where tokens were
-            dropped.
+        outputs ([`VtcModelOutputWithPast`]): `kept_index` where tokens were dropped.
         labels (`torch.Tensor` of shape `(B, L)`): ids, -100 = none.
         shift_labels (`torch.Tensor` of shape `(B, L)`, *optional*): what each position of the full-length prompt
             predicts, as trainers give it that split sequences; replaces `labels`.
 
     Returns:
-        States `(M, D)` and targets `(M,)`, -100 = none.
+        Rows `(N,)` of `B * L`, rising, and targets `(N,)`.
     """
-    states, kept_index = outputs.last_hidden_state.flatten(0, 1), outputs.kept_index
-    if shift_labels is not None:
-        targets = shift_labels.flatten()
-        predicted = (targets != -100).nonzero().flatten()
-        return states[predicted], targets[predicted]
-    if kept_index is None:
-        return states, nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
-    kept_labels = labels.flatten()[kept_index]
-    rows = kept_index // labels.shape[1]
-    row_goes_on = nn.functional.pad(rows[1:] == rows[:-1], (0, 1), value=False)
-    targets = nn.functional.pad(kept_labels[1:], (0, 1), value=-100).masked_fill(~row_goes_on, -100)
-    return states[kept_index], targets
+    kept_index, device = outputs.kept_index, outputs.last_hidden_state.device
+    labels, shift_labels = (None if each is None else each.to(device) for each in (labels, shift_labels))
+    if shift_labels is not None or kept_index is None:
+        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
+        targets = targets.flatten()
+        rows = (targets != -100).nonzero().flatten()
+        return rows, targets[rows]
+    kept_labels, of_row = labels.flatten()[kept_index], kept_index // labels.shape[1]
+    predicts = ((kept_labels[1:] != -100) & (of_row[1:] == of_row[:-1])).nonzero().flatten()
+    return kept_index[predicts], kept_labels[predicts + 1]
 
 
 def full_length_logits(
@@ -102,11 +99,14 @@ def full_length_logits(
     """
     states, kept_index = outputs.last_hidden_state, outputs.kept_index
     if kept_index is None or not isinstance(logits_to_keep, int) or logits_to_keep > 0:
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return head(states[:, rows])
+        return head(_asked_states(states, logits_to_keep))
     # dropped positions repeat the kept ones before them
     repeats = (outputs.kept_mask.flatten().cumsum(0) - 1).clamp(min=0)
     return head(states.flatten(0, 1)[kept_index])[repeats].unflatten(0, outputs.kept_mask.shape)
+
+
+def _asked_states(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    return states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
 class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
@@ -168,8 +168,8 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         """Full-length prompts in, full-length logits or a loss out; see `VtcModel.forward` for the arguments.
 
         Args:
-            labels (`(B, L)`): ids to predict, -100 = none; placeholders never count. In training mode only the loss is
-                computed, on kept rows; in eval mode the logits as well.
+            labels (`(B, L)`): ids to predict, -100 = none; placeholders never count. In training mode the head runs on
+                the rows that predict one, and `logits` is None; in eval mode it makes the logits as well.
             logits_to_keep (`int` or index tensor): logits of the last positions only, 0 = all.
         """
         outputs = self.model(
@@ -196,8 +196,8 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
                 # nothing stands before the first token of a row, on whichever side the row is padded
                 unread = nn.functional.pad(attention_mask[:, :-1] == 0, (1, 0), value=True)
                 labels = labels.masked_fill(unread.to(labels.device), -100)
-            loss = self._next_token_loss(outputs, labels, **kwargs)
-        if labels is None or not self.training:
+            loss, logits = self._loss_and_logits(outputs, labels, logits_to_keep, **kwargs)
+        else:
             logits = full_length_logits(self.lm_head, outputs, logits_to_keep)
         return VtcCausalLMOutputWithPast(
             loss=loss,
@@ -213,13 +213,28 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
             num_visual_tokens=outputs.num_visual_tokens,
         )
 
-    def _next_token_loss(self, outputs: VtcModelOutputWithPast, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Equal to the full-length loss, from compact rows; `shift_labels` among `kwargs` replaces the targets."""
-        shift_labels = kwargs.pop("shift_labels", None)
+    def _loss_and_logits(
+        self,
+        outputs: VtcModelOutputWithPast,
+        labels: torch.Tensor,
+        logits_to_keep: int | torch.Tensor,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The full-length loss, and in eval mode logits, by one call of the head; `shift_labels` replaces targets."""
         if shift_labels is not None:
             shift_labels = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100)
-        states, targets = predicting_states(outputs, labels, shift_labels)
+        rows, targets = predicting_rows(outputs, labels, shift_labels)
+        states, logits = outputs.last_hidden_state, None
+        if self.training:
+            predicted = self.lm_head(states.flatten(0, 1)[rows])
+        elif isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            logits = full_length_logits(self.lm_head, outputs)
+            predicted = logits.flatten(0, 1)[rows]
+        else:
+            asked = _asked_states(states, logits_to_keep)
+            both = self.lm_head(torch.cat([states.flatten(0, 1)[rows], asked.flatten(0, 1)]))
+            predicted, logits = both[: len(rows)], both[len(rows) :].unflatten(0, asked.shape[:2])
         vocab_size = self.config.text_config.vocab_size
-        return self.loss_function(
-            logits=self.lm_head(states), labels=None, vocab_size=vocab_size, shift_labels=targets, **kwargs
-        )
+        loss = self.loss_function(logits=predicted, labels=None, vocab_size=vocab_size, shift_labels=targets, **kwargs)
+        return loss, logits
