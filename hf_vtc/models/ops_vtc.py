@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from .grids_vtc import halved_window, pooled_grid
+from .grids_vtc import pooled_grid
 from .kernels_vtc import has_kernel, set_forced
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,7 +119,7 @@ def pixel_unshuffle(features: torch.Tensor, factor: int, version: str = "v2") ->
 
 
 def pool_pyramid(features: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
-    """Average-pool a square grid of features to each scale, every one directly from the full grid.
+    """Average-pool a square grid of features to each scale, in float32 from the full grid on.
 
     Args:
         features (`torch.Tensor` of shape `(T, N, D)`): row-major grids, `N = side * side`.
@@ -148,26 +148,28 @@ def pool_pyramid(features: torch.Tensor, scales: Sequence[int]) -> list[torch.Te
 
 
 def pool_pyramid_reference(features: torch.Tensor, scales: Sequence[int]) -> list[torch.Tensor]:
-    """`pool_pyramid` in plain PyTorch."""
-    num_tiles, num_tokens, width = features.shape
+    """`pool_pyramid` in plain PyTorch: each level is made of the sums of the level before."""
+    num_tokens, dtype = features.shape[1], features.dtype
     side = round(num_tokens**0.5)
-    pooled = []
     for scale in scales:
-        rows, columns = pooled_grid(side, scale)
-        if scale == num_tokens:
-            pooled.append(features)
-            continue
-        if side % 2:
-            maps, window = (
-                features.unflatten(1, (side, side)).permute(0, 3, 1, 2),
-                halved_window(side, (rows, columns)),
-            )
-            maps = torch.nn.functional.avg_pool2d(maps, window, window, ceil_mode=True)
-            pooled.append(maps.flatten(2).transpose(1, 2))
-            continue
-        blocks = features.reshape(num_tiles, rows, side // rows, columns, side // columns, width)
-        pooled.append(blocks.mean((2, 4)).flatten(1, 2))
-    return pooled
+        pooled_grid(side, scale)
+    pooled, num_left, smallest = {num_tokens: features}, num_tokens, min(scales, default=num_tokens)
+    sums = features.to(_wide(features)).unflatten(1, (side, side)) if smallest < num_tokens else features
+    sizes = sums.new_ones(1, side, side, 1)
+    while num_left > smallest:
+        axis = 2 if sums.shape[1] == sums.shape[2] else 1
+        sums, sizes = _sums_of_pairs(sums, axis), _sums_of_pairs(sizes, axis)
+        num_left = sums.shape[1] * sums.shape[2]
+        if num_left in scales:
+            pooled[num_left] = (sums / sizes).to(dtype).flatten(1, 2)
+    return [pooled[scale] for scale in scales]
+
+
+def _sums_of_pairs(states: torch.Tensor, axis: int) -> torch.Tensor:
+    """Neighbours along an axis of `(T, rows, columns, D)` added up; the last of an odd number stays alone."""
+    if states.shape[axis] % 2:
+        states = F.pad(states, (0, 0) * (3 - axis) + (0, 1))
+    return torch.add(*states.unflatten(axis, (-1, 2)).unbind(axis + 1))
 
 
 def assign_segment_mean(
