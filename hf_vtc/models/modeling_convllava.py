@@ -81,10 +81,13 @@ class ConvNextLayer(nn.Module):
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """`(B, C, h, w)` to the same shape."""
-        branch = self.dwconv(maps).permute(0, 2, 3, 1)  # (B, h, w, C)
+        # one name for all, so that each step frees what the one before it read: the wide ones are the peak of memory
+        branch = self.layernorm(self.dwconv(maps).permute(0, 2, 3, 1))  # (B, h, w, C)
         # pixels in a row: not every linear layer that may stand here takes more than three axes
-        rows = self.layernorm(branch).flatten(1, 2)
-        branch = self.pwconv2(self.act(self.pwconv1(rows))).unflatten(1, branch.shape[1:3])
+        branch = branch.flatten(1, 2)
+        branch = self.pwconv1(branch)
+        branch = self.act(branch)
+        branch = self.pwconv2(branch).unflatten(1, maps.shape[2:])
         if self.layer_scale_parameter is not None:
             branch = self.layer_scale_parameter * branch
         return maps + self.drop_path(branch).permute(0, 3, 1, 2)
