@@ -1,9 +1,10 @@
 """Seconds and memory of one optimizer step: each trainer, the same next-token step under LoRA, an oracle, and plain.
 
 The oracle of a step has images packed already and runs nothing in vain: the tower once, without gradients, the
-connectors that were needed, the stock language model once for each time that the objective needs it, the head on
-supervised tokens alone. Plain transformers sees all visual tokens and makes logits of every position, as its `Trainer`
-lets it. All take the same optimizer step, of SGD, which has no states and is a small part of the whole.
+connectors that were needed, the embeddings of text, the stock language model once for each time that the objective
+needs it, the head on supervised tokens alone. Plain transformers sees all visual tokens and makes logits of every
+position, as its `Trainer` lets it. All take the same optimizer step, of SGD, which has no states and is a small part
+of the whole.
 """
 
 import tempfile
@@ -86,8 +87,16 @@ class OraclePass:
         model.train(was_training)
         self.num_kept = sum(self.oracle.num_kept)
         self.model, self.targets = model, labels[:, -NUM_ANSWER_TOKENS:].flatten()
+        self.ids = self._packed_ids(inputs["input_ids"])
         # what reaches the decoder's first layer, or one in the middle, is there already; so are its gradients
         self.gradients: dict[Any, torch.Tensor] = {}
+
+    def _packed_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`(B, K)`: the rows of the embeddings that get gradients, the first one in place of images and padding."""
+        ids = input_ids.masked_fill(self.oracle.placeholders.to(input_ids.device), 0)
+        length = self.oracle.embeds.shape[1]
+        rows = [row[kept.to(row.device)] for row, kept in zip(ids, self.oracle.kept_mask, strict=True)]
+        return torch.stack([F.pad(row, (length - len(row), 0)) for row in rows])
 
     def _handed(self, key: Any, states: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         if not states.requires_grad:
@@ -100,7 +109,8 @@ class OraclePass:
         """The next-token loss, with its graph."""
         oracle, connected = self.oracle, self.oracle.connect(features)
         pieces = connected if isinstance(connected, list) else [connected]
-        embeds = oracle.embeds
+        # whoever trains embeddings looks them up and makes their gradients
+        embeds = self._handed("text", self.model.get_input_embeddings()(self.ids), oracle.embeds)
         for idx, piece in enumerate(pieces):
             embeds = self._handed(idx, piece, embeds)
         if oracle.replay is None:
