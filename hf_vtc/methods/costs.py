@@ -88,6 +88,7 @@ class TowerShape:
     ffn_width: int
     num_patches: int
     patch_values: int
+    num_class_tokens: int = 1
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], feature_layer: int = -1) -> "TowerShape":
@@ -101,11 +102,12 @@ class TowerShape:
             ffn_width=_field(config, "intermediate_size"),
             num_patches=(side_of(_field(config, "image_size")) // patch) ** 2,
             patch_values=(config.get("num_channels") or 3) * patch**2,
+            num_class_tokens=int(config.get("model_type") != "siglip_vision_model"),
         )
 
     def flops(self) -> float:
         """FLOPs of one tile, its class token and the embedding of its patches included."""
-        num_tokens = self.num_patches + 1
+        num_tokens = self.num_patches + self.num_class_tokens
         params = 4 * self.width**2 + 2 * self.width * self.ffn_width
         layers = self.num_layers * (2 * params * num_tokens + 4 * num_tokens**2 * self.width)
         return layers + linear_flops(self.num_patches, self.patch_values, self.width)
