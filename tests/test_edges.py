@@ -7,7 +7,7 @@ from factories import CONTRACTED, budgets_of, random_batch, row_of, tiny_model
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import GenerationConfig
 
-from hf_vtc.models.tiling_vtc import images_apart
+from hf_vtc.models.padding_vtc import images_apart
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..models.tiling_vtc import TileLayout, joined_order, scaled_down, unpadded_grids
+from ..models.grids_vtc import scaled_down
+from ..models.tiling_vtc import TileLayout, joined_order, unpadded_grids
 
 Colour = tuple[int, int, int]
 # what stands before a line of a legend: a colour, several for tiles that are `filled`, or nothing

@@ -8,9 +8,9 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
-from .grids_vtc import grid_positions
+from .grids_vtc import grid_positions, scaled_down
 from .host_vtc import PARTS_HAVE_OWN_DTYPE, PREFERS_INSTALLED_CODE, grid_base_of, position_axes, require_base
-from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles, scaled_down
+from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles
 from .window_vtc import note_on_newer
 
 MERGE_TYPES = ("flat", "spatial_unpad")

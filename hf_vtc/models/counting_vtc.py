@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from .tiling_vtc import TileLayout, scaled_down, unpadded_grids
+from .grids_vtc import scaled_down
+from .tiling_vtc import TileLayout, unpadded_grids
 
 
 def tokens_of_tiles(layout: TileLayout, image_seq_length: int) -> int:

@@ -174,6 +174,24 @@ def grid_positions(
     return positions
 
 
+def scaled_down(kept: torch.LongTensor, tokens: tuple[Any, Any], max_map_tiles: int | None) -> torch.LongTensor:
+    """Rows and columns of maps of which none has much more tokens than `max_map_tiles` tiles.
+
+    Args:
+        kept (`torch.LongTensor` of shape `(..., 2)`): (rows, columns), as `unpadded_grids` gives them.
+        tokens: as there.
+        max_map_tiles (`int`, *optional*): None for no limit.
+
+    Source: transformers' LLaVA-OneVision, `pack_image_features`, whose double precision decides what is rounded.
+    """
+    if max_map_tiles is None:
+        return kept
+    ratio = (kept.prod(-1).double() / (max_map_tiles * tokens[0] * tokens[1])).sqrt()[..., None]
+    # of coarse maps that are long and thin a row stays, which is less than one of the original's
+    smaller = torch.div(kept.double(), ratio, rounding_mode="floor").long().clamp(min=1)
+    return torch.where(ratio > 1.1, smaller, kept)
+
+
 def scaled_map(tokens: torch.Tensor, per_tile: int, kept: tuple[int, int], scaled: tuple[int, int]) -> torch.Tensor:
     """The tokens of an image whose map has (rows, columns) `kept`, with one of `scaled` by bilinear interpolation.
 

@@ -261,6 +261,15 @@ def flattened(images: Any) -> list[Image.Image]:
     return [images]
 
 
+def rows_or_flat(images: Any) -> list:
+    """A flat list of images, or a list of lists if the caller gave rows; empty if there is no image."""
+    images = images if isinstance(images, list) else [images]
+    if any(isinstance(item, list) for item in images):
+        rows = [item if isinstance(item, list) else [item] for item in images]
+        return rows if any(rows) else []
+    return images
+
+
 def alone_in_rows(images: Any) -> list[bool]:
     """Whether each image of a list is alone in its prompt: in a list of one, or in none, as transformers reads it."""
     rows = images if isinstance(images, list) else [images]

@@ -1,4 +1,4 @@
-"""Images of different sizes in one tensor, which others join to larger ones without knowing their sizes."""
+"""Images of different sizes, or of different numbers of tiles, in one tensor, which others join to larger ones."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,3 +37,18 @@ def padded_alike(images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors `(..., H, W)` with zeros on the right and at the bottom of all but the largest."""
     height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
     return [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
+
+
+def places_apart(num_tiles: torch.LongTensor, most: int) -> torch.LongTensor:
+    """Where the tiles of all images are, one after the other, among `most` places for each image, on the CPU."""
+    return (torch.arange(most) < num_tiles[:, None]).flatten().nonzero().flatten()
+
+
+def images_apart(tiles: Any, num_tiles: Any) -> Any:
+    """Tiles `(total, 3, S, S)` as a block for each image, `(num_images, most, 3, S, S)`, with zeros behind its own."""
+    pixels, num_tiles = torch.as_tensor(tiles), torch.as_tensor(num_tiles)
+    most = int(num_tiles.max())
+    apart = pixels.new_zeros(len(num_tiles) * most, *pixels.shape[1:])
+    apart[places_apart(num_tiles, most)] = pixels
+    apart = apart.unflatten(0, (-1, most))
+    return apart if isinstance(tiles, torch.Tensor) else apart.numpy()

@@ -26,10 +26,11 @@ from .chat_templates_vtc import (  # noqa: F401  public under this name too
 )
 from .counting_vtc import COUNT_RULES
 from .host_processor_vtc import ProcessorBase, TextArguments
-from .image_loading_vtc import alone_in_rows, sizes_of_images
+from .image_loading_vtc import alone_in_rows, rows_or_flat, sizes_of_images
 from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
+from .padding_vtc import images_apart
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
-from .tiling_vtc import TilingSettings, images_apart, refuse_misnamed, refuse_unknown
+from .tiling_vtc import TilingSettings, refuse_misnamed, refuse_unknown
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # what the decoders take; tokenizers of some versions add `token_type_ids`, which `generate` refuses
@@ -229,10 +230,9 @@ class VtcProcessor(ProcessorBase):
         if self.return_layout is False:
             features["pixel_values"] = images_apart(features["pixel_values"], features.pop("num_tiles"))
         elif self.return_layout is None and text is not None and _image_argument("vtc_budget", kwargs) is None:
-            if self.image_processor.max_map_tiles is not None:
-                # whose prompts tell it but for chance: a map can be as long as some single tiles
-                return features
-            if self.image_start_token is not None or self.count_rule != "tiles":
+            runs_tell = self.image_start_token is not None or self.count_rule != "tiles"
+            # by chance a map that is scaled down can be as long as some single tiles
+            if runs_tell and self.image_processor.max_map_tiles is None:
                 features.pop("num_tiles")
         return features
 
@@ -261,7 +261,7 @@ class VtcProcessor(ProcessorBase):
 
     def _fetched(self, images: Any, text: list[str] | None, data_format: str | None) -> list:
         try:
-            return _rows_or_flat(self.image_processor.fetch_images(images, data_format))
+            return rows_or_flat(self.image_processor.fetch_images(images, data_format))
         except OSError as error:
             if text is not None or not isinstance(images, str):
                 raise
@@ -342,7 +342,6 @@ class VtcProcessor(ProcessorBase):
             grid, of_images = image_inputs["image_grid_thw"][image_idx], self.image_processor
             return self._expanded(math.prod(map(int, grid)) * of_images.patch_size**2 // of_images.token_stride**2)
         height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
-        # an image that is cut has a whole view beside its tiles where that matters
         alone = "num_tiles" not in image_inputs or int(image_inputs["num_tiles"][image_idx]) > 1
         return self._expanded(self.reserved_tokens(height, width, alone, **_layout_fields(kwargs)))
 
@@ -366,8 +365,7 @@ class VtcProcessor(ProcessorBase):
             ValueError: nothing fits `vtc_budget`, only pixels can tell what does, or `model_config` is missing or of
                 another model.
         """
-        alone = [True] * len(image_sizes) if alone is None else alone
-        placed = list(zip(image_sizes, alone, strict=True))
+        placed = list(zip(image_sizes, alone or [True] * len(image_sizes), strict=True))
         reserved = [self.reserved_tokens(*size, each, **overrides) for size, each in placed]
         if vtc_budget is None:
             return reserved
@@ -397,9 +395,8 @@ class VtcProcessor(ProcessorBase):
     ) -> tuple[dict[str, Any], list[str]]:
         """Model inputs of the images of a call, and what the placeholder of each becomes in the prompt."""
         image_inputs = self.image_processor(images, **kwargs)
-        sizes = sizes_of_images(images)
-        written = self.written_tokens(sizes, vtc_budget, alone_in_rows(images), **_layout_fields(kwargs))
-        return image_inputs, [self._expanded(count) for count in written]
+        placed = sizes_of_images(images), vtc_budget, alone_in_rows(images)
+        return image_inputs, list(map(self._expanded, self.written_tokens(*placed, **_layout_fields(kwargs))))
 
     def _expanded(self, count: int) -> str:
         return (self.image_start_token or "") + self.image_token * count + (self.image_end_token or "")
@@ -475,15 +472,6 @@ class VtcProcessor(ProcessorBase):
             file = folder / CHAT_TEMPLATE_FILE if name == "default" else folder / CHAT_TEMPLATE_DIR / f"{name}.jinja"
             file.parent.mkdir(exist_ok=True)
             file.write_text(template, encoding="utf-8")
-
-
-def _rows_or_flat(images: Any) -> list:
-    """A flat list of images, or a list of lists if the caller gave rows; empty if there is no image."""
-    images = images if isinstance(images, list) else [images]
-    if any(isinstance(item, list) for item in images):
-        rows = [item if isinstance(item, list) else [item] for item in images]
-        return rows if any(rows) else []
-    return images
 
 
 def _refuse_unknown_arguments(kwargs: dict[str, Any]) -> None:

@@ -356,24 +356,6 @@ def unpadded_grids(
     return torch.stack([kept_rows, kept_columns], dim=-1)
 
 
-def scaled_down(kept: torch.LongTensor, tokens: tuple[Any, Any], max_map_tiles: int | None) -> torch.LongTensor:
-    """Rows and columns of maps of which none has much more tokens than `max_map_tiles` tiles.
-
-    Args:
-        kept (`torch.LongTensor` of shape `(..., 2)`): (rows, columns), as `unpadded_grids` gives them.
-        tokens: as there.
-        max_map_tiles (`int`, *optional*): None for no limit.
-
-    Source: transformers' LLaVA-OneVision, `pack_image_features`, whose double precision decides what is rounded.
-    """
-    if max_map_tiles is None:
-        return kept
-    ratio = (kept.prod(-1).double() / (max_map_tiles * tokens[0] * tokens[1])).sqrt()[..., None]
-    # of coarse maps that are long and thin a row stays, which is less than one of the original's
-    smaller = torch.div(kept.double(), ratio, rounding_mode="floor").long().clamp(min=1)
-    return torch.where(ratio > 1.1, smaller, kept)
-
-
 def stacked_grids(grids: Sequence[tuple[int, int]]) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Rows and columns `(G, 1)` of G token grids, for `unpadded_grids` of all of them at once."""
     # on the CPU also where a model is being built on another device
@@ -475,21 +457,6 @@ def _grid_boxes(
             top, left = row * tile_size - offset[0], column * tile_size - offset[1]
             boxes.append((left * step_x, top * step_y, (left + tile_size) * step_x, (top + tile_size) * step_y))
     return tuple(boxes)
-
-
-def places_apart(num_tiles: torch.LongTensor, most: int) -> torch.LongTensor:
-    """Where the tiles of all images are, one after the other, among `most` places for each image, on the CPU."""
-    return (torch.arange(most) < num_tiles[:, None]).flatten().nonzero().flatten()
-
-
-def images_apart(tiles: Any, num_tiles: Any) -> Any:
-    """Tiles `(total, 3, S, S)` as a block for each image, `(num_images, most, 3, S, S)`, with zeros behind its own."""
-    pixels, num_tiles = torch.as_tensor(tiles), torch.as_tensor(num_tiles)
-    most = int(num_tiles.max())
-    apart = pixels.new_zeros(len(num_tiles) * most, *pixels.shape[1:])
-    apart[places_apart(num_tiles, most)] = pixels
-    apart = apart.unflatten(0, (-1, most))
-    return apart if isinstance(tiles, torch.Tensor) else apart.numpy()
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], owner: str) -> None:

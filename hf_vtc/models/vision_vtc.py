@@ -20,13 +20,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_vtc import VtcConfig
-from .grids_vtc import scaled_map
+from .grids_vtc import scaled_down, scaled_map
 from .host_tower_vtc import bare_parameters_of, build_tower, restore_places, run_grid_tower
 from .host_vtc import FORWARD_ARGUMENTS
 from .layout_vtc import Layout, layout_of_images
 from .packing_vtc import to_device, to_host
+from .padding_vtc import places_apart
 from .prompt_vtc import Budget, VisionInputs, refuse_unknown
-from .tiling_vtc import joined_order, places_apart, scaled_down
+from .tiling_vtc import joined_order
 from .tower_vtc import Connector, run_tower_to, unused_modules
 
 # bytes to which torch aligns what it allocates on a CPU
