@@ -534,7 +534,7 @@ TINY["cdpruner on llava_next"] = Tiny(
 # 3 x 3 tokens and a rest, as 27 x 27 of 384 pixels; maps of two tiles at most, so that small images are scaled down
 _ONEVISION = {
     "vision_config": {**_CLIP, "model_type": "siglip_vision_model", "vision_use_head": False, "image_size": 27},
-    "text_config": {**_TEXT, "model_type": "qwen2", "num_hidden_layers": 3},
+    "text_config": {**_TEXT, "num_hidden_layers": 3},
     "vision_feature_select_strategy": "full",
     "mm_patch_merge_type": "spatial_unpad",
     "image_grid_pinpoints": _PINPOINTS_OF_27,
