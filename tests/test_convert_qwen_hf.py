@@ -31,7 +31,7 @@ from transformers import (
 from hf_vtc.convert import convert, from_base
 from hf_vtc.convert.refused import REFUSED_BASES
 from hf_vtc.methods import RECORDS, record_named
-from hf_vtc.models.host_vtc import GRID_BASES
+from hf_vtc.models.host_vtc import GRID_BASES, RELEASE
 
 pytestmark = pytest.mark.window
 
@@ -96,6 +96,16 @@ def stock_images(**settings):
     return Qwen2VLImageProcessorPil(**settings)
 
 
+def converted_images(base, folder, settings):
+    """The image processor of what a folder with these settings becomes."""
+    if not (folder / "hf").exists():
+        stock_folder(base, folder / "hf")
+        qwen_tokenizer().save_pretrained(folder / "hf")
+    (folder / "hf" / "preprocessor_config.json").write_text(json.dumps(settings))
+    convert(folder / "hf", folder / "dst", "llavolta")
+    return AutoProcessor.from_pretrained(folder / "dst").image_processor
+
+
 def test_the_processor_gives_what_that_of_the_base_gives(base, tmp_path):
     stock = stock_folder(base, tmp_path / "hf")
     qwen_tokenizer().save_pretrained(tmp_path / "hf")
@@ -126,13 +136,67 @@ def test_the_processor_gives_what_that_of_the_base_gives(base, tmp_path):
         assert model.generate(**given, **GREEDY).shape[1] == length
 
 
-@pytest.mark.parametrize(("name", "value"), (("patch_size", 3), ("merge_size", 4), ("do_resize", False)))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    (
+        ("patch_size", 3),
+        ("merge_size", 4),
+        ("temporal_patch_size", 1),
+        ("do_resize", False),
+        ("do_convert_rgb", False),
+        ("do_center_crop", True),
+        ("do_pad", True),
+        ("data_format", "channels_last"),
+        ("rescale_factor", 1 / 127),
+    ),
+)
 def test_settings_of_another_image_processor_are_refused(base, tmp_path, name, value):
-    stock_folder(base, tmp_path / "hf")
-    qwen_tokenizer().save_pretrained(tmp_path / "hf")
-    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps({name: value}))
     with pytest.raises(ValueError, match=f"`{name}` of the image processor must be"):
-        convert(tmp_path / "hf", tmp_path / "dst", "llavolta")
+        converted_images(base, tmp_path, {name: value})
+
+
+def test_settings_that_nobody_knows_are_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="`do_sharpen` of the image processor is not known"):
+        converted_images(base, tmp_path, {"do_sharpen": True})
+    for size in ({"height": 64, "width": 64}, 64):
+        with pytest.raises(ValueError, match="`size` of the image processor must be limits in pixels"):
+            converted_images(base, tmp_path, {"size": size})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    (
+        {},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"resample": 2},
+        {"image_mean": [0.1, 0.2, 0.3]},
+        {"image_std": [0.5, 0.6, 0.7]},
+        {"size": {"shortest_edge": 3000, "longest_edge": 5000}},
+        {"size": {"shortest_edge": 3000, "longest_edge": 5000}, "min_pixels": 512, "max_pixels": 1024},
+        {"rescale_factor": 1 / 255, "do_convert_rgb": True, "crop_size": None, "input_data_format": None},
+    ),
+)
+def test_settings_of_the_image_processor_are_honoured(base, tmp_path, settings):
+    patch_size = uncompressed(model_of(base)).config.vision_config.patch_size
+    # beside what every file says; the host's own defaults are those of other towers
+    size = {"shortest_edge": 512, "longest_edge": 4096}
+    given = {"patch_size": patch_size, "merge_size": 2, "size": size} | settings
+    noise = torch.randint(256, (50, 70, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture, limits = Image.fromarray(noise.numpy()), {}
+    if RELEASE < (5, 0):
+        # 4.57 does not read `size` of a file
+        limits = {"min_pixels": given["size"]["shortest_edge"], "max_pixels": given["size"]["longest_edge"]}
+    expected = stock_images(**limits | given)([picture], return_tensors="pt")
+    inputs = converted_images(base, tmp_path, given)([picture], return_tensors="pt")
+    assert torch.equal(inputs["image_grid_thw"], expected["image_grid_thw"])
+    largest = float(expected["pixel_values"].abs().max())
+    torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-6 * largest)
+
+
+def test_older_names_of_limits_are_read(base, tmp_path):
+    images = converted_images(base, tmp_path, {"size": {"min_pixels": 512, "max_pixels": 1024}})
+    assert (images.min_pixels, images.max_pixels) == (512, 1024)
 
 
 # what is refused

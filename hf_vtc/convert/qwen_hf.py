@@ -18,6 +18,32 @@ _IMAGE_TOKEN = "<|image_pad|>"
 # of transformers' image processor, which files may leave out: CLIP's colours, and limits in pixels
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280
+# settings of the base's image processor that ours takes over
+_HONOURED = (
+    "resample",
+    "image_mean",
+    "image_std",
+    "do_rescale",
+    "do_normalize",
+    "size",
+    "min_pixels",
+    "max_pixels",
+)
+# settings that say who wrote the file and where it runs, or speak of steps that the base's image processor has not
+_WITHOUT_EFFECT = (
+    "auto_map",
+    "crop_size",
+    "default_to_square",
+    "device",
+    "disable_grouping",
+    "feature_extractor_type",
+    "image_processor_type",
+    "input_data_format",
+    "pad_size",
+    "processor_class",
+    "return_tensors",
+    "transformers_version",
+)
 
 _PREFIXES = (
     (re.compile(r"^(model\.)?visual\."), "model.vision_tower."),
@@ -89,35 +115,12 @@ def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
 
 def _processor(source: Source, vision: PretrainedConfig) -> ProcessorSettings:
     """Settings of our processor from those of the base's; a part that does what ours does not is refused."""
-    given = source.image_processor
-    only = {
-        "patch_size": vision.patch_size,
-        "merge_size": vision.spatial_merge_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "do_resize": True,
-        "rescale_factor": 1 / 255,
-    }
-    for name, value in only.items():
-        if given.get(name, value) != value:
-            raise ValueError(
-                f"`{name}` of the image processor must be {value} for this tower, got {given[name]}. Repair its file."
-            )
-    size = given.get("size") or {}
-    limits = {
-        "min_pixels": given.get("min_pixels") or size.get("shortest_edge") or _MIN_PIXELS,
-        "max_pixels": given.get("max_pixels") or size.get("longest_edge") or _MAX_PIXELS,
-    }
     return ProcessorSettings(
         images={
             "tiling": "patches",
             "patch_size": vision.patch_size,
             "token_stride": vision.patch_size * vision.spatial_merge_size,
-            "resample": given.get("resample", 3),
-            "image_mean": given.get("image_mean", _MEAN),
-            "image_std": given.get("image_std", _STD),
-            "do_rescale": given.get("do_rescale", True),
-            "do_normalize": given.get("do_normalize", True),
-            **limits,
+            **_pixel_settings(source.image_processor, vision),
         },
         fields={
             "image_token": _IMAGE_TOKEN,
@@ -128,6 +131,65 @@ def _processor(source: Source, vision: PretrainedConfig) -> ProcessorSettings:
             "chat_template": source.chat_template or chatml_template(f"<|vision_start|>{_IMAGE_TOKEN}<|vision_end|>"),
         },
     )
+
+
+def _pixel_settings(given: Mapping[str, Any], vision: PretrainedConfig) -> dict[str, Any]:
+    """How pixels become values, from the settings of an image processor of the base.
+
+    Raises:
+        ValueError: a setting asks for what our image processor does not do, or is none that it knows.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    only = {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "do_resize": True,
+        "do_convert_rgb": True,
+        "do_center_crop": False,
+        "do_pad": False,
+        "data_format": "channels_first",
+        "rescale_factor": 1 / 255,
+    }
+    for name, value in only.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"`{name}` of the image processor must be {value} for this tower, got {given[name]}. Repair its file."
+            )
+    for name in given:
+        if name not in {*only, *_HONOURED, *_WITHOUT_EFFECT}:
+            raise ValueError(
+                f"`{name}` of the image processor is not known to be without effect, and ours has no such setting. "
+                "Remove it from its file if it changes nothing."
+            )
+    return {
+        "resample": given.get("resample", 3),
+        "image_mean": _by_channel(given.get("image_mean", _MEAN)),
+        "image_std": _by_channel(given.get("image_std", _STD)),
+        "do_rescale": given.get("do_rescale", True),
+        "do_normalize": given.get("do_normalize", True),
+        **_limits(given),
+    }
+
+
+def _by_channel(value: Any) -> Any:
+    return [value] * 3 if isinstance(value, (int, float)) else value
+
+
+def _limits(given: Mapping[str, Any]) -> dict[str, int]:
+    """Pixels between which the size of an image is left alone; their own names win over `size`, as in transformers."""
+    size = given.get("size", {})
+    known = {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}
+    if not isinstance(size, Mapping) or not known.issuperset(size):
+        raise ValueError(
+            f"`size` of the image processor must be limits in pixels, `shortest_edge` and `longest_edge`, got {size}. "
+            "Repair its file."
+        )
+    size = {name: value for name, value in size.items() if value is not None}
+    return {
+        "min_pixels": given.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or _MIN_PIXELS,
+        "max_pixels": given.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or _MAX_PIXELS,
+    }
 
 
 LAYOUT = Layout(
