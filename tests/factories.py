@@ -25,7 +25,9 @@ from hf_vtc.models.tiling_vtc import TilingSettings
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 # an id that no random text has; before an image of Qwen's bases, which find images by it on 4.57
-_VISION_START = 300
+VISION_START = 300
+# the placeholder of videos, whose name the tiny tokenizer does not know
+VIDEO_TOKEN_ID = 301
 # 256 bytes, some merges, then the special tokens
 VOCAB_SIZE = 272
 
@@ -117,7 +119,7 @@ def tiny_model(method: str, seed: int = 0, **overrides):
                 parameter.normal_(std=2 * parameter[0].numel() ** -0.5 if parameter.ndim == 2 else 0.3)
         model.lm_head.weight.mul_(0.5)
         # an answer with a placeholder could not be fed back as a prompt
-        model.lm_head.weight[model.config.image_token_id] = 0
+        model.lm_head.weight[list(model.config.placeholder_ids)] = 0
     return model
 
 
@@ -221,7 +223,8 @@ def _stock_qwen(model):
         vision_config=ours.vision_config.to_dict(),
         text_config=ours.text_config.to_dict(),
         image_token_id=ours.image_token_id,
-        vision_start_token_id=_VISION_START,
+        video_token_id=ours.video_token_id,
+        vision_start_token_id=VISION_START,
         tie_word_embeddings=ours.tie_word_embeddings,
     )
     stock = AutoModelForImageTextToText.from_config(config).eval()
@@ -351,7 +354,7 @@ class SizedImages:
 class GridImages(TiledImages):
     """Random images of Qwen's bases: grids of patches, of few sizes, all patches in one tensor."""
 
-    opening = (_VISION_START,)
+    opening = (VISION_START,)
 
     def draw(self, config, generator, alone: bool = True) -> tuple[dict[str, torch.Tensor], int]:
         """Vision inputs of one image, and the placeholders that it reserves."""
@@ -385,6 +388,7 @@ class Tiny:
 
 
 _QWEN3_VL = {
+    "video_token_id": VIDEO_TOKEN_ID,
     "vision_config": {
         "model_type": "qwen3_vl",
         "depth": 3,
@@ -406,6 +410,7 @@ _QWEN3_VL = {
     },
 }
 _QWEN2_5_VL = {
+    "video_token_id": VIDEO_TOKEN_ID,
     "vision_config": {
         "model_type": "qwen2_5_vl",
         "depth": 3,

@@ -9,8 +9,16 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from .grids_vtc import grid_positions, scaled_down
-from .host_vtc import PARTS_HAVE_OWN_DTYPE, PREFERS_INSTALLED_CODE, grid_base_of, position_axes, require_base
+from .host_vtc import (
+    PARTS_HAVE_OWN_DTYPE,
+    PREFERS_INSTALLED_CODE,
+    counts_seconds,
+    grid_base_of,
+    position_axes,
+    require_base,
+)
 from .tiling_vtc import UNPAD_RULES, ImageSizes, best_canvases, refuse_wrong_tiles
+from .videos_vtc import FRAME_SPLITS
 from .window_vtc import note_on_newer
 
 MERGE_TYPES = ("flat", "spatial_unpad")
@@ -35,6 +43,10 @@ class VtcConfig(PretrainedConfig):
         text_config (`dict` or `PretrainedConfig`): the decoder; a dict needs `model_type`. Default: Qwen3.
         image_token_id (`int`): id of the placeholder token in `input_ids`. It may lie beyond the vocabulary, which
             then has no row for it.
+        video_token_id (`int`, *optional*): id of the placeholder of videos, for a tower that sees grids; None where
+            videos are not taken.
+        frame_split (`str`): how the budget of a video is split over its frames: `"uniform"`, as many tokens of each,
+            or `"change"`, more of those that differ more from the frame before.
         image_seq_length (`int`, *optional*): reserved placeholders per tile, derived from the tower if not given:
             `(image_size / patch_size)^2 * downsample_ratio^2` (256 for 448 px, patch 14, ratio 0.5).
         vision_feature_layer (`int`): hidden state of the tower that is read, counted as in LLaVA: -1 is what the last
@@ -88,6 +100,8 @@ class VtcConfig(PretrainedConfig):
         vision_config: dict | PretrainedConfig | None = None,
         text_config: dict | PretrainedConfig | None = None,
         image_token_id: int = 151667,
+        video_token_id: int | None = None,
+        frame_split: str = "uniform",
         image_seq_length: int | None = None,
         vision_feature_layer: int = -1,
         vision_feature_select_strategy: str = "default",
@@ -104,6 +118,8 @@ class VtcConfig(PretrainedConfig):
         self.vision_config = _sub_config(vision_config, "internvl_vision")
         self.text_config = _sub_config(text_config, "qwen3")
         self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
+        self.frame_split = frame_split
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.projector_hidden_act = projector_hidden_act
@@ -123,6 +139,7 @@ class VtcConfig(PretrainedConfig):
         self._check_downsample_ratio()
         self._check_merge_type()
         self._check_grid_base()
+        self._check_videos()
         derived = self._tokens_per_tile()
         if image_seq_length not in (None, derived):
             raise ValueError(
@@ -134,6 +151,11 @@ class VtcConfig(PretrainedConfig):
         if PARTS_HAVE_OWN_DTYPE and self.dtype is not None:
             # files say of parts how they were made, which is not how they were saved
             self.vision_config.dtype = self.text_config.dtype = self.dtype
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Ids of placeholders in `input_ids`, of images and, if they are taken, of videos."""
+        return (self.image_token_id,) if self.video_token_id is None else (self.image_token_id, self.video_token_id)
 
     @property
     def grid_base(self) -> str | None:
@@ -199,6 +221,22 @@ class VtcConfig(PretrainedConfig):
                 f"`out_hidden_size` of the tower must be the width of the decoder, {width}, got {given}: its "
                 "connector gives visual tokens. Use tower and decoder of one model."
             )
+
+    def _check_videos(self) -> None:
+        if self.frame_split not in FRAME_SPLITS:
+            raise ValueError(f"`frame_split` must be one of {', '.join(FRAME_SPLITS)}, got {self.frame_split!r}.")
+        if self.video_token_id is None:
+            if self.frame_split != "uniform":
+                raise ValueError(
+                    "`frame_split` is for videos, which need a `video_token_id`. Give one, or leave it out."
+                )
+        elif self.grid_base is None:
+            raise ValueError(
+                f"`video_token_id` is of no use for {self.vision_config.model_type}: videos need a tower that sees "
+                "grids. Leave it out."
+            )
+        elif self.video_token_id == self.image_token_id:
+            raise ValueError(f"`video_token_id` must differ from `image_token_id`, both are {self.image_token_id}.")
 
     def _tokens_per_tile(self) -> int:
         """Reserved placeholders of a tile. A method whose towers have another geometry overrides it."""
@@ -311,7 +349,8 @@ class VtcConfig(PretrainedConfig):
             if grid[0] != 1 or min(grid) < 1 or any(side % merge for side in grid[1:]):
                 raise ValueError(
                     f"`image_grid_thw` of image {image_idx} must be 1 and two multiples of {merge}, patches in time, "
-                    f"height and width, got {grid}. Pass what the processor returned; videos are not supported."
+                    f"height and width, got {grid}. Pass what the processor returned; videos are not supported here, "
+                    "but in `pixel_values_videos` and `video_grid_thw`."
                 )
         return image_grid_thw[:, 1:] * self.vision_config.patch_size
 
@@ -346,7 +385,11 @@ class VtcConfig(PretrainedConfig):
         if self.grid_base is None or not position_axes(self.text_config):
             return None
         windows = [self.window_of(level) for level in layout.levels] if layout.is_exact else None
-        return grid_positions(layout.placeholder_mask, layout.attention_mask, layout.sizes.tokens, windows)
+        seen = layout.placeholder_mask, layout.attention_mask, layout.sizes.tokens, windows
+        if layout.videos is None or not counts_seconds(self.grid_base):
+            return grid_positions(*seen)
+        per_second = self.vision_config.tokens_per_second
+        return grid_positions(*seen, *layout.videos.steps_in_time(layout.sizes.tokens, layout.order, per_second))
 
     def window_of(self, level: int) -> tuple[int, int]:
         """(high, wide) of what enters the language model as one visual token of a grid, at a level of its image."""

@@ -93,7 +93,8 @@ class VtcGenerationMixin(GenerationMixin):
         if cache is not None:
             packed_ids, num_cached = packed.pack_ids(input_ids), cache.get_seq_length()
             _require_shorter_cache(num_cached, packed_ids.shape[1])
-            new_images = bool((packed_ids[:, num_cached:] == self.config.image_token_id).any())
+            new_ids = packed_ids[:, num_cached:]
+            new_images = any(bool((new_ids == token_id).any()) for token_id in self.config.placeholder_ids)
             if num_cached > 0 and (new_images or self.model.routes_by_text):
                 _require_settled_decisions(vision, self.model.budgets_settle)
         out = self._generate_packed(packed, input_ids, generation_config, kwargs)
@@ -182,7 +183,7 @@ class VtcGenerationMixin(GenerationMixin):
 
     def _without_placeholders(self, given: list[LogitsProcessor] | None) -> LogitsProcessorList:
         """`given`, and one that keeps the placeholder out: what `generate` returns can be a prompt again."""
-        return LogitsProcessorList([*(given or ()), _NoPlaceholder(self.config.image_token_id)])
+        return LogitsProcessorList([*(given or ()), _NoPlaceholder(self.config.placeholder_ids)])
 
     @contextmanager
     def _prompt_learning(self) -> Iterator[None]:
@@ -300,14 +301,15 @@ def _stock_config() -> GenerationConfig:
 class _NoPlaceholder(LogitsProcessor):
     """Never lets the placeholder of images be generated, where the language model has a score for it."""
 
-    def __init__(self, image_token_id: int):
-        self.image_token_id = image_token_id
+    def __init__(self, placeholder_ids: tuple[int, ...]):
+        self.placeholder_ids = placeholder_ids
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.image_token_id >= scores.shape[-1]:
+        known = [token_id for token_id in self.placeholder_ids if token_id < scores.shape[-1]]
+        if not known:
             return scores
         scores = scores.clone()
-        scores[:, self.image_token_id] = -torch.inf
+        scores[:, known] = -torch.inf
         return scores
 
 

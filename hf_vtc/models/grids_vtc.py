@@ -140,6 +140,8 @@ def grid_positions(
     attention_mask: torch.Tensor,
     grids: torch.LongTensor,
     windows: Sequence[tuple[int, int]] | None = None,
+    times: torch.LongTensor | None = None,
+    steps: torch.LongTensor | None = None,
 ) -> torch.LongTensor:
     """Positions `(3, B, L)` in time, height and width, as Qwen2.5-VL and Qwen3-VL count them; padding has 0.
 
@@ -153,20 +155,25 @@ def grid_positions(
             prompt order.
         windows (`Sequence[tuple[int, int]]`, *optional*): (high, wide) of each image, if its placeholders are those of
             windows of its grid; each stands at the mean of its members on each axis, rounded down.
+        times (`torch.LongTensor` of shape `(num_images,)`, *optional*): how far each is behind the place where it
+            begins, in time. Default: not at all.
+        steps (`torch.LongTensor` of shape `(num_images,)`, *optional*): how far what follows each image is from where
+            that began. Default: the longer side of its grid.
 
-    Source: `get_rope_index` of transformers 4.57.6, for images.
+    Source: `get_rope_index` of transformers 4.57.6, for images and for frames of videos that text sets apart.
     """
     real, counts = attention_mask.bool(), grids.prod(-1)
     ends = counts.cumsum(0)
     places = torch.arange(int(counts.sum())) - torch.repeat_interleave(ends - counts, counts)
     columns = torch.repeat_interleave(grids[:, 1], counts)
-    within = torch.stack([torch.zeros_like(places), places // columns, places % columns])
+    times = torch.zeros_like(counts) if times is None else times
+    within = torch.stack([torch.repeat_interleave(times, counts), places // columns, places % columns])
     if windows is not None:
         within = mean_places(within, *windows_of_images(grids.tolist(), windows))
         ends = (-(-grids // torch.tensor(windows))).prod(-1).cumsum(0)
     # how far the next token is
     behind = torch.zeros_like(within[0])
-    behind[ends - 1] = grids.amax(-1)
+    behind[ends - 1] = grids.amax(-1) if steps is None else steps
     steps = (real & ~placeholder_mask).long()
     steps[placeholder_mask] = behind
     positions = ((steps.cumsum(1) - steps) * real).repeat(3, 1, 1)

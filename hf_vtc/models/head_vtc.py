@@ -31,7 +31,8 @@ class VtcModelOutputWithPast(BaseModelOutputWithPast):
         router_decisions (`torch.Tensor`): what was done, in the form that `forward(router_decisions=...)` takes.
         kept_mask (`torch.BoolTensor` of shape `(B, L)`): positions that the language model really computed.
         kept_index (`torch.LongTensor` of shape `(num_kept,)`): True positions of the flattened `kept_mask`.
-        num_visual_tokens (`torch.LongTensor` of shape `(num_images,)`): kept per image, on the CPU.
+        num_visual_tokens (`torch.LongTensor` of shape `(num_images,)`): kept per image, on the CPU; with videos of all
+            images first, then of all videos.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
@@ -162,6 +163,9 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         router_decisions: torch.Tensor | None = None,
         image_features: Features | None = None,
         image_grid_thw: torch.LongTensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> VtcCausalLMOutputWithPast:
@@ -186,6 +190,9 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
             router_decisions=router_decisions,
             image_features=image_features,
             image_grid_thw=image_grid_thw,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            second_per_grid_ts=second_per_grid_ts,
             **kwargs,
         )
         loss = logits = None
@@ -223,7 +230,8 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The full-length loss, and in eval mode logits, by one call of the head; `shift_labels` replaces targets."""
         if shift_labels is not None:
-            shift_labels = shift_labels.masked_fill(shift_labels == self.config.image_token_id, -100)
+            for token_id in self.config.placeholder_ids:
+                shift_labels = shift_labels.masked_fill(shift_labels == token_id, -100)
         rows, targets = predicting_rows(outputs, labels, shift_labels)
         states, logits = outputs.last_hidden_state, None
         if self.training:

@@ -46,6 +46,11 @@ def grid_base_of(tower_type: str) -> str | None:
     return base if base in GRID_BASES else None
 
 
+def counts_seconds(base: str) -> bool:
+    """Whether positions of one of `GRID_BASES` tell when in a video a frame is; the prompts of others say it."""
+    return base == "qwen2_5_vl"
+
+
 def require_base(base: str, known: Container[str]) -> None:
     """Raise an ImportError for one of `GRID_BASES` that is not among those that the installed transformers knows."""
     if base not in known:

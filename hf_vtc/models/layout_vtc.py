@@ -4,13 +4,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 
 import torch
 
 from .configuration_vtc import VtcConfig
+from .host_vtc import counts_seconds
 from .packing_vtc import to_host
 from .prompt_vtc import BY_SCORES, VisionInputs, budgets_per_image, chosen_levels
 from .tiling_vtc import ImageSizes, refuse_no_pixels
+from .videos_vtc import Videos, changes_of_frames
 
 # the most frequent reason in training
 STREAM_ADVICE = (
@@ -39,6 +42,9 @@ class Layout:
         router_decisions (`torch.Tensor`, *optional*): what the caller wants in place of a router's decisions.
         positions (`torch.LongTensor` of shape `(A, B, L)`, *optional*): of every token, for a decoder whose positions
             have several axes. They stay when tokens are dropped.
+        videos ([`Videos`], *optional*): where there are any, every one of their frames counts as an image here.
+        order (`torch.LongTensor` of shape `(num_images,)`, *optional*): with videos, which picture, as the tensors
+            stand, is where in the prompts.
     """
 
     placeholder_mask: torch.Tensor
@@ -52,6 +58,8 @@ class Layout:
     wants_all: bool
     router_decisions: torch.Tensor | None = None
     positions: torch.LongTensor | None = None
+    videos: Videos | None = None
+    order: torch.LongTensor | None = None
 
     @property
     def num_images(self) -> int:
@@ -71,6 +79,12 @@ class Layout:
     def visual_positions(self) -> torch.LongTensor | None:
         """Those of `positions` at placeholders, `(A, V)`."""
         return None if self.positions is None else self.positions[:, self.placeholder_mask]
+
+    def of_items(self, values: torch.LongTensor) -> torch.LongTensor:
+        """Sums over the pictures of each image and video, `(num_items,)`, images first, as their tensors stand."""
+        if self.videos is None:
+            return values
+        return values.new_zeros(len(self.videos.frames)).index_add(0, self.videos.items[self.order], values)
 
     @property
     def token_columns(self) -> list[int | None]:
@@ -111,6 +125,7 @@ def layout_of_prompt(
     attention_mask: torch.Tensor | None,
     vision: VisionInputs,
     position_ids: torch.Tensor | None = None,
+    video_mask: torch.Tensor | None = None,
 ) -> Layout:
     """The layout of prompts and their images, by one transfer from the device.
 
@@ -118,23 +133,28 @@ def layout_of_prompt(
         placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): where placeholders are.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 = padding.
         position_ids (`torch.LongTensor` of shape `(..., B, L)`, *optional*): the caller's.
+        video_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): where placeholders of videos are.
 
     Raises:
         ValueError: sizes and tiles are not those of the images, placeholders are not as many as these need, or no
             count of visual tokens fits a budget; or several sequences share a row that gets shorter.
     """
-    optional = (*_told(config, vision), vision.router_decisions, attention_mask, position_ids)
+    of_videos = _told_of_videos(config, vision, video_mask)
+    optional = (*_told(config, vision), vision.router_decisions, attention_mask, position_ids, *of_videos)
     placeholder_mask, *arrived = to_host(placeholder_mask, *[tensor for tensor in optional if tensor is not None])
     fetched = iter(arrived)
-    num_tiles, image_sizes, decisions, mask, positions = (
+    num_tiles, image_sizes, decisions, mask, positions, *of_videos = (
         None if tensor is None else next(fetched) for tensor in optional
     )
     if mask is None:
         mask = torch.ones_like(placeholder_mask, dtype=torch.long)
     else:
         _check_mask(mask, placeholder_mask)
-    sizes = sizes_of_images(config, placeholder_mask, num_tiles, image_sizes, vision)
-    layout = _layout(config, placeholder_mask, mask, sizes, vision, decisions)
+    if vision.has_videos:
+        sizes, videos = _pictures(config, image_sizes, *of_videos, vision)
+    else:
+        sizes, videos = sizes_of_images(config, placeholder_mask, num_tiles, image_sizes, vision), None
+    layout = _layout(config, placeholder_mask, mask, sizes, vision, decisions, videos)
     if positions is not None:
         _check_positions(positions, layout)
     own = config.positions(layout)
@@ -155,12 +175,87 @@ def _told(config: VtcConfig, vision: VisionInputs) -> tuple[torch.Tensor | None,
         if getattr(vision, name) is not None:
             raise ValueError(f"`{name}` is of no use for {config.grid_base}. Leave it out, and give `image_grid_thw`.")
     grids = vision.image_grid_thw
+    if grids is None and vision.has_videos and vision.pixel_values is None:
+        return None, None
+    _check_grids("image_grid_thw", "image", grids)
+    return None, grids
+
+
+def _check_grids(name: str, kind: str, grids: torch.Tensor | None) -> None:
     if grids is None or grids.ndim != 2 or grids.shape[1] != 3:
         raise ValueError(
-            "`image_grid_thw` must be patches of each image in time, height and width, shape (num_images, 3), got "
+            f"`{name}` must be patches of each {kind} in time, height and width, shape (num_{kind}s, 3), got "
             f"{None if grids is None else tuple(grids.shape)}. Pass what the processor returned."
         )
-    return None, grids
+
+
+def _told_of_videos(
+    config: VtcConfig, vision: VisionInputs, video_mask: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Grids of the videos, seconds between their frames and where their placeholders are."""
+    seconds = vision.second_per_grid_ts
+    if not vision.has_videos:
+        if seconds is not None:
+            raise ValueError("`second_per_grid_ts` is of no use without videos. Leave it out.")
+        return None, None, None
+    if config.grid_base is None:
+        raise ValueError(
+            f"`pixel_values_videos` are of no use for {config.vision_config.model_type}: videos need a tower that "
+            "sees grids, as Qwen3-VL's does. Give frames as images."
+        )
+    if config.video_token_id is None:
+        raise ValueError(
+            "`pixel_values_videos` need a `video_token_id` in the model's configuration, which has none. Convert the "
+            "checkpoint again, or set it to the id of the placeholder of videos."
+        )
+    _check_grids("video_grid_thw", "video", vision.video_grid_thw)
+    if seconds is not None and not counts_seconds(config.grid_base):
+        raise ValueError(
+            f"`second_per_grid_ts` is of no use for {config.grid_base}, whose prompts say the time of each frame. "
+            "Leave it out."
+        )
+    if seconds is not None and seconds.shape != (len(vision.video_grid_thw),):
+        raise ValueError(
+            f"`second_per_grid_ts` needs the seconds between frames of each of {len(vision.video_grid_thw)} videos, "
+            f"got shape {tuple(seconds.shape)}. Pass what the processor returned."
+        )
+    if video_mask is None:
+        raise ValueError("Videos need a prompt, which says where they are.")
+    return vision.video_grid_thw, seconds, video_mask
+
+
+def _pictures(
+    config: VtcConfig,
+    image_grids: torch.Tensor | None,
+    video_grids: torch.Tensor,
+    seconds: torch.Tensor | None,
+    mask: torch.Tensor,
+    vision: VisionInputs,
+) -> tuple[ImageSizes, Videos]:
+    """Images and frames of videos as the tensors stand, each a grid of its own; arguments are on the CPU."""
+    image_grids = video_grids.new_zeros(0, 3) if image_grids is None else image_grids
+    for video_idx, grid in enumerate(video_grids.tolist()):
+        if grid[0] < 1:
+            raise ValueError(f"`video_grid_thw` of video {video_idx} must have at least one frame, got {grid}.")
+    frames = torch.repeat_interleave(video_grids, video_grids[:, 0], dim=0)
+    frames[:, 0] = 1
+    sizes = config.sizes_of(None, config.sizes_of_grids(torch.cat([image_grids, frames])))
+    if vision.image_features is None:
+        for name, pixels, grids in (
+            ("image", vision.pixel_values, image_grids),
+            ("video", vision.pixel_values_videos, video_grids),
+        ):
+            _check_patches("pixel_values" + "_videos" * (name == "video"), f"{name}_grid_thw", pixels, grids)
+    changes, budgets = None, vision.vtc_budget if isinstance(vision.vtc_budget, (list, tuple)) else [vision.vtc_budget]
+    if config.frame_split == "change" and any(isinstance(each, (int, float)) for each in budgets):
+        if vision.pixel_values_videos is None:
+            raise ValueError(
+                "`frame_split='change'` looks at `pixel_values_videos`, which were not given. Give them in place of "
+                "`image_features`."
+            )
+        (changes,) = to_host(changes_of_frames(vision.pixel_values_videos, video_grids))
+    counts = [1] * len(image_grids) + video_grids[:, 0].tolist()
+    return sizes, Videos(counts, len(image_grids), seconds, mask, changes)
 
 
 def _check_positions(position_ids: torch.Tensor, layout: Layout) -> None:
@@ -221,12 +316,16 @@ def _layout(
     sizes: ImageSizes,
     vision: VisionInputs,
     decisions: torch.Tensor | None,
+    videos: Videos | None = None,
 ) -> Layout:
     if decisions is not None and not config.takes_decisions:
         raise ValueError("`router_decisions` are of no use here: nothing is routed. Give `vtc_budget`.")
     reserved = config.reserved_tokens(sizes)
     counts = config.levels(sizes)
-    levels = chosen_levels(vision.vtc_budget, counts, config.own_level)
+    if videos is None:
+        levels = chosen_levels(vision.vtc_budget, counts, config.own_level)
+    else:
+        levels = videos.levels(vision.vtc_budget, counts, [config.own_level(*own) for own in zip(counts, count())])
     written, num_placeholders = reserved, int(placeholder_mask.sum())
     if num_placeholders != int(reserved.sum()):
         if decisions is None and BY_SCORES not in levels:
@@ -240,14 +339,46 @@ def _layout(
                 "need `num_tiles` and `image_sizes`: pass all that the processor returned. "
                 f"{STREAM_ADVICE}"
             )
+    budgets = budgets_per_image(vision.vtc_budget, len(levels) if videos is None else len(videos.frames))
+    wants_all = decisions is None and not any(levels) and all(isinstance(budget, str) for budget in budgets)
+    order = None
+    if videos is not None:
+        order, is_exact = videos.order(placeholder_mask, written), written is not reserved
+        sizes = ImageSizes(None, sizes.image_sizes[order], None, sizes.tokens[order])
+        reserved = reserved[order]
+        written = written[order] if is_exact else reserved
+        counts, levels = ([values[idx] for idx in order.tolist()] for values in (counts, levels))
     rows = rows_of_images(placeholder_mask, written.tolist())
-    budgets = budgets_per_image(vision.vtc_budget, len(levels))
-    wants_all = decisions is None and all(
-        level == 0 and isinstance(budget, str) for level, budget in zip(levels, budgets, strict=True)
-    )
+    if videos is not None and counts_seconds(config.grid_base):
+        _check_adjacent(placeholder_mask, written, videos.items[order], rows)
     return Layout(
-        placeholder_mask, attention_mask, sizes, reserved, written, rows, counts, levels, wants_all, decisions
+        placeholder_mask,
+        attention_mask,
+        sizes,
+        reserved,
+        written,
+        rows,
+        counts,
+        levels,
+        wants_all,
+        decisions,
+        videos=videos,
+        order=order,
     )
+
+
+def _check_adjacent(
+    placeholder_mask: torch.Tensor, num_written: torch.LongTensor, items: torch.LongTensor, rows: list[int]
+) -> None:
+    """Raise where text stands between frames of a video whose positions say their time."""
+    places = placeholder_mask.flatten().nonzero().flatten()
+    lasts = num_written.cumsum(0) - 1
+    gaps = places[lasts[:-1] + 1] - places[lasts[:-1]] > 1
+    for picture_idx in (gaps & (items[1:] == items[:-1])).nonzero().flatten().tolist():
+        raise ValueError(
+            f"Sample {rows[picture_idx]} has text between the frames of a video. Here one run of placeholders is a "
+            "video: build `input_ids` with the processor of this checkpoint."
+        )
 
 
 def sizes_of_images(
@@ -270,7 +401,8 @@ def sizes_of_images(
     """
     if config.grid_base is not None:
         sizes = config.sizes_of(None, config.sizes_of_grids(image_sizes))
-        _check_patches(image_sizes, vision)
+        if vision.image_features is None:
+            _check_patches("pixel_values", "image_grid_thw", vision.pixel_values, image_sizes)
         return sizes
     if vision.image_features is None and vision.pixel_values.ndim not in ((4, 5) if config.sees_tiles else (4,)):
         shapes = "(tiles, 3, S, S) or (images, tiles, 3, S, S)" if config.sees_tiles else "(images, 3, H, W)"
@@ -371,12 +503,12 @@ def _tiles_apart(
     return torch.tensor([-(-length // config.image_seq_length) for _, length in runs], dtype=torch.long)
 
 
-def _check_patches(image_grid_thw: torch.Tensor, vision: VisionInputs) -> None:
-    given, expected = vision.pixel_values, int(image_grid_thw.prod(-1).sum())
-    if vision.image_features is None and len(given) != expected:
+def _check_patches(name: str, name_of_grids: str, pixels: torch.Tensor | None, grids: torch.Tensor) -> None:
+    given, expected = 0 if pixels is None else len(pixels), int(grids.prod(-1).sum())
+    if given != expected:
         raise ValueError(
-            f"`pixel_values` must have a row for each patch of `image_grid_thw`, {expected}, got {len(given)}. Pass "
-            "both of the same call of the processor."
+            f"`{name}` must have a row for each patch of `{name_of_grids}`, {expected}, got {given}. Pass both of the "
+            "same call of the processor."
         )
 
 

@@ -12,6 +12,8 @@ only kept tokens run through the language model.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -109,14 +111,27 @@ class VtcModel(VtcVision):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             embeds = self.get_input_embeddings()(self.ids_with_embeddings(input_ids))
-            return embeds, input_ids == self.config.image_token_id
+            return embeds, reduce(or_, (input_ids == token_id for token_id in self.config.placeholder_ids))
         if self.placeholder_is_beyond_vocabulary:
             raise ValueError(
                 f"`inputs_embeds` cannot say where images belong: the placeholder (id {self.config.image_token_id}) "
                 "lies beyond the vocabulary and has no embedding. Pass `input_ids`."
             )
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return inputs_embeds, (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        found = (self._is_embedded(inputs_embeds, token_id) for token_id in self.config.placeholder_ids)
+        return inputs_embeds, reduce(or_, found)
+
+    def find_videos(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.BoolTensor | None:
+        """Where the placeholders of videos are in a prompt, `(B, L)`; None for a model that takes none."""
+        token_id = self.config.video_token_id
+        if token_id is None or input_ids is not None:
+            return None if token_id is None else input_ids == token_id
+        return self._is_embedded(inputs_embeds, token_id)
+
+    def _is_embedded(self, inputs_embeds: torch.Tensor, token_id: int) -> torch.BoolTensor:
+        token = torch.tensor(token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     @property
     def placeholder_is_beyond_vocabulary(self) -> bool:
@@ -131,11 +146,14 @@ class VtcModel(VtcVision):
 
     def require_no_placeholders(self, input_ids: torch.LongTensor) -> None:
         """Raise a ValueError for a prompt that expects images."""
-        if bool((input_ids == self.config.image_token_id).any()):
-            raise ValueError(
-                f"The prompt holds image placeholders (id {self.config.image_token_id}), but no `pixel_values` were "
-                "given. Pass everything that the processor returned, or leave images out of the text."
-            )
+        for token_id, kind, name in zip(
+            self.config.placeholder_ids, ("image", "video"), ("pixel_values", "pixel_values_videos"), strict=False
+        ):
+            if bool((input_ids == token_id).any()):
+                raise ValueError(
+                    f"The prompt holds {kind} placeholders (id {token_id}), but no `{name}` were given. Pass "
+                    f"everything that the processor returned, or leave {kind}s out of the text."
+                )
 
     def layout_of(
         self,
@@ -143,6 +161,7 @@ class VtcModel(VtcVision):
         attention_mask: torch.Tensor | None,
         vision: VisionInputs,
         position_ids: torch.Tensor | None = None,
+        video_mask: torch.Tensor | None = None,
     ) -> Layout:
         """The layout of a call, from its one transfer before the tower."""
         if attention_mask is not None and attention_mask.ndim != 2:
@@ -150,7 +169,7 @@ class VtcModel(VtcVision):
                 f"`attention_mask` must be (batch, length) when images are given, got {attention_mask.ndim} "
                 "dimensions: dropping tokens would need another mask. Pass the 2-D padding mask."
             )
-        return layout_of_prompt(self.config, placeholder_mask, attention_mask, vision, position_ids)
+        return layout_of_prompt(self.config, placeholder_mask, attention_mask, vision, position_ids, video_mask)
 
     def compress_prompt(
         self,
@@ -163,8 +182,9 @@ class VtcModel(VtcVision):
         expands: bool = True,
     ) -> Compressed:
         """Route, compress and pack one batch of prompts: everything before the language model."""
+        video_mask = self.find_videos(input_ids, inputs_embeds) if vision.has_videos else None
         inputs_embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
-        layout = self.layout_of(placeholder_mask, attention_mask, vision, position_ids)
+        layout = self.layout_of(placeholder_mask, attention_mask, vision, position_ids, video_mask)
         choice, visual = self.compress(vision, layout, inputs_embeds)
 
         slots = layout.positions_of(None if layout.is_exact else visual.slots)
@@ -188,7 +208,7 @@ class VtcModel(VtcVision):
         return Compressed(
             packed=packed,
             visual=visual.embeds,
-            num_kept=choice.num_kept,
+            num_kept=layout.of_items(choice.num_kept),
             plan=self._plan_of(layout, choice, packed, keep, slots, behind),
             router_logits=visual.router_logits,
             router_decisions=visual.router_decisions,
@@ -322,6 +342,9 @@ class VtcModel(VtcVision):
         router_decisions: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         image_grid_thw: torch.LongTensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> VtcModelOutputWithPast:
@@ -339,6 +362,10 @@ class VtcModel(VtcVision):
             image_features: output of `encode` for these tiles, in place of `pixel_values`.
             image_grid_thw (`(num_images, 3)`): patches in time, height and width, for towers that see grids; then
                 `pixel_values` are their patches, as the processor of such a model returns both.
+            pixel_values_videos (`(patches, C)`), video_grid_thw (`(num_videos, 3)`): the same of videos. Budgets and
+                `num_visual_tokens` are those of images first, then of videos; a router decides for each frame, and
+                `router_decisions` are those of images and frames in prompt order.
+            second_per_grid_ts (`(num_videos,)`): seconds between frames of each video, where positions tell them.
             past_key_values, cache: two names of one argument, on every version of transformers.
 
         Raises:
@@ -348,7 +375,16 @@ class VtcModel(VtcVision):
         refuse_unknown(kwargs, {*FORWARD_ARGUMENTS, "decode_plan"})
         cache = given_cache(past_key_values, cache)
         vision = VisionInputs(
-            pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions, image_grid_thw
+            pixel_values,
+            image_features,
+            num_tiles,
+            image_sizes,
+            vtc_budget,
+            router_decisions,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            second_per_grid_ts,
         )
         if not vision.given:
             return self._forward_text(input_ids, attention_mask, position_ids, cache, inputs_embeds, vision, **kwargs)
@@ -457,6 +493,9 @@ class VtcModel(VtcVision):
         router_decisions: torch.Tensor | None = None,
         image_features: Features | None = None,
         image_grid_thw: torch.LongTensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.LongTensor:
         """Visual tokens that the language model would see, per image `(num_images,)`, without running it.
@@ -466,16 +505,26 @@ class VtcModel(VtcVision):
         """
         refuse_unknown(kwargs, FORWARD_ARGUMENTS)
         vision = VisionInputs(
-            pixel_values, image_features, num_tiles, image_sizes, vtc_budget, router_decisions, image_grid_thw
+            pixel_values,
+            image_features,
+            num_tiles,
+            image_sizes,
+            vtc_budget,
+            router_decisions,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            second_per_grid_ts,
         )
         if not vision.given:
             return torch.zeros(0, dtype=torch.long)
+        video_mask = self.find_videos(input_ids, inputs_embeds) if vision.has_videos else None
         embeds, placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
-        layout = self.layout_of(placeholder_mask, attention_mask, vision)
+        layout = self.layout_of(placeholder_mask, attention_mask, vision, None, video_mask)
         if router_decisions is None and not layout.asks_scores:
-            return layout.num_leaving
+            return layout.of_items(layout.num_leaving)
         choice, _ = self.compress(vision, layout, embeds)
-        return choice.num_kept
+        return layout.of_items(choice.num_kept)
 
 
 def _refuse_engines(config: VtcConfig) -> None:

@@ -24,16 +24,34 @@ class VisionInputs:
     vtc_budget: Budget | Sequence[Budget] = None
     router_decisions: torch.Tensor | None = None
     image_grid_thw: torch.Tensor | None = None
+    pixel_values_videos: torch.Tensor | None = None
+    video_grid_thw: torch.Tensor | None = None
+    second_per_grid_ts: torch.Tensor | None = None
 
     @property
     def given(self) -> bool:
-        return self.pixel_values is not None or self.image_features is not None
+        return any(each is not None for each in (self.pixel_values, self.image_features, self.pixel_values_videos))
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether anything is said of videos; of features `video_grid_thw` alone tells."""
+        return self.pixel_values_videos is not None or self.video_grid_thw is not None
 
     def __post_init__(self) -> None:
-        if self.pixel_values is not None and len(self.pixel_values) == 0:
-            # what is left of a batch's images for its rows of text
-            self.pixel_values = None
-        for name in ("num_tiles", "image_sizes", "router_decisions", "image_grid_thw"):
+        for name in ("pixel_values", "pixel_values_videos"):
+            if getattr(self, name) is not None and len(getattr(self, name)) == 0:
+                # what is left of a batch's images for its rows of text
+                setattr(self, name, None)
+        if self.video_grid_thw is not None and len(self.video_grid_thw) == 0:
+            self.video_grid_thw = None
+        for name in (
+            "num_tiles",
+            "image_sizes",
+            "router_decisions",
+            "image_grid_thw",
+            "video_grid_thw",
+            "second_per_grid_ts",
+        ):
             value = getattr(self, name)
             if value is not None and not isinstance(value, torch.Tensor):
                 setattr(self, name, torch.as_tensor(value))

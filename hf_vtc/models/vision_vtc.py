@@ -225,12 +225,30 @@ class VtcVision(VtcPreTrainedModel):
 
     def encode_of(self, vision: VisionInputs, layout: Layout) -> Features:
         """`encode` the tiles of a call, which may stand in a block for each image, as those of LLaVA-NeXT do."""
-        tiles = vision.pixel_values
+        tiles = vision.pixel_values if layout.videos is None else self._patches_of(vision, layout)
         if tiles.ndim == 5:
             places = places_apart(layout.sizes.num_tiles, tiles.shape[1])
             (places,) = to_device(tiles.device, places)
             tiles = tiles.flatten(0, 1).index_select(0, places)
         return self.encode(tiles, layout)
+
+    def _patches_of(self, vision: VisionInputs, layout: Layout) -> torch.Tensor:
+        """Patches of images and of frames of videos in prompt order: towers run once, whatever a batch shows."""
+        if vision.pixel_values is None:
+            patches = vision.pixel_values_videos
+        elif vision.pixel_values_videos is None:
+            patches = vision.pixel_values
+        else:
+            patches = torch.cat([vision.pixel_values, vision.pixel_values_videos.to(vision.pixel_values)])
+        order = layout.order
+        if bool((order.diff() == 1).all()):
+            return patches
+        in_prompts = layout.sizes.image_sizes.prod(-1) // self.config.vision_config.patch_size**2
+        as_given = torch.empty_like(in_prompts).index_copy_(0, order, in_prompts)
+        firsts, ends = (as_given.cumsum(0) - as_given)[order], in_prompts.cumsum(0)
+        source = torch.repeat_interleave(firsts - (ends - in_prompts), in_prompts) + torch.arange(int(ends[-1]))
+        (source,) = to_device(patches.device, source)
+        return patches.index_select(0, source)
 
     def _encode_grids(self, pixel_values: torch.Tensor, layout: Layout | None) -> Features:
         if layout is None:

@@ -1,0 +1,200 @@
+"""Videos as pictures: an image is one, and so is every frame of a video, which is what one temporal patch holds.
+
+A tower that sees grids attends within a frame, so that frames are to it what images are, and every method compresses
+them as such. What makes a video of them is here: how one budget is shared out, where its frames stand, and in time.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .prompt_vtc import Budget, budgets_per_image, level_within
+
+# how a budget is split over the frames of a video
+FRAME_SPLITS = ("uniform", "change")
+
+
+@dataclass(frozen=True)
+class Videos:
+    """The videos of a call among its pictures; everything is on the CPU.
+
+    Args:
+        frames (`list[int]`): pictures of each item, all images first and then all videos, as their tensors stand.
+        num_images (`int`): how many of the items are images.
+        seconds (`torch.Tensor` of shape `(num_videos,)`, *optional*): between frames of each video.
+        mask (`torch.BoolTensor` of shape `(B, L)`): where placeholders of videos are.
+        changes (`torch.Tensor` of shape `(num_frames,)`, *optional*): how much each frame differs from the one before.
+    """
+
+    frames: list[int]
+    num_images: int
+    seconds: torch.Tensor | None
+    mask: torch.Tensor
+    changes: torch.Tensor | None = None
+
+    @property
+    def items(self) -> torch.LongTensor:
+        """The item of each picture, as the tensors stand."""
+        return torch.repeat_interleave(torch.tensor(self.frames))
+
+    def levels(
+        self, vtc_budget: Budget | Sequence[Budget], counts: Sequence[Sequence[int]], own_levels: Sequence[int]
+    ) -> list[int]:
+        """The level of each picture, of a video by its share of the video's budget.
+
+        Args:
+            vtc_budget: of all items or a list, one for each.
+            counts (`Sequence[Sequence[int]]`): of each picture, the visual tokens that are left at each level.
+            own_levels (`Sequence[int]`): of each picture for `"auto"`.
+        """
+        levels, first, first_frame = [], 0, sum(self.frames[: self.num_images])
+        for item_idx, (budget, num_frames) in enumerate(
+            zip(budgets_per_image(vtc_budget, len(self.frames)), self.frames, strict=True)
+        ):
+            if budget == "auto":
+                levels += own_levels[first : first + num_frames]
+            elif item_idx < self.num_images:
+                levels.append(level_within(budget, counts[first], item_idx))
+            else:
+                changes = self.changes
+                if changes is not None:
+                    changes = changes[first - first_frame :][:num_frames].tolist()
+                levels += levels_of_frames(budget, counts[first], num_frames, changes, item_idx)
+            first += num_frames
+        return levels
+
+    def order(self, placeholder_mask: torch.Tensor, num_written: torch.LongTensor) -> torch.LongTensor:
+        """Which picture, counted as the tensors stand, is where in the prompts.
+
+        Args:
+            placeholder_mask (`torch.BoolTensor` of shape `(B, L)`): of both kinds.
+            num_written (`torch.LongTensor` of shape `(num_pictures,)`): placeholders of each picture.
+
+        Raises:
+            ValueError: a kind has other placeholders than its pictures need.
+        """
+        firsts, own = [], num_written.split([self.num_images, len(num_written) - self.num_images])
+        kinds = (("images", placeholder_mask & ~self.mask), ("videos", self.mask))
+        for (kind, mask), counts in zip(kinds, own, strict=True):
+            places = mask.flatten().nonzero().flatten()
+            if len(places) != int(counts.sum()):
+                raise ValueError(
+                    f"Features and tokens do not match: the prompts hold {len(places)} placeholders of {kind}, but "
+                    f"those given need {int(counts.sum())}. Build `input_ids` with the processor of this checkpoint, "
+                    "from the same images and videos; a prompt written for a `vtc_budget` needs the same one here."
+                )
+            firsts.append(places[counts.cumsum(0) - counts])
+        return torch.argsort(torch.cat(firsts))
+
+    def steps_in_time(
+        self, tokens: torch.LongTensor, order: torch.LongTensor, tokens_per_second: float
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Time of each picture behind that of its item, and how far the token behind it goes on, `(num_pictures,)`.
+
+        Behind a frame goes on the next one, at the same place, and behind the last frame text, behind all positions of
+        the video.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(num_pictures, 2)`): (rows, columns) of each, in prompt order.
+            order (`torch.LongTensor` of shape `(num_pictures,)`): as `order` gives it.
+            tokens_per_second (`float`): of the axis of time.
+
+        Source: Qwen2.5-VL's positions as published; releases of transformers round seconds, or let text behind a video
+        go on within its time.
+        """
+        num_pictures, items = torch.tensor(self.frames), self.items[order]
+        place = order - (num_pictures.cumsum(0) - num_pictures)[items]
+        seconds = torch.ones(len(self.frames) - self.num_images) if self.seconds is None else self.seconds.float()
+        seconds = torch.cat([torch.zeros(self.num_images), seconds])[items]
+        times = (place * (tokens_per_second * seconds)).long()
+        behind = torch.maximum(tokens.amax(-1), times + 1)
+        return times, torch.where(place == num_pictures[items] - 1, behind, 0)
+
+
+def levels_of_frames(
+    budget: float | int | str,
+    levels: Sequence[int],
+    num_frames: int,
+    changes: Sequence[float] | None = None,
+    item_idx: int = 0,
+) -> list[int]:
+    """The level of each frame of a video, within one budget for all of them.
+
+    Args:
+        budget: `"full"`, a share of all tokens of the video, or a number of tokens.
+        levels (`Sequence[int]`): tokens that can be left of a frame, all of them first.
+        num_frames (`int`): of the video, all of one size.
+        changes (`Sequence[float]`, *optional*): how much each frame differs from the one before, by which more tokens
+            go to it; of no meaning for the first one, which is new as a whole and counts as the one that changes most.
+            Default: every frame gets as many.
+        item_idx (`int`): which image or video of the call, for the error message.
+
+    Raises:
+        ValueError: nothing fits; the message names the smallest admissible count.
+    """
+    reserved, fewest = levels[0], min(levels)
+    if budget == "full":
+        return [0] * num_frames
+    # as `level_within`, of the video as a whole
+    allowed = math.floor(budget * num_frames * reserved + 1e-6) if isinstance(budget, float) else budget
+    if allowed < num_frames * fewest:
+        raise ValueError(
+            f"`vtc_budget` of {budget!r} allows {allowed} visual tokens for video {item_idx} of {num_frames} frames, "
+            f"but the smallest admissible count is {num_frames * fewest} (reserved: {num_frames * reserved}). Allow "
+            "at least that many, or give fewer frames."
+        )
+    if changes is None or num_frames == 1 or not any(changes[1:]):
+        return [level_within(allowed // num_frames, levels, item_idx)] * num_frames
+    worth = [max(changes[1:]), *changes[1:]]
+    shares = _shares(allowed - num_frames * fewest, worth, reserved - fewest)
+    # a share that is a whole number may miss it by rounding
+    chosen = [level_within(math.floor(fewest + share + 1e-6), levels, item_idx) for share in shares]
+    left = allowed - sum(levels[level] for level in chosen)
+    rising = sorted(set(levels))
+    for idx in sorted(range(num_frames), key=lambda each: -worth[each]):
+        # what rounding left over goes to the frames that change most
+        more = next((count for count in reversed(rising) if 0 < count - levels[chosen[idx]] <= left), None)
+        if more is not None:
+            left -= more - levels[chosen[idx]]
+            chosen[idx] = levels.index(more)
+    return chosen
+
+
+def _shares(total: int, worth: Sequence[float], most: int) -> list[float]:
+    """`total` by `worth`, at most `most` for each; what is above that goes to the others."""
+    shares, open_ones = [0.0] * len(worth), set(range(len(worth)))
+    while open_ones:
+        left = total - sum(shares)
+        whole = sum(worth[idx] for idx in open_ones)
+        if whole == 0:
+            for idx in open_ones:
+                shares[idx] = min(left / len(open_ones), most)
+            return shares
+        full = {idx for idx in open_ones if left * worth[idx] / whole >= most}
+        for idx in full or open_ones:
+            shares[idx] = most if full else left * worth[idx] / whole
+        open_ones -= full or open_ones
+    return shares
+
+
+def changes_of_frames(pixel_values_videos: torch.Tensor, video_grid_thw: torch.LongTensor) -> torch.Tensor:
+    """How much each frame differs from the one before, `(num_frames,)`: means of absolute differences of its values.
+
+    Args:
+        pixel_values_videos (`torch.Tensor` of shape `(patches, C)`): of all videos.
+        video_grid_thw (`torch.LongTensor` of shape `(num_videos, 3)`): their patches in time, height and width, on
+            the CPU.
+
+    Returns:
+        On the device of the pixels; 0 for the first frame of each video.
+    """
+    grids = video_grid_thw.tolist()
+    videos = pixel_values_videos.split([frames * rows * columns for frames, rows, columns in grids])
+    changes = []
+    for pixels, (frames, _, _) in zip(videos, grids, strict=True):
+        by_frame = pixels.unflatten(0, (frames, -1)).float()
+        differences = (by_frame[1:] - by_frame[:-1]).abs().mean((1, 2))
+        changes.append(torch.nn.functional.pad(differences, (1, 0)))
+    return torch.cat(changes)
