@@ -83,6 +83,8 @@ class VtcConfig(PretrainedConfig):
     newline_behind_single_tile = False
     # whether a caller can decide in place of the method, by `router_decisions`
     takes_decisions = False
+    # whether only scores tell which visual tokens stay, and not their number
+    chooses_by_scores = False
     keys_to_ignore_at_inference = [
         # its two names: transformers 5.24 renamed it
         "past_key_values",
@@ -384,12 +386,23 @@ class VtcConfig(PretrainedConfig):
         """
         if self.grid_base is None or not position_axes(self.text_config):
             return None
+        if layout.is_exact:
+            self.check_exact()
         windows = [self.window_of(level) for level in layout.levels] if layout.is_exact else None
         seen = layout.placeholder_mask, layout.attention_mask, layout.sizes.tokens, windows
         if layout.videos is None or not counts_seconds(self.grid_base):
             return grid_positions(*seen)
         per_second = self.vision_config.tokens_per_second
         return grid_positions(*seen, *layout.videos.steps_in_time(layout.sizes.tokens, layout.order, per_second))
+
+    def check_exact(self) -> None:
+        """Raise a ValueError where a prompt cannot be written for just the tokens of a budget."""
+        if self.chooses_by_scores and self.grid_base is not None:
+            raise ValueError(
+                f"A prompt cannot be written for a `vtc_budget` of {self.model_type} on {self.grid_base}: kept tokens "
+                "keep their places in the image, and only scores tell which stay. Leave `vtc_budget` out of the "
+                "processor's call, and give it to the model."
+            )
 
     def window_of(self, level: int) -> tuple[int, int]:
         """(high, wide) of what enters the language model as one visual token of a grid, at a level of its image."""

@@ -8,18 +8,28 @@ import numpy as np
 import torch
 
 # patches of Qwen's towers hold two frames, which are the same of an image
-_FRAMES_OF_PATCH = 2
+FRAMES_OF_PATCH = 2
 # of the sides of an image, above which the published processors refuse it
 _LONGEST = 200
 
 
-def size_of_grid(height: int, width: int, stride: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def size_of_grid(
+    height: int,
+    width: int,
+    stride: int,
+    min_pixels: int,
+    max_pixels: int,
+    num_frames: int = 1,
+    frames_shrunk: int = 1,
+) -> tuple[int, int]:
     """(height, width) in pixels to which an image is resized: multiples of `stride` near its own size and shape.
 
     Args:
         height, width (`int`): of the image, in pixels.
         stride (`int`): side of one visual token, in pixels.
-        min_pixels, max_pixels (`int`): of the resized image, where its shape allows.
+        min_pixels, max_pixels (`int`): of the resized image, where its shape allows; of all frames of a video.
+        num_frames (`int`): of a video, for which the limits are.
+        frames_shrunk (`int`): of a video, by which it is shrunk where it is beyond them.
 
     Raises:
         ValueError: the image is too long and thin.
@@ -32,12 +42,12 @@ def size_of_grid(height: int, width: int, stride: int, min_pixels: int, max_pixe
             "width). Crop it first."
         )
     rows, columns = round(height / stride), round(width / stride)
-    num_pixels = rows * columns * stride**2
+    num_pixels = num_frames * rows * columns * stride**2
     if num_pixels > max_pixels:
-        shrunk = math.sqrt(height * width / max_pixels)
+        shrunk = math.sqrt(frames_shrunk * height * width / max_pixels)
         rows, columns = (max(1, math.floor(side / shrunk / stride)) for side in (height, width))
     elif num_pixels < min_pixels:
-        grown = math.sqrt(min_pixels / (height * width))
+        grown = math.sqrt(min_pixels / (frames_shrunk * height * width))
         rows, columns = (math.ceil(side * grown / stride) for side in (height, width))
     return rows * stride, columns * stride
 
@@ -53,11 +63,24 @@ def patches_of(pixels: np.ndarray, patch_size: int, merge: int) -> np.ndarray:
     Returns:
         `(H / patch_size * W / patch_size, 3 * 2 * patch_size^2)`: the patches of one visual token follow each other.
     """
-    channels, height, width = pixels.shape
-    rows, columns = height // (patch_size * merge), width // (patch_size * merge)
-    split = pixels.reshape(channels, rows, merge, patch_size, columns, merge, patch_size)
-    patches = split.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
-    return patches.repeat(_FRAMES_OF_PATCH, axis=5).reshape(rows * columns * merge**2, -1)
+    return patches_of_frames(np.stack([pixels] * FRAMES_OF_PATCH), patch_size, merge)
+
+
+def patches_of_frames(pixels: np.ndarray, patch_size: int, merge: int) -> np.ndarray:
+    """Patches of the frames of a video, `FRAMES_OF_PATCH` of which share a patch, one time after the other.
+
+    Args:
+        pixels (`np.ndarray` of shape `(F, 3, H, W)`): as many frames as fill patches.
+        patch_size, merge (`int`): as in `patches_of`.
+
+    Returns:
+        `(F / 2 * H / patch_size * W / patch_size, 3 * 2 * patch_size^2)`.
+    """
+    frames, channels, height, width = pixels.shape
+    times, rows, columns = frames // FRAMES_OF_PATCH, height // (patch_size * merge), width // (patch_size * merge)
+    shape = (times, FRAMES_OF_PATCH, channels, rows, merge, patch_size, columns, merge, patch_size)
+    patches = pixels.reshape(shape).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return patches.reshape(times * rows * columns * merge**2, -1)
 
 
 def halved_grids(side: int) -> list[tuple[int, int]]:

@@ -73,8 +73,10 @@ class _CallBackport(ProcessorMixin):
             text_inputs = self.tokenizer(text, **text_kwargs)
             self._check_special_mm_tokens(text, text_inputs, modalities=["image"])
             if return_mm_token_type_ids:
+                video_id = vars(self).get("video_token_id")
                 text_inputs["mm_token_type_ids"] = [
-                    [int(token == self.image_token_id) for token in row] for row in text_inputs["input_ids"]
+                    [1 if token == self.image_token_id else 2 * (token == video_id) for token in row]
+                    for row in text_inputs["input_ids"]
                 ]
         data = {**text_inputs, **image_inputs}
         features = BatchFeature(

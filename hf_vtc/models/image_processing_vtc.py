@@ -140,7 +140,7 @@ class VtcImageProcessor(ImageProcessorBase):
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
         self.max_map_tiles = max_map_tiles
-        self._settings()
+        self.settings()
 
     @property
     def model_input_names(self) -> list[str]:
@@ -159,7 +159,8 @@ class VtcImageProcessor(ImageProcessorBase):
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         return super().from_dict({**image_processor_dict, **given}, **kwargs)
 
-    def _settings(self, **overrides: Any) -> TilingSettings:
+    def settings(self, **overrides: Any) -> TilingSettings:
+        """The fields of this processor, with those of a call."""
         fields = {name: getattr(self, name) for name in TilingSettings.__dataclass_fields__}
         refuse_unknown(overrides, fields, "`VtcImageProcessor`")
         fields.update((name, value) for name, value in overrides.items() if value is not None)
@@ -177,14 +178,14 @@ class VtcImageProcessor(ImageProcessorBase):
         Raises:
             ValueError: the image has no pixels, or is so long and thin that the resized one would exhaust memory.
         """
-        return _bounded_layout(height, width, self._settings(**overrides).of_image(alone))
+        return _bounded_layout(height, width, self.settings(**overrides).of_image(alone))
 
     def get_model_size(self, height: int, width: int, **overrides: Any) -> tuple[int, int]:
         """(height, width) in pixels that the model is told of an image of this size, as `image_sizes`.
 
         Args and errors: as `get_tile_layout`.
         """
-        settings = self._settings(**overrides)
+        settings = self.settings(**overrides)
         return _model_size(_bounded_layout(height, width, settings), settings)
 
     def padded_size(self, image_sizes: Sequence[tuple[int, int]], **overrides: Any) -> tuple[int, int]:
@@ -197,7 +198,7 @@ class VtcImageProcessor(ImageProcessorBase):
         Raises:
             ValueError: as `get_tile_layout`.
         """
-        settings = self._settings(**overrides)
+        settings = self.settings(**overrides)
         sizes = [settings.processed_size(_bounded_layout(*size, settings)) for size in image_sizes]
         return max(height for height, _ in sizes), max(width for _, width in sizes)
 
@@ -217,7 +218,7 @@ class VtcImageProcessor(ImageProcessorBase):
             image_sizes (`Sequence[tuple[int, int]]`): (height, width) in pixels of upright images.
             **overrides: fields of this processor for this call.
         """
-        settings = self._settings(**overrides)
+        settings = self.settings(**overrides)
         layouts = [_bounded_layout(*size, settings) for size in image_sizes]
         if layouts and settings.tiling != "patches":
             self._check_padding([settings.processed_size(layout) for layout in layouts])
@@ -237,8 +238,8 @@ class VtcImageProcessor(ImageProcessorBase):
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Tiles of an image of this size in pixels, or its patches, under the name that serving engines call."""
         overrides = {key: value for key, value in (images_kwargs or {}).items() if key not in _CALL_ONLY}
-        _check_crop_to_patches((images_kwargs or {}).get("crop_to_patches"), self._settings(**overrides))
-        layout, settings = self.get_tile_layout(height, width, **overrides), self._settings(**overrides)
+        _check_crop_to_patches((images_kwargs or {}).get("crop_to_patches"), self.settings(**overrides))
+        layout, settings = self.get_tile_layout(height, width, **overrides), self.settings(**overrides)
         if settings.tiling == "patches":
             return layout.resized_size[0] * layout.resized_size[1] // settings.patch_size**2
         return layout.num_tiles
@@ -306,7 +307,7 @@ class VtcImageProcessor(ImageProcessorBase):
             OSError: a file or URL cannot be read.
             ValueError: no image, an image without pixels or with an impossible shape, or a field outside its range.
         """
-        settings = self._settings(**overrides)
+        settings = self.settings(**overrides)
         _check_crop_to_patches(crop_to_patches, settings)
         self.check_rescaling(images, overrides.get("do_rescale"))
         images = load_images(images, "images", input_data_format)

@@ -41,7 +41,7 @@ def as_patches(
     merge, patches, grids = settings.token_stride // settings.patch_size, [], []
     for image, layout in zip(images, layouts):
         height, width = layout.resized_size
-        pixels = _normalized([resized(image, (width, height), settings.resample)], settings)[0]
+        pixels = normalized([resized(image, (width, height), settings.resample)], settings)[0]
         patches.append(patches_of(pixels, settings.patch_size, merge))
         grids.append((1, height // settings.patch_size, width // settings.patch_size))
     return {"pixel_values": np.concatenate(patches), "image_grid_thw": np.array(grids, dtype=np.int64)}
@@ -82,14 +82,15 @@ def stacked(tiles: list[Image.Image], settings: TilingSettings) -> np.ndarray:
     """`(T, 3, H, W)` normalised pixels; tiles of different sizes get zeros on the right and at the bottom."""
     height, width = max(tile.height for tile in tiles), max(tile.width for tile in tiles)
     if all(tile.size == (width, height) for tile in tiles):
-        return _normalized(tiles, settings)
+        return normalized(tiles, settings)
     pixels = np.zeros((len(tiles), 3, height, width), dtype=np.float32)
     for padded, tile in zip(pixels, tiles):
-        padded[:, : tile.height, : tile.width] = _normalized([tile], settings)[0]
+        padded[:, : tile.height, : tile.width] = normalized([tile], settings)[0]
     return pixels
 
 
-def _normalized(tiles: list[Image.Image], settings: TilingSettings) -> np.ndarray:
+def normalized(tiles: list[Image.Image], settings: TilingSettings) -> np.ndarray:
+    """Values `(T, 3, H, W)` of images of one size, rescaled and normalised as the settings say."""
     # (T, S, S, 3) bytes -> (T, 3, S, S); every step in float32, as torchvision's ToTensor and Normalize do
     pixels = np.stack([np.asarray(tile) for tile in tiles]).transpose(0, 3, 1, 2).astype(np.float32, order="C")
     if settings.do_rescale:

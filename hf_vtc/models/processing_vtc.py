@@ -1,4 +1,4 @@
-"""Text and images to model inputs: one processor for every method.
+"""Text, images and videos to model inputs: one processor for every method.
 
 A chat template or a raw prompt holds one placeholder per image. The processor replaces it by `image_start_token`, as
 many placeholders as the method may need for that image (contract: reserve, then pack), and `image_end_token`.
@@ -31,6 +31,8 @@ from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, pu
 from .padding_vtc import images_apart
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
 from .tiling_vtc import TilingSettings, refuse_misnamed, refuse_unknown
+from .video_processing_vtc import VideoSettings
+from .video_prompts_vtc import VIDEO_ARGUMENTS, VideoPrompts, image_argument
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # what the decoders take; tokenizers of some versions add `token_type_ids`, which `generate` refuses
@@ -78,7 +80,7 @@ _SOURCE_ARGUMENTS = (
 _WRITTEN_BY_HOSTS = ("processor_class", "auto_map", "image_processor", "tokenizer", "chat_template", "audio_tokenizer")
 
 
-class VtcProcessor(ProcessorBase):
+class VtcProcessor(VideoPrompts, ProcessorBase):
     """Chat or prompt plus images to `input_ids`, `attention_mask`, `pixel_values`, `num_tiles` and `image_sizes`.
 
     The given tokenizer is set up for generation: padding on the left, no `token_type_ids`, and if it has no padding
@@ -107,13 +109,14 @@ class VtcProcessor(ProcessorBase):
             as TRL's do, which have a `num_tiles` of their own: `pixel_values` are `(num_images, most tiles, 3, S, S)`
             then, as those of LLaVA-NeXT, with zeros behind the tiles of an image that has fewer. It concerns a
             trainer and not a checkpoint, so that it is not saved.
+        video (`dict`, *optional*): how videos are taken, the fields of `VideoSettings` in `video_processing_vtc.py`;
+            None for models that take none.
 
     Raises:
         ValueError: a token is unknown to the tokenizer, or a field is outside of its range.
     """
 
     valid_processor_kwargs = VtcProcessorKwargs
-    call_arguments = _CALL_ARGUMENTS
 
     def __init__(
         self,
@@ -126,6 +129,7 @@ class VtcProcessor(ProcessorBase):
         image_end_token: str | None = "</img>",
         count_rule: str = "tiles",
         return_layout: bool | None = None,
+        video: dict[str, Any] | None = None,
     ):
         if image_seq_length < 1:
             raise ValueError(f"`image_seq_length` counts placeholders per tile, must be positive: {image_seq_length}.")
@@ -137,6 +141,7 @@ class VtcProcessor(ProcessorBase):
         self.image_end_token = image_end_token
         self.count_rule = count_rule
         self.return_layout = return_layout
+        self.video = None if video is None else VideoSettings.from_dict(video).to_dict()
         self._model_config: PretrainedConfig | None = None
         self._source: tuple[Any, dict[str, Any]] | None = None
         super().__init__(image_processor, tokenizer, chat_template=chat_template or chatml_template(image_token))
@@ -144,6 +149,12 @@ class VtcProcessor(ProcessorBase):
         for name, token in (("image_start_token", image_start_token), ("image_end_token", image_end_token)):
             if token is not None:
                 self._known_id(name, token)
+        if self.video is not None:
+            if image_processor.tiling != "patches":
+                raise ValueError(f"`video` needs `tiling='patches'` of images, got {image_processor.tiling!r}.")
+            # under the names by which transformers looks for them
+            self.video_token = self.video["token"]
+            self.video_token_id = self._known_id("token of `video`", self.video_token)
         tokenizer.padding_side = "left"
         tokenizer.model_input_names = list(TEXT_INPUT_NAMES)
         if tokenizer.pad_token is None:
@@ -216,6 +227,11 @@ class VtcProcessor(ProcessorBase):
             ) from error
 
     @property
+    def call_arguments(self) -> frozenset[str]:
+        """Names of the arguments of a call."""
+        return _CALL_ARGUMENTS if self.video is None else _CALL_ARGUMENTS | VIDEO_ARGUMENTS
+
+    @property
     def unused_input_names(self) -> list[str]:
         """Outputs of the parts that no model takes, or that the caller does not want."""
         return ["token_type_ids", "num_patches"]
@@ -223,13 +239,23 @@ class VtcProcessor(ProcessorBase):
     def __call__(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> BatchFeature:
-        """As in transformers, with fields of the image processor and `vtc_budget` among `kwargs`."""
+        """As in transformers, with fields of the image processor and `vtc_budget` among `kwargs`.
+
+        Where videos are taken, also `video_metadata` (of each a dictionary with `fps`, and `total_num_frames` and
+        `frames_indices` where frames were sampled before), `do_sample_frames`, `fps` and `num_frames`. A budget of a
+        list names all images first, then all videos.
+        """
+        of_videos = {}
+        if self.video is not None:
+            text, of_videos, kwargs = self.with_videos(text, videos, kwargs)
+            videos = None
         features = super().__call__(images, text, videos, audio, **kwargs)
+        features.update(of_videos)
         if "num_tiles" not in features:
             return features
         if self.return_layout is False:
             features["pixel_values"] = images_apart(features["pixel_values"], features.pop("num_tiles"))
-        elif self.return_layout is None and text is not None and _image_argument("vtc_budget", kwargs) is None:
+        elif self.return_layout is None and text is not None and image_argument("vtc_budget", kwargs) is None:
             runs_tell = self.image_start_token is not None or self.count_rule != "tiles"
             # by chance a map that is scaled down can be as long as some single tiles
             if runs_tell and self.image_processor.max_map_tiles is None:
@@ -255,8 +281,8 @@ class VtcProcessor(ProcessorBase):
                     "`processor(images, text)`. Better name them: `processor(text=..., images=...)`."
                 )
         if images is not None:
-            self.image_processor.check_rescaling(images, _image_argument("do_rescale", kwargs))
-            images = self._fetched(images, text, _image_argument("input_data_format", kwargs))
+            self.image_processor.check_rescaling(images, image_argument("do_rescale", kwargs))
+            images = self._fetched(images, text, image_argument("input_data_format", kwargs))
         return images or None, text, videos, audio
 
     def _fetched(self, images: Any, text: list[str] | None, data_format: str | None) -> list:
@@ -281,7 +307,7 @@ class VtcProcessor(ProcessorBase):
             raise ValueError("`videos` and `audio` are not supported. Pass the frames of a video as images.")
         if images is None and text is None:
             raise ValueError("`text` or `images` must be given, got neither.")
-        vtc_budget = _image_argument("vtc_budget", kwargs)
+        vtc_budget = image_argument("vtc_budget", kwargs)
         if text is None:
             if vtc_budget is not None:
                 raise ValueError("`vtc_budget` says how many placeholders `text` gets, which was not given.")
@@ -388,6 +414,8 @@ class VtcProcessor(ProcessorBase):
                 f"{levels.index(BY_SCORES)}, which the processor cannot know. Leave `vtc_budget` out of its call, so "
                 "that every decision has room, or give a number of tokens, a share of them or 'full'."
             )
+        if any(levels):
+            config.check_exact()
         return [own[config.level_entering(level)] for own, level in zip(counts, levels, strict=True)]
 
     def images_and_placeholders(
@@ -462,6 +490,7 @@ class VtcProcessor(ProcessorBase):
             "image_start_token": self.image_start_token,
             "image_end_token": self.image_end_token,
             "count_rule": self.count_rule,
+            **({} if self.video is None else {"video": self.video}),
         }
 
     def _write_chat_templates(self, folder: Path) -> None:
@@ -478,11 +507,6 @@ def _refuse_unknown_arguments(kwargs: dict[str, Any]) -> None:
     refuse_unknown(kwargs, _CALL_ARGUMENTS, "`VtcProcessor`")
     for name, known in _NESTED_ARGUMENTS.items():
         refuse_unknown(kwargs.get(name) or {}, known, f"`{name}` of `VtcProcessor`")
-
-
-def _image_argument(name: str, kwargs: dict[str, Any]) -> Any:
-    """An argument of a call that concerns images, given by itself or in their dictionary."""
-    return kwargs.get(name, (kwargs.get("images_kwargs") or {}).get(name))
 
 
 def _layout_fields(kwargs: dict[str, Any]) -> dict[str, Any]:

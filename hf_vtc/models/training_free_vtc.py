@@ -16,6 +16,8 @@ class TrainingFreeConfig(VtcConfig):
         kept_share (`float` in (0, 1]): share of an image's visual tokens that `vtc_budget="auto"` keeps.
     """
 
+    chooses_by_scores = True
+
     def __init__(
         self,
         vision_config: dict | PretrainedConfig | None = None,

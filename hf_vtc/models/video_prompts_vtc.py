@@ -1,0 +1,166 @@
+"""Prompts with videos: the part of the processor that writes their placeholders, see `processing_vtc.py`."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+
+from .prompt_vtc import BY_SCORES, budgets_per_image
+from .tiling_vtc import refuse_unknown
+from .video_processing_vtc import (
+    Clip,
+    VideoSettings,
+    clip_of,
+    metadata_of_videos,
+    patches_of_clip,
+    placeholders_of_clip,
+    videos_by_row,
+)
+from .videos_vtc import levels_of_frames
+
+# of a call that shows videos, to processors that take them
+VIDEO_ARGUMENTS = frozenset(("video_metadata", "do_sample_frames", "fps", "num_frames"))
+
+
+def image_argument(name: str, kwargs: dict[str, Any]) -> Any:
+    """An argument of a call that concerns images, given by itself or in their dictionary."""
+    return kwargs.get(name, (kwargs.get("images_kwargs") or {}).get(name))
+
+
+class VideoPrompts:
+    """What a processor does about videos; `video` are the fields of [`VideoSettings`], None where it takes none.
+
+    Abstract: the processor has `image_processor`, `image_token`, `video_token` and `model_config` besides.
+    """
+
+    def with_videos(
+        self, text: Any, videos: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """Text with the placeholders of its videos written, model inputs of these, and what is left of `kwargs`."""
+        kwargs, nested = dict(kwargs), dict(kwargs.get("videos_kwargs") or {})
+        refuse_unknown(nested, VIDEO_ARGUMENTS, "`videos_kwargs` of `VtcProcessor`")
+        asked = nested | {name: kwargs.pop(name) for name in VIDEO_ARGUMENTS if name in kwargs}
+        kwargs.pop("videos_kwargs", None)
+        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        counts = [sample.count(self.video_token) if isinstance(sample, str) else 0 for sample in texts]
+        flat, rows = ([], None) if videos is None else videos_by_row(videos)
+        if not flat:
+            if any(value is not None for value in asked.values()):
+                raise ValueError(f"`{next(iter(asked))}` says how videos are shown, of which none were given.")
+            if any(counts):
+                raise ValueError(
+                    f"Sample {next(idx for idx, count in enumerate(counts) if count)} has a placeholder of a video "
+                    f"({self.video_token}), but no `videos` were given."
+                )
+            return text, {}, kwargs
+        if text is None:
+            raise ValueError("`videos` need `text`, which says where they are.")
+        if kwargs.get("return_text_replacement_offsets"):
+            raise ValueError(
+                "`return_assistant_tokens_mask` does not know where videos are. Leave it out: "
+                "`hf_vtc.data.VtcCollator` makes labels of conversations with videos."
+            )
+        if sum(counts) != len(flat) or rows is not None and rows != counts:
+            raise ValueError(
+                f"The samples have {counts} placeholders of videos ({self.video_token}), but "
+                f"{len(flat) if rows is None else rows} videos were given. Give each video one placeholder in the "
+                "text, or one content item in the chat."
+            )
+        num_images = sum(sample.count(self.image_token) for sample in texts)
+        budgets = self._budgets_of_kinds(kwargs, num_images, len(flat))
+        inputs, replacements = self.videos_and_placeholders(
+            flat, budgets, image_argument("input_data_format", kwargs), **asked
+        )
+        remaining = iter(replacements)
+        texts = [self.with_written_videos(sample, remaining) for sample in texts]
+        return_tensors = kwargs.get("return_tensors")
+        for group in ("text_kwargs", "common_kwargs"):
+            return_tensors = return_tensors or (kwargs.get(group) or {}).get("return_tensors")
+        return texts, dict(BatchFeature(inputs, tensor_type=return_tensors)), kwargs
+
+    def _budgets_of_kinds(self, kwargs: dict[str, Any], num_images: int, num_videos: int) -> list[Any] | None:
+        """The budget of each video; those of images are left in `kwargs`. None where the largest count is reserved."""
+        budget = image_argument("vtc_budget", kwargs)
+        if budget is None:
+            return None
+        budgets = budgets_per_image(budget, num_images + num_videos)
+        if "vtc_budget" not in kwargs:
+            kwargs["images_kwargs"] = dict(kwargs["images_kwargs"])
+        place = kwargs if "vtc_budget" in kwargs else kwargs["images_kwargs"]
+        place["vtc_budget"] = budgets[:num_images] or None
+        return budgets[num_images:]
+
+    def videos_and_placeholders(
+        self, videos: Sequence[Any], budgets: Sequence[Any] | None = None, data_format: str | None = None, **asked: Any
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Model inputs of the videos of a call, and what the placeholder of each becomes in the prompt.
+
+        Args:
+            videos (`Sequence`): of each its frames.
+            budgets (`Sequence`, *optional*): of each, for as many placeholders as enter the language model at it.
+            data_format (`str`, *optional*): of arrays, `"channels_first"` or `"channels_last"`.
+            **asked: `video_metadata`, and fields of `VideoSettings` for this call.
+        """
+        metadata = metadata_of_videos(asked.pop("video_metadata", None), len(videos))
+        settings = VideoSettings.from_dict(self.video).asked(asked)
+        clips = [
+            clip_of(video, own, settings, idx, data_format) for idx, (video, own) in enumerate(zip(videos, metadata))
+        ]
+        pixels = self.image_processor.settings()
+        shown = [patches_of_clip(clip, settings, pixels) for clip in clips]
+        grids = [grid for _, grid in shown]
+        inputs = {
+            "pixel_values_videos": np.concatenate([patches for patches, _ in shown]),
+            "video_grid_thw": np.array(grids, dtype=np.int64),
+        }
+        if not settings.writes_time:
+            inputs["second_per_grid_ts"] = [clip.seconds_between_patches for clip in clips]
+        replacements = [
+            self._written_video(clip, grid, settings, idx, None if budgets is None else budgets[idx])
+            for idx, (clip, grid) in enumerate(zip(clips, grids))
+        ]
+        return inputs, replacements
+
+    def _written_video(self, clip: Clip, grid: list[int], settings: VideoSettings, video_idx: int, budget: Any) -> str:
+        """What a video of this grid becomes in a prompt, with the tokens around it."""
+        num_frames, height, width = grid
+        per_token = (self.image_processor.token_stride // self.image_processor.patch_size) ** 2
+        written = [height * width // per_token] * num_frames
+        if budget is not None:
+            config, patch_size = self.model_config, self.image_processor.patch_size
+            size = torch.tensor([[height * patch_size, width * patch_size]])
+            (counts,) = config.levels(config.sizes_of(None, size))
+            if config.frame_split != "uniform" and budget not in ("auto", "full"):
+                raise ValueError(
+                    f"`frame_split={config.frame_split!r}` looks at the frames of a video to split a number of "
+                    "tokens, which the model does alone. Leave `vtc_budget` out of the processor's call."
+                )
+            if budget == "auto":
+                levels = [config.own_level(counts, video_idx)] * num_frames
+            else:
+                levels = levels_of_frames(budget, counts, num_frames, None, video_idx)
+            if BY_SCORES in levels:
+                raise ValueError(
+                    f"`vtc_budget='auto'` lets {config.model_type} decide from the pixels of video {video_idx}, which "
+                    "the processor cannot know. Leave `vtc_budget` out of its call, or give a number of tokens, a "
+                    "share of them or 'full'."
+                )
+            if any(levels):
+                config.check_exact()
+            written = [counts[config.level_entering(level)] for level in levels]
+        return placeholders_of_clip(clip.times, written, settings)
+
+    def with_written_videos(self, sample: str, replacements: Iterator[str]) -> str:
+        """A text in which each placeholder of a video, with the tokens around it, is the next of `replacements`."""
+        bare = self.bare_videos(sample)
+        return re.sub(re.escape(self.video_token), lambda _: next(replacements), bare)
+
+    def bare_videos(self, sample: str) -> str:
+        """A text without the tokens that a chat template writes around the placeholder of a video."""
+        if self.video is None:
+            return sample
+        around = self.video["start_token"] + self.video_token + self.video["end_token"]
+        return sample.replace(around, self.video_token)
