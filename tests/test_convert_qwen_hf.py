@@ -199,6 +199,83 @@ def test_older_names_of_limits_are_read(base, tmp_path):
     assert (images.min_pixels, images.max_pixels) == (512, 1024)
 
 
+# videos
+
+
+def video_folder(base, folder, images=None, videos=None):
+    """A stock folder whose tokenizer knows the placeholder of videos, and its settings."""
+    names = {"<|im_start|>": "<|video_pad|>", "<img>": "<|vision_start|>", "</img>": "<|vision_end|>"}
+    text = qwen_tokenizer().backend_tokenizer.to_str()
+    for ours, theirs in names.items():
+        text = text.replace(ours, theirs)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text), pad_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
+    model = tiny_model(f"llavolta on {base}", video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"))
+    uncompressed(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    own = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(own | (images or {})))
+    if videos is not None:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(own | videos))
+    return folder
+
+
+def test_videos_are_taken_as_the_base_takes_them(base, tmp_path):
+    settings = {"size": {"shortest_edge": 128, "longest_edge": 2048}, "min_frames": 2, "processor_class": "X"}
+    convert(video_folder(base, tmp_path / "hf", videos=settings), tmp_path / "dst", "llavolta")
+    processor = AutoProcessor.from_pretrained(tmp_path / "dst")
+    sampling = {"qwen3_vl": (True, 2), "qwen2_5_vl": (False, None)}[base]
+    video = processor.video
+    assert (video["min_pixels"], video["max_pixels"], video["min_frames"]) == (128, 2048, 2)
+    assert (video["do_sample_frames"], video["fps"], video["base"]) == (*sampling, base)
+    frames = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue", "green", "white")]
+    inputs = processor(
+        text="a<|vision_start|><|video_pad|><|vision_end|>b",
+        videos=frames,
+        video_metadata={"fps": 2},
+        return_tensors="pt",
+    )
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "dst")
+    assert model.count_visual_tokens(**inputs, vtc_budget="full").tolist() == [12]
+    assert model.generate(**inputs, **GREEDY).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_videos_without_settings_of_their_own_have_those_of_images(base, tmp_path):
+    convert(video_folder(base, tmp_path / "hf", {"min_pixels": 512, "max_pixels": 4096}), tmp_path / "dst", "llavolta")
+    video = AutoProcessor.from_pretrained(tmp_path / "dst").video
+    assert (video["min_pixels"], video["max_pixels"]) == (512, 4096)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    (
+        ({"cap_pixels_per_frame": True}, "`cap_pixels_per_frame` of the video processor must be False"),
+        ({"image_mean": [0.1] * 3}, "`image_mean` of the video processor must be that of the image processor"),
+        ({"do_rescale": False}, "`do_rescale` of the video processor must be that of the image processor"),
+        ({"temporal_patch_size": 3}, "`temporal_patch_size` of the video processor must be 2"),
+        ({"do_slow_motion": True}, "`do_slow_motion` of the video processor is not known"),
+        ({"fps": 2, "num_frames": 4}, "Give one of them"),
+    ),
+)
+def test_videos_that_are_taken_otherwise_are_refused_with_the_reason(base, tmp_path, settings, reason):
+    report = convert(video_folder(base, tmp_path / "hf", videos=settings), tmp_path / "dst", "llavolta")
+    assert any(re.search(reason, note) for note in report.notes)
+    processor = AutoProcessor.from_pretrained(tmp_path / "dst")
+    with pytest.raises(ValueError, match="`videos` and `audio` are not supported"):
+        processor(text="<|video_pad|>", videos=[Image.new("RGB", (24, 16))] * 2)
+
+
+def test_a_vocabulary_without_the_placeholder_of_videos(base, tmp_path):
+    stock_folder(base, tmp_path / "hf")
+    qwen_tokenizer().save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "dst", "llavolta")
+    assert AutoProcessor.from_pretrained(tmp_path / "dst").video is None
+    stock = uncompressed(tiny_model(f"llavolta on {base}"))
+    stock.config.video_token_id = 10**6
+    assert from_base(stock, "llavolta").config.video_token_id is None
+
+
 # what is refused
 
 

@@ -299,7 +299,8 @@ def test_videos_that_do_not_fit_are_refused(base):
     images = {"pixel_values": batch["pixel_values_videos"], "image_grid_thw": batch["video_grid_thw"]}
     with pytest.raises(ValueError, match="`image_grid_thw` of image 0 must be 1 and"):
         model(batch["input_ids"], **images)
-    ids = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.video_token_id, model.config.image_token_id)
+    ids = batch["input_ids"]
+    ids = ids.masked_fill(ids == model.config.video_token_id, model.config.image_token_id)
     with pytest.raises(ValueError, match="placeholders of images, but those given need 0"):
         model(**batch | {"input_ids": ids})
     with pytest.raises(ValueError, match="`second_per_grid_ts` is of no use without videos"):

@@ -123,6 +123,18 @@ def image_processor_settings(folder: Path) -> dict[str, Any]:
     return settings or {}
 
 
+def video_processor_settings(folder: Path) -> dict[str, Any]:
+    """Settings of the video processor in a folder of any transformers version, empty if there is none.
+
+    Where videos have no file of their own, those of images are theirs, as in transformers.
+    """
+    nested, plain = folder / "processor_config.json", folder / "video_preprocessor_config.json"
+    settings = read_json(nested).get("video_processor") if nested.is_file() else None
+    if settings is None and plain.is_file():
+        settings = read_json(plain)
+    return settings or image_processor_settings(folder)
+
+
 def chat_template_of(folder: Path) -> str | None:
     """The chat template in a folder of any transformers version, None if there is none."""
     plain, nested = folder / "chat_template.jinja", folder / "chat_template.json"
@@ -135,6 +147,17 @@ def build_processor(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> VtcProces
     """The processor that fits a planned model."""
     settings = plan.processor
     fields = {"image_seq_length": plan.config.image_seq_length, **settings.fields}
+    video = fields.get("video")
+    if video is not None:
+        known = tokenizer.get_vocab()
+        if video["token"] not in known:
+            # no prompt can show a video; the processor says so of each
+            fields["video"] = None
+        elif known[video["token"]] != plan.config.video_token_id:
+            raise ValueError(
+                f"The id of the placeholder of videos is not clear: config.json says {plan.config.video_token_id}, "
+                f"the tokenizer's {video['token']} says {known[video['token']]}. Keep the right one only."
+            )
     return VtcProcessor(VtcImageProcessor(**settings.images), tokenizer, **fields)
 
 

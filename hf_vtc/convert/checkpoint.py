@@ -24,6 +24,7 @@ from .assets import (
     generation_settings,
     image_processor_settings,
     load_tokenizer,
+    video_processor_settings,
 )
 from .folders import local_folder, tower_folder
 from .layout import Layout
@@ -75,6 +76,7 @@ class Checkpoint:
             self.image_processor,
             self.tower,
             chat_template=chat_template_of(self.folder),
+            video_processor=video_processor_settings(self.folder),
         )
         with blaming(self.folder):
             return self.layout.plan(source, self.target, overrides)

@@ -96,6 +96,7 @@ class Source(NamedTuple):
         tower (`Mapping`): content of the `config.json` of a tower in a folder of its own, empty if there is none.
         tied (`bool`, *optional*): whether head and embeddings share a weight; None if names and values must tell.
         chat_template (`str`, *optional*): of the source's processor.
+        video_processor (`Mapping`): settings of its video processor, empty if unknown.
     """
 
     config: Mapping[str, Any]
@@ -106,6 +107,7 @@ class Source(NamedTuple):
     tower: Mapping[str, Any] = {}
     tied: bool | None = None
     chat_template: str | None = None
+    video_processor: Mapping[str, Any] = {}
 
 
 class ProcessorSettings(NamedTuple):
