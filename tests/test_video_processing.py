@@ -1,5 +1,7 @@
 """Videos to patches and prompts: against the stock processors where they run, and against their formulas."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from factories import tiny_model, tiny_processor
 from PIL import Image
 from qwen_models import BASES, model_of
 from transformers import AutoProcessor
+from transformers.video_utils import VideoMetadata
 
 from hf_vtc.models.grids_vtc import patches_of, patches_of_frames
 from hf_vtc.models.video_processing_vtc import Clip, VideoSettings
@@ -94,12 +97,12 @@ def test_sizes_of_frames():
 
 
 def test_times_of_patches():
-    clip = Clip([], [0, 16, 31, 47, 50], 24, 51)
+    clip = Clip([0, 1, 2, 3, 4], [0, 16, 31, 47, 50], 24, 51)
     # the mean of the first and the last frame of a patch, whose last frame is repeated
     assert clip.times == [8 / 24, (31 / 24 + 47 / 24) / 2, 50 / 24]
     assert clip.seconds_between_patches == 2 / (5 / 51 * 24)
-    assert Clip([], [0, 1], None, 2).times == [0.5 / 24]
-    assert Clip([], [0, 1], None, 2).seconds_between_patches == 2 / 24
+    assert Clip([0, 1], [0, 1], None, 2).times == [0.5 / 24]
+    assert Clip([0, 1], [0, 1], None, 2).seconds_between_patches == 2 / 24
 
 
 def test_patches_of_frames_are_those_of_the_source():
@@ -157,6 +160,19 @@ def test_patches_are_those_of_the_stock_processor(base, num, size):
     level = 1 / 255 / min(images.image_std)
     difference = (inputs["pixel_values_videos"] - expected["pixel_values_videos"]).abs()
     assert float(difference.max()) < (1.01 * level if resizes else 1e-6)
+
+
+def test_sampling_and_sizes_are_those_of_the_stock_processor(base):
+    stock = stock_video_processor(base)
+    for total, fps in ((48, 24), (30, 30), (100, 10), (7, 2), (61, 29.97), (300, 30)):
+        expected = stock.sample_frames(VideoMetadata(total_num_frames=total, fps=fps), fps=2)
+        assert settings_of(base, do_sample_frames=True, fps=2).sampled(total, fps) == np.asarray(expected).tolist()
+    resize = importlib.import_module(type(stock).__module__).smart_resize
+    for num, height, width in ((4, 64, 64), (5, 70, 33), (7, 64, 128), (30, 480, 640), (3, 32, 40), (2, 1000, 40)):
+        for limits in ({"min_pixels": 1, "max_pixels": 16384}, {"min_pixels": 10**5, "max_pixels": 10**6}):
+            given = {"num_frames": num} if base == "qwen3_vl" else {}
+            expected = resize(height=height, width=width, factor=32, **given, **limits)
+            assert settings_of(base, **limits).frame_size(num, height, width, 32) == tuple(expected)
 
 
 # prompts

@@ -4,6 +4,7 @@ from .collator import VtcCollator
 from .conversation import Conversation
 from .records import BadRecord, ChatRecords, RecordError, load_records
 from .tokenization import IGNORE_INDEX
+from .videos import Video, read_video
 
 __all__ = [
     "IGNORE_INDEX",
@@ -11,6 +12,8 @@ __all__ = [
     "ChatRecords",
     "Conversation",
     "RecordError",
+    "Video",
     "VtcCollator",
     "load_records",
+    "read_video",
 ]

@@ -10,6 +10,7 @@ from transformers import ProcessorMixin
 from .conversation import Conversation
 from .sources import named
 from .tokenization import IGNORE_INDEX, ConversationTokenizer
+from .videos import Video, metadata_of, video_of
 
 _PADDING_SIDES = ("left", "right")
 
@@ -58,46 +59,75 @@ class VtcCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `labels` `(B, L)`, and if any record has an image what the image processor
-            gives for all of them in prompt order: `pixel_values`, `num_tiles`, `image_sizes`.
+            gives for all of them in prompt order: `pixel_values`, `num_tiles`, `image_sizes`. With a processor that
+            takes videos, those of records too: `pixel_values_videos`, `video_grid_thw`, `second_per_grid_ts`.
 
         Raises:
             ValueError: a record cannot be read; the message says which.
         """
-        conversations, rows_of_images = [], []
+        conversations, rows_of_images, video_inputs, of_videos = [], [], [], []
         for idx, record in enumerate(records):
             try:
-                conversations.append(Conversation.from_record(record))
+                conversations.append(Conversation.from_record(record, takes_videos=self.takes_videos))
                 rows_of_images.append(self._loaded(conversations[-1].images))
+                videos = [video_of(each) for each in conversations[-1].videos]
+                inputs, written = self._shown_videos(videos) if videos else (None, [])
+                video_inputs += [] if inputs is None else [inputs]
+                of_videos.append(written)
             except (ValueError, OSError) as error:
                 raise ValueError(f"{_place(records, idx)}: {error}") from error
         image_inputs = {}
         if any(rows_of_images):
             # by rows, since a base may cut an image otherwise beside others
             image_inputs = dict(self.processor.image_processor(rows_of_images, return_tensors="pt"))
+        names = video_inputs[0] if video_inputs else ()
+        image_inputs |= {name: torch.cat([torch.as_tensor(each[name]) for each in video_inputs]) for name in names}
 
         rows, first = [], 0
         for idx, conversation in enumerate(conversations):
             last = first + len(conversation.images)
             replacements = [self.processor.replace_image_token(image_inputs, image) for image in range(first, last)]
             try:
-                rows.append(self._row(conversation.messages, replacements))
+                rows.append(self._row(conversation.messages, replacements, of_videos[idx]))
             except ValueError as error:
                 raise ValueError(f"{_place(records, idx)}: {error}") from error
             first = last
         return {**self._pad(rows), **image_inputs}
 
-    def check(self, messages: list[dict[str, Any]], image_sizes: Sequence[tuple[int, int]]) -> None:
+    @property
+    def takes_videos(self) -> bool:
+        """Whether records may show videos."""
+        return self.processor.video is not None
+
+    def _shown_videos(self, videos: Sequence[Video]) -> tuple[dict[str, Any], list[str]]:
+        return self.processor.videos_and_placeholders(
+            [video.frames for video in videos], video_metadata=metadata_of(videos)
+        )
+
+    def check(
+        self,
+        messages: list[dict[str, Any]],
+        image_sizes: Sequence[tuple[int, int]],
+        video_shapes: Sequence[tuple[int, int, int]] = (),
+        video_metadata: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Raise the `ValueError` that a batch with this conversation would raise for its text, length or image sizes.
 
         Args:
             messages (`list[dict]`): of a `Conversation`.
             image_sizes (`Sequence[tuple[int, int]]`): (height, width) in pixels of its upright images.
+            video_shapes (`Sequence[tuple[int, int, int]]`): (frames, height, width) of its videos.
+            video_metadata (`Sequence[dict]`): what is said of each, as the processor takes it.
         """
         images = self.processor.image_processor
         images.check_sizes(image_sizes)
         tiles = [images.get_tile_layout(*size, len(image_sizes) == 1).num_tiles for size in image_sizes]
         inputs = {"image_sizes": image_sizes, "num_tiles": tiles}
-        self._row(messages, [self.processor.replace_image_token(inputs, image) for image in range(len(image_sizes))])
+        replacements = [self.processor.replace_image_token(inputs, image) for image in range(len(image_sizes))]
+        of_videos = []
+        if video_shapes:
+            _, _, of_videos = self.processor.written_videos(video_shapes, video_metadata=list(video_metadata))
+        self._row(messages, replacements, of_videos)
 
     def _loaded(self, images: list[Any]) -> list[Image.Image]:
         """The images of one record, upright and in RGB, of sizes that the image processor takes."""
@@ -105,9 +135,11 @@ class VtcCollator:
         self.processor.image_processor.check_sizes([(image.height, image.width) for image in loaded])
         return loaded
 
-    def _row(self, messages: list[dict[str, Any]], replacements: list[str]) -> tuple[list[int], list[int]]:
+    def _row(
+        self, messages: list[dict[str, Any]], replacements: list[str], of_videos: Sequence[str] = ()
+    ) -> tuple[list[int], list[int]]:
         """Token ids and labels of one conversation, cut to `max_length`."""
-        ids, labels = self._tokenizer(messages, replacements)
+        ids, labels = self._tokenizer(messages, replacements, of_videos)
         if self.max_length is not None and len(ids) > self.max_length:
             self._check_cut(ids, labels)
         return ids[: self.max_length], labels[: self.max_length]
@@ -118,6 +150,10 @@ class VtcCollator:
         image_end = images[-1] + 1 if images else 0
         if image_end and self.processor.image_end_token is not None:
             image_end += 1
+        if self.takes_videos:
+            # and the token behind it
+            ends = (idx + 2 for idx, token in enumerate(ids) if token == self.processor.video_token_id)
+            image_end = max(image_end, *ends, 0)
         if image_end > self.max_length:
             raise ValueError(
                 f"`max_length` must not cut images, but the last one ends at token {image_end}, after the limit of "

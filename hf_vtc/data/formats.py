@@ -19,6 +19,8 @@ ROLES = {
 }
 # where a record may carry its images: HF data sets and ShareGPT, LLaVA, HF image folders
 IMAGES_FIELDS = ("images", "image", "file_name")
+# where a record may carry its videos, for models that take them
+VIDEOS_FIELDS = ("videos", "video")
 # the field that tells a format -> the fields that belong to it
 _FORMATS = {
     "messages": (),

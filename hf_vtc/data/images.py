@@ -111,7 +111,7 @@ class ImageReader:
         if _is_url(source):
             self._require_allowed(source)
             return io.BytesIO(_downloaded(source))
-        path = self._inside(source)
+        path = self.inside(source)
         try:
             # a pipe or device would be waited for
             if not stat.S_ISREG(os.stat(path).st_mode):
@@ -120,8 +120,12 @@ class ImageReader:
         except OSError as error:
             raise ValueError(f"Image {shown(source)} cannot be opened ({_reason(error)}).") from error
 
-    def _inside(self, path: str) -> str:
-        """The real path of a file in the image folder."""
+    def inside(self, path: str) -> str:
+        """The real path of a file in the image folder.
+
+        Raises:
+            ValueError: it may not be opened.
+        """
         if self.image_folder is None:
             raise ValueError(f"Image {shown(path)} is a path. Give `image_folder`, where paths start.")
         if "\0" in path:

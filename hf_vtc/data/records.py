@@ -16,6 +16,7 @@ from .collator import VtcCollator
 from .conversation import Conversation
 from .images import ImageReader
 from .sources import RecordError, Rows, named, open_source
+from .videos import Video, metadata_of, video_of
 
 logger = logging.get_logger(__name__)
 
@@ -55,9 +56,11 @@ class ChatRecords(Dataset):
         collator: VtcCollator | None,
         ignore_fields: Collection[str] = (),
         needs_answer: bool = True,
+        takes_videos: bool = False,
     ):
         self._sources, self._reader, self._check_images = sources, reader, check_images
         self._ignore_fields, self._needs_answer = frozenset(ignore_fields), needs_answer
+        self._takes_videos = takes_videos
         # (source, row) of each usable record
         self._places: list[tuple[int, int]] = []
         self.errors: list[BadRecord] = []
@@ -84,7 +87,8 @@ class ChatRecords(Dataset):
             if self._check_images == "header":
                 remedy = "`load_records(..., check_images='pixels')` finds such images before training."
             raise RecordError(f"{looked.origin}: {looked.error} {remedy}") from looked.error
-        return {"messages": looked.conversation.messages, "images": looked.images, "origin": looked.origin}
+        record = {"messages": looked.conversation.messages, "images": looked.images, "origin": looked.origin}
+        return record | ({"videos": looked.videos} if looked.videos else {})
 
     def fields(self, idx: int) -> Mapping[str, Any]:
         """One record as it is written, with the fields that make no message."""
@@ -129,7 +133,12 @@ class ChatRecords(Dataset):
                             raise looked.error
                         if collator is not None:
                             # here and not in the threads, which tokenizers do not bear
-                            collator.check(looked.conversation.messages, looked.sizes)
+                            collator.check(
+                                looked.conversation.messages,
+                                looked.sizes,
+                                looked.video_shapes,
+                                metadata_of(looked.videos),
+                            )
                             room.add(looked.origin, looked.sizes)
                         self._places.append(place)
                     except ValueError as error:
@@ -148,7 +157,11 @@ class ChatRecords(Dataset):
         try:
             record = source[row_idx]
             looked.origin = source.origin(row_idx, named(record))
-            looked.conversation = Conversation.from_record(record, self._ignore_fields, self._needs_answer)
+            looked.conversation = Conversation.from_record(
+                record, self._ignore_fields, self._needs_answer, self._takes_videos
+            )
+            if depth != "header":
+                self._look_at_videos(looked, keep)
             for image in looked.conversation.images:
                 if depth == "pixels":
                     decoded = self._reader.read(image)
@@ -162,6 +175,13 @@ class ChatRecords(Dataset):
             looked.error = error
         return looked
 
+    def _look_at_videos(self, looked: "_Looked", keep: bool) -> None:
+        for source in looked.conversation.videos:
+            video = video_of(source, self._reader)
+            height, width = self._reader.size(video.frames[0])
+            looked.video_shapes.append((len(video.frames), height, width))
+            looked.videos.append(video if keep else Video([], video.metadata))
+
 
 @dataclass
 class _Looked:
@@ -171,6 +191,8 @@ class _Looked:
     conversation: Conversation | None = None
     sizes: list[tuple[int, int]] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
+    video_shapes: list[tuple[int, int, int]] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
     error: ValueError | None = None
 
 
@@ -230,6 +252,7 @@ def load_records(
     collator: VtcCollator | None = None,
     ignore_fields: Collection[str] = (),
     needs_answer: bool = True,
+    takes_videos: bool | None = None,
 ) -> ChatRecords:
     """Read chat records of any usual format, and check every one of them before training begins.
 
@@ -259,6 +282,9 @@ def load_records(
             it is neither read nor known to be harmless.
         needs_answer (`bool`): whether a record must hold an answer to learn, as training needs it and a question to
             evaluate does not.
+        takes_videos (`bool`, *optional*): whether records may show videos. Files are decoded by PyAV
+            (`pip install 'hf_vtc[video]'`), at 2 frames per second and at most 64 of a file; frames named as images
+            need nothing. Default: whether `collator` takes them.
 
     Returns:
         A data set for `transformers.Trainer` and `torch.utils.data.DataLoader` with a `VtcCollator`; TRL takes its
@@ -277,7 +303,9 @@ def load_records(
         raise ValueError(f"`check_images` must be one of {', '.join(_CHECKS)}, got {check_images!r}.")
     sources, folder = open_source(source)
     reader = ImageReader(folder if image_folder is None else image_folder, allow_urls, max_image_pixels)
-    records = ChatRecords(sources, reader, check_images, collator, ignore_fields, needs_answer)
+    if takes_videos is None:
+        takes_videos = collator is not None and collator.takes_videos
+    records = ChatRecords(sources, reader, check_images, collator, ignore_fields, needs_answer, takes_videos)
     _report(records, on_error)
     return records
 

@@ -48,18 +48,26 @@ class ConversationTokenizer:
         self.processor = processor
         tokenizer = processor.tokenizer
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= {processor.image_token, *tokenizer.all_special_tokens}
+        self._placeholders = [processor.image_token]
+        self._placeholder_ids = [processor.image_token_id]
+        if processor.video is not None:
+            self._placeholders.append(processor.video_token)
+            self._placeholder_ids.append(processor.video_token_id)
+        special |= {*self._placeholders, *tokenizer.all_special_tokens}
         self._special_ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
         self._warned = False
         # longest first, so that an error names the whole token
         self._special = re.compile("|".join(map(re.escape, sorted(filter(None, special), key=len, reverse=True))))
 
-    def __call__(self, messages: Sequence[dict[str, Any]], replacements: Sequence[str]) -> tuple[list[int], list[int]]:
+    def __call__(
+        self, messages: Sequence[dict[str, Any]], replacements: Sequence[str], of_videos: Sequence[str] = ()
+    ) -> tuple[list[int], list[int]]:
         """Token ids and labels of one conversation.
 
         Args:
             messages (`Sequence[dict]`): of a `Conversation`; answers of `weight` 0 are shown and not learned.
             replacements (`Sequence[str]`): what the placeholder of each image becomes.
+            of_videos (`Sequence[str]`): what that of each video becomes, with the tokens around it.
 
         Raises:
             ValueError: a text holds a token of the model, the template leaves something out, or the row would not be
@@ -68,6 +76,7 @@ class ConversationTokenizer:
         self._refuse_special_tokens(messages)
         chat = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
         text = self._render(chat)
+        replacements = self._in_order(text, replacements, of_videos)
         _refuse_left_out(chat, text)
         learned = [idx for idx, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
         answers = self._answers(chat, text, learned)
@@ -89,9 +98,21 @@ class ConversationTokenizer:
         tokens = {text: self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in replacements}
         following, spread = iter(replacements), []
         for token, value in zip(row, values):
-            inside = tokens[next(following)] if token == self.processor.image_token_id else None
+            inside = tokens[next(following)] if token in self._placeholder_ids else None
             spread += [value] if inside is None else inside if fill is None else [fill] * len(inside)
         return spread
+
+    def _in_order(self, text: str, replacements: Sequence[str], of_videos: Sequence[str]) -> list[str]:
+        """Replacements of images and videos as their placeholders stand in the rendered conversation."""
+        kinds = dict(zip(self._placeholders, ((replacements, "images"), (of_videos, "videos"))))
+        for token, (own, kind) in kinds.items():
+            if text.count(token) != len(own):
+                raise ValueError(
+                    f"The chat template wrote {text.count(token)} times {token} for {len(own)} {kind}. Correct the "
+                    "template."
+                )
+        following = {token: iter(own) for token, (own, _) in kinds.items()}
+        return [next(following[found]) for found in re.findall("|".join(map(re.escape, kinds)), text)]
 
     def _labels(self, row: list[int], encoded: dict[int, list[int]], answers: list[Answer]) -> list[int]:
         """Labels of a row; `encoded` holds the ids of the text up to each place."""
@@ -182,32 +203,29 @@ class ConversationTokenizer:
             return_assistant_tokens_mask=True,
             **self.processor.tokenizer.special_tokens_map,
         )
-        if rendered != text:
+        bare = self.processor.bare_videos
+        if bare(rendered) != text:
             raise RuntimeError("The chat template renders differently when asked for its marks of `generation`.")
-        return [(start, end) for start, end in spans if end > start]
+        return [(len(bare(rendered[:start])), len(bare(rendered[:end]))) for start, end in spans if end > start]
 
     def _render(self, chat: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         if not chat:
             # templates look at the first message
             raise ValueError("Message 0 must not be an answer, since nothing comes before it.")
         try:
-            return self.processor.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=add_generation_prompt
+            # what a template writes around a video is part of what takes the place of its placeholder
+            return self.processor.bare_videos(
+                self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
             )
         except TemplateError as error:
             raise ValueError(f"The chat template refuses the conversation: {error}") from error
 
     def _expanded(self, text: str, places: list[int], replacements: Sequence[str]) -> dict[int, str]:
-        """The text up to each place, with `replacements` in place of its image placeholders."""
-        token = self.processor.image_token
-        if text.count(token) != len(replacements):
-            raise ValueError(
-                f"The chat template wrote {text.count(token)} times {token} for {len(replacements)} images. Correct "
-                "the template."
-            )
+        """The text up to each place, with `replacements` in place of its placeholders."""
+        tokens = "|".join(map(re.escape, self._placeholders))
         following, done, expanded, start = iter(replacements), "", {}, 0
         for place in places:
-            done += re.sub(re.escape(token), lambda _: next(following), text[start:place])
+            done += re.sub(tokens, lambda _: next(following), text[start:place])
             expanded[place], start = done, place
         return expanded
 

@@ -116,6 +116,8 @@ def _questions_of(
     name, kind = next((str(fields[key]) for key in ("id", "question_id") if fields.get(key) is not None), ""), ""
     if fields.get(group_by) is not None:
         kind = str(fields[group_by])
+    if item.get("videos"):
+        raise ValueError("The record shows a video, and an evaluation shows images alone. Leave it out.")
     images = item["images"]
     questions = []
     for place in places:
@@ -211,7 +213,8 @@ def refuse_training_images(records: ChatRecords, questions: Sequence[Question], 
     trained: dict[str, str] = {}
     for idx in range(len(train_records)):
         item = train_records[idx]
-        for image in item["images"]:
+        frames = [frame for video in item.get("videos", ()) for frame in video.frames]
+        for image in [*item["images"], *frames]:
             trained.setdefault(fingerprint([image]), item["origin"])
     leaked = []
     for question in questions:

@@ -140,6 +140,8 @@ class _Run:
             on_error=self.request.on_error,
             collator=collator,
             ignore_fields=FIELDS,
+            # the measurements before and after show images alone
+            takes_videos=False,
         )
         split = split_records(records, self.request.held_out, self.request.seed)
         write_held_out(records, split, self.folder.held_out)

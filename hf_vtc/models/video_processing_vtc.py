@@ -162,9 +162,13 @@ class VideoSettings:
 
 
 class Clip(NamedTuple):
-    """The frames of a video that are shown, and when; `fps` of the video that they are of, None if nobody said."""
+    """Which frames of a video are shown, and when.
 
-    frames: list[Image.Image]
+    `shown`: their places among those given. `indices`: among all `total` frames of the video that they are of, `fps`
+    of which are a second, None if nobody said.
+    """
+
+    shown: list[int]
     indices: list[int]
     fps: float | None
     total: int
@@ -233,21 +237,17 @@ def metadata_of_videos(video_metadata: Any, num_videos: int) -> list[Mapping[str
     return [{name: entry[name] for name in entry if entry[name] is not None} for entry in entries]
 
 
-def clip_of(
-    video: Any, metadata: Mapping[str, Any], settings: VideoSettings, video_idx: int, data_format: str | None = None
-) -> Clip:
-    """Load and sample the frames of a video.
+def frames_of(video: Any, video_idx: int, data_format: str | None = None) -> list[Image.Image]:
+    """The frames of a video, loaded as images are.
 
     Args:
         video: its frames, as `videos_by_row` knows them.
-        metadata (`Mapping`): as `metadata_of_videos` gives it.
-        settings ([`VideoSettings`]): of this call.
         video_idx (`int`): which video of the call, for messages.
         data_format (`str`, *optional*): of arrays, as for images.
 
     Raises:
         OSError: a frame cannot be read; a file of a video is none.
-        ValueError: frames have different sizes, or are not those that the metadata speak of.
+        ValueError: frames have different sizes.
     """
     try:
         # one by one, since arrays of few colours and pixels could be read in two ways
@@ -259,6 +259,20 @@ def clip_of(
     sizes = {(frame.height, frame.width) for frame in frames}
     if len(sizes) > 1:
         raise ValueError(f"Frames of video {video_idx} must have one size, got {sorted(sizes)} (height x width).")
+    return frames
+
+
+def clip_of(num_frames: int, metadata: Mapping[str, Any], settings: VideoSettings, video_idx: int) -> Clip:
+    """Which frames of a video are shown, from how many were given and what is said of them.
+
+    Args:
+        metadata (`Mapping`): as `metadata_of_videos` gives it.
+        settings ([`VideoSettings`]): of this call.
+        video_idx (`int`): which video of the call, for messages.
+
+    Raises:
+        ValueError: frames are not those that the metadata speak of, or cannot be sampled.
+    """
     fps, indices = metadata.get("fps"), metadata.get("frames_indices")
     if fps is None:
         logger.warning_once(
@@ -267,34 +281,30 @@ def clip_of(
         )
     elif not fps > 0:
         raise ValueError(f"`fps` of video {video_idx} must be positive, got {fps}.")
-    total = int(metadata.get("total_num_frames", len(frames)))
+    total = int(metadata.get("total_num_frames", num_frames))
     if indices is not None:
         indices = [int(idx) for idx in indices]
-    if indices is not None and len(indices) == len(frames) != total:
+    if indices is not None and len(indices) == num_frames != total:
         # sampled before
-        return Clip(frames, indices, fps, total)
-    if total != len(frames):
+        return Clip(list(range(num_frames)), indices, fps, total)
+    if total != num_frames:
         raise ValueError(
-            f"`video_metadata` of video {video_idx} speaks of {total} frames, but {len(frames)} were given. If they "
+            f"`video_metadata` of video {video_idx} speaks of {total} frames, but {num_frames} were given. If they "
             "were sampled, say which by `frames_indices`."
         )
     shown = settings.sampled(total, fps)
-    own = list(range(total)) if indices is None else indices
-    return Clip([frames[idx] for idx in shown], [own[idx] for idx in shown], fps, total)
+    return Clip(shown, shown if indices is None else [indices[idx] for idx in shown], fps, total)
 
 
-def patches_of_clip(clip: Clip, settings: VideoSettings, pixels: TilingSettings) -> tuple[np.ndarray, list[int]]:
-    """Normalised patches of a video, and its grid in time, height and width.
+def patches_of_video(frames: Sequence[Image.Image], size: tuple[int, int], pixels: TilingSettings) -> np.ndarray:
+    """Normalised patches of the frames that are shown, at `size`, (height, width) in pixels.
 
     Args:
         pixels ([`TilingSettings`]): of the image processor, with `tiling="patches"`.
     """
-    first = clip.frames[0]
-    height, width = settings.frame_size(len(clip.frames), first.height, first.width, pixels.token_stride)
-    shown = [resized(frame, (width, height), pixels.resample) for frame in clip.frames]
+    shown = [resized(frame, size[::-1], pixels.resample) for frame in frames]
     shown += shown[-1:] * (-len(shown) % FRAMES_OF_PATCH)
-    patches = patches_of_frames(normalized(shown, pixels), pixels.patch_size, pixels.token_stride // pixels.patch_size)
-    return patches, [len(shown) // FRAMES_OF_PATCH, height // pixels.patch_size, width // pixels.patch_size]
+    return patches_of_frames(normalized(shown, pixels), pixels.patch_size, pixels.token_stride // pixels.patch_size)
 
 
 def placeholders_of_clip(times: Sequence[float], num_written: Sequence[int], settings: VideoSettings) -> str:

@@ -8,14 +8,16 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
+from .grids_vtc import FRAMES_OF_PATCH
 from .prompt_vtc import BY_SCORES, budgets_per_image
 from .tiling_vtc import refuse_unknown
 from .video_processing_vtc import (
     Clip,
     VideoSettings,
     clip_of,
+    frames_of,
     metadata_of_videos,
-    patches_of_clip,
+    patches_of_video,
     placeholders_of_clip,
     videos_by_row,
 )
@@ -104,25 +106,48 @@ class VideoPrompts:
             data_format (`str`, *optional*): of arrays, `"channels_first"` or `"channels_last"`.
             **asked: `video_metadata`, and fields of `VideoSettings` for this call.
         """
-        metadata = metadata_of_videos(asked.pop("video_metadata", None), len(videos))
-        settings = VideoSettings.from_dict(self.video).asked(asked)
-        clips = [
-            clip_of(video, own, settings, idx, data_format) for idx, (video, own) in enumerate(zip(videos, metadata))
-        ]
+        frames = [frames_of(video, idx, data_format) for idx, video in enumerate(videos)]
+        shapes = [(len(own), own[0].height, own[0].width) for own in frames]
+        clips, sizes, replacements = self.written_videos(shapes, budgets, **asked)
         pixels = self.image_processor.settings()
-        shown = [patches_of_clip(clip, settings, pixels) for clip in clips]
-        grids = [grid for _, grid in shown]
+        patches = [
+            patches_of_video([own[idx] for idx in clip.shown], size, pixels)
+            for own, clip, size in zip(frames, clips, sizes)
+        ]
+        grids = [self._grid_of_video(clip, size) for clip, size in zip(clips, sizes)]
         inputs = {
-            "pixel_values_videos": np.concatenate([patches for patches, _ in shown]),
+            "pixel_values_videos": np.concatenate(patches),
             "video_grid_thw": np.array(grids, dtype=np.int64),
         }
-        if not settings.writes_time:
+        if not VideoSettings.from_dict(self.video).writes_time:
             inputs["second_per_grid_ts"] = [clip.seconds_between_patches for clip in clips]
-        replacements = [
-            self._written_video(clip, grid, settings, idx, None if budgets is None else budgets[idx])
-            for idx, (clip, grid) in enumerate(zip(clips, grids))
-        ]
         return inputs, replacements
+
+    def written_videos(
+        self, shapes: Sequence[tuple[int, int, int]], budgets: Sequence[Any] | None = None, **asked: Any
+    ) -> tuple[list[Clip], list[tuple[int, int]], list[str]]:
+        """Which frames of videos are shown, their size in pixels, and what becomes of their placeholders.
+
+        Args:
+            shapes (`Sequence`): (frames, height, width) of each video.
+            budgets, **asked: as in `videos_and_placeholders`.
+        """
+        metadata = metadata_of_videos(asked.pop("video_metadata", None), len(shapes))
+        settings = VideoSettings.from_dict(self.video).asked(asked)
+        stride = self.image_processor.token_stride
+        clips, sizes, written = [], [], []
+        for idx, ((num_frames, height, width), own) in enumerate(zip(shapes, metadata)):
+            clip = clip_of(num_frames, own, settings, idx)
+            size = settings.frame_size(len(clip.shown), height, width, stride)
+            budget = None if budgets is None else budgets[idx]
+            grid = self._grid_of_video(clip, size)
+            written.append(self._written_video(clip, grid, settings, idx, budget))
+            clips.append(clip)
+            sizes.append(size)
+        return clips, sizes, written
+
+    def _grid_of_video(self, clip: Clip, size: tuple[int, int]) -> list[int]:
+        return [-(-len(clip.shown) // FRAMES_OF_PATCH), *(side // self.image_processor.patch_size for side in size)]
 
     def _written_video(self, clip: Clip, grid: list[int], settings: VideoSettings, video_idx: int, budget: Any) -> str:
         """What a video of this grid becomes in a prompt, with the tokens around it."""

@@ -189,6 +189,8 @@ def bench(
         raise ValueError(f"`repeats` must be at least 1 and `warmup` at least 0, got {repeats} and {warmup}.")
     if entry not in ("generate", "forward", None):
         raise ValueError(f"`entry` must be 'generate' or 'forward', got {entry!r}.")
+    if inputs.get("pixel_values_videos") is not None:
+        raise ValueError("`bench` measures prompts with images, and these show a video. Give its frames as images.")
     if inputs.get("pixel_values") is None:
         raise ValueError("`inputs` must hold `pixel_values`. Build them from a prompt with an image.")
     inputs = {name: value.to(model.device) for name, value in inputs.items()}

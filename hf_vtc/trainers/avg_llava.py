@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..methods import record_of
-from ..models.layout_vtc import layout_of_images, rows_of_images
+from ..models.layout_vtc import Layout
 from ..models.prompt_vtc import VisionInputs
 from ..models.vision_vtc import Features
 from .base import VtcTrainer, freeze, train_router_alone
@@ -28,22 +28,33 @@ from .losses import (
     token_cross_entropy,
 )
 from .responses import Responses
-from .sharding import black_tile
+from .sharding import PIXELS as _PIXELS
+from .sharding import black_tile, shows_images
 
 
 def images_in(batch: dict[str, Any]) -> int:
-    """Images of a batch from the processor."""
+    """Images of a batch from the processor, and frames of its videos, for each of which a router decides."""
     told = (batch.get(name) for name in ("num_tiles", "image_sizes", "image_grid_thw"))
-    return next((len(sizes) for sizes in told if sizes is not None), 0)
+    videos = batch.get("video_grid_thw")
+    num_frames = 0 if videos is None else int(videos[:, 0].sum())
+    return next((len(sizes) for sizes in told if sizes is not None), 0) + num_frames
 
 
 def encoded(base: nn.Module, inputs: dict[str, Any]) -> Features:
     """Features of all images of a batch."""
-    grids = inputs.get("image_grid_thw")
-    if grids is None:
+    if base.config.grid_base is None:
         return base.encode(inputs["pixel_values"])
-    vision = VisionInputs(inputs["pixel_values"], vtc_budget="full", image_grid_thw=grids)
-    return base.encode(vision.pixel_values, layout_of_images(base.config, vision))
+    return base.encode_of(*_shown(base, inputs))
+
+
+def _shown(base: nn.Module, inputs: dict[str, Any]) -> tuple[VisionInputs, Layout]:
+    """Images and videos of a batch without compression, and where they are."""
+    undecided = {*VisionInputs.__dataclass_fields__} - {"image_features", "vtc_budget", "router_decisions"}
+    vision = VisionInputs(**{name: inputs.get(name) for name in undecided}, vtc_budget="full")
+    prompt = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    _, mask = base.find_placeholders(*prompt)
+    videos = base.find_videos(*prompt) if vision.has_videos else None
+    return vision, base.layout_of(mask, inputs.get("attention_mask"), vision, video_mask=videos)
 
 
 class AvgLlavaGranularityTrainer(VtcTrainer):
@@ -95,13 +106,13 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         """One forward and one backward pass per granularity, on features of one run of the tower."""
         inputs = self._prepare_inputs(inputs)
         num_passes = len(self.unwrap(model).config.vis_token_granularity)
-        if "pixel_values" not in inputs and self.args.world_size == 1:
+        if not shows_images(inputs) and self.args.world_size == 1:
             # all granularities of text are one; several processes must make the same passes
             return super().training_step(model, inputs, num_items_in_batch)
         features = self._encode(model, inputs)
         # the tower's backward pass belongs to the last granularity, with what the others have left at the features
         detached = None if features is None else _detached(features)
-        inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        inputs = {name: value for name, value in inputs.items() if name not in _PIXELS}
         sync, total = self.accelerator.sync_gradients, 0
         for idx in range(num_passes):
             is_last = idx == num_passes - 1
@@ -128,9 +139,10 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
         # Trainer switches the whole model to training mode before each step, in which the router would speak
         self.unwrap(model).model.router.eval()
         idx, num_images = inputs.pop("granularity_idx", None), images_in(inputs)
-        if "pixel_values" in inputs:
+        if shows_images(inputs):
             inputs["image_features"] = self._encode(model, inputs)
-            inputs.pop("pixel_values")
+            for name in _PIXELS:
+                inputs.pop(name, None)
         if idx is None and num_images == 0:
             loss, _ = self.next_token_loss(model, responses, inputs, num_items_in_batch)
         else:
@@ -146,7 +158,7 @@ class AvgLlavaGranularityTrainer(VtcTrainer):
 
     def _encode(self, model: nn.Module, inputs: dict[str, Any]) -> Features | None:
         """Features of all tiles of a batch, None for text."""
-        if "pixel_values" not in inputs:
+        if not shows_images(inputs):
             return None
         with_gradients = self.train_vision_tower and torch.is_grad_enabled()
         base = self.unwrap(model).model
@@ -265,7 +277,7 @@ class AvgLlavaRouterTrainer(VtcTrainer):
         labels = inputs.pop("labels")
         # Trainer switches the whole model to training mode before each step
         model.eval()
-        if "pixel_values" in inputs:
+        if shows_images(inputs):
             losses, image_rows = self.measure(self.unwrap(model), labels, inputs)
             router_logits = self.route(model, labels, inputs, training)
             loss = self.router_loss(router_logits, losses[image_rows], num_images)
@@ -291,7 +303,8 @@ class AvgLlavaRouterTrainer(VtcTrainer):
         """
         responses = Responses.from_labels(labels)
         images = dict(inputs)
-        inputs.pop("pixel_values")
+        for name in _PIXELS:
+            inputs.pop(name, None)
         inputs["image_features"] = self.in_forward(model, lambda: encoded(model.model, images))
         losses = []
         for idx in range(len(model.config.vis_token_granularity)):
@@ -299,14 +312,12 @@ class AvgLlavaRouterTrainer(VtcTrainer):
             logits, _ = self.response_logits(model, responses, {**inputs, "router_decisions": decisions})
             token_losses = token_cross_entropy(logits, responses.targets)
             losses.append(mean_per_row(token_losses, responses.row_idx, responses.num_rows))
-        placeholder_mask = (inputs["input_ids"] == model.config.image_token_id).cpu()
-        reserved = model.count_visual_tokens(**inputs, vtc_budget="full")
-        return torch.stack(losses, dim=1), rows_of_images(placeholder_mask, reserved.tolist())
+        return torch.stack(losses, dim=1), _shown(model.model, images)[1].rows
 
     def route(self, model: nn.Module, labels: torch.Tensor, inputs: dict[str, Any], training: bool) -> torch.Tensor:
         """Router logits `(num_images, E)` with their graph, from a prompt without its answers."""
         return self._run_router(
-            model, without_answers(inputs, labels, self.unwrap(model).config.image_token_id), training
+            model, without_answers(inputs, labels, self.unwrap(model).config.placeholder_ids), training
         )
 
     def _run_router(self, model: nn.Module, inputs: dict[str, Any], training: bool) -> torch.Tensor:
@@ -346,14 +357,14 @@ class AvgLlavaRouterTrainer(VtcTrainer):
             self.record(f"chosen_{scale}", (chosen == idx).float().mean(), num_images)
 
 
-def without_answers(inputs: dict[str, Any], labels: torch.Tensor, image_token_id: int) -> dict[str, Any]:
+def without_answers(inputs: dict[str, Any], labels: torch.Tensor, placeholder_ids: tuple[int, ...]) -> dict[str, Any]:
     """The prompts of a batch without the tokens that `labels` `(B, L)` supervise, padded on the right."""
     asked = labels == IGNORE_INDEX
     if inputs.get("attention_mask") is not None:
         asked = asked & inputs["attention_mask"].bool()
     rows = [ids[kept] for ids, kept in zip(inputs["input_ids"], asked, strict=True)]
     # padding must not look like an image
-    padding = int(image_token_id == 0)
+    padding = next(token_id for token_id in range(3) if token_id not in placeholder_ids)
     lengths = torch.tensor([len(row) for row in rows], device=labels.device)
     input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
     mask = torch.arange(input_ids.shape[1], device=labels.device) < lengths[:, None]

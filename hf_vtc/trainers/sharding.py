@@ -14,6 +14,13 @@ from .checkpoints import CheckpointTrainer
 from .losses import IGNORE_INDEX
 
 T = TypeVar("T")
+# what holds the images of a batch, and its videos
+PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+def shows_images(inputs: dict[str, Any]) -> bool:
+    """Whether a batch has images or videos, as pixels."""
+    return any(inputs.get(name) is not None for name in PIXELS)
 
 
 def black_tile(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -127,6 +134,6 @@ class ShardedTrainer(CheckpointTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        if self.is_sharded and not {"pixel_values", "image_features"} & inputs.keys():
+        if self.is_sharded and not {*PIXELS, "image_features"} & inputs.keys():
             inputs = with_black_tile(self.unwrap(self.model), inputs)
         return inputs
