@@ -15,9 +15,9 @@ from hf_vtc.models.configuration_llavolta import LlavoltaConfig
 from hf_vtc.models.configuration_vico import VicoConfig
 from hf_vtc.models.head_vtc import VtcForConditionalGeneration
 from hf_vtc.models.layout_vtc import Layout
-from hf_vtc.models.modeling_avg_llava import AvgLlavaInit, AvgLlavaSteps
+from hf_vtc.models.modeling_avg_llava import AvgLlavaSteps
 from hf_vtc.models.modeling_llavolta import LlavoltaModel, LlavoltaSteps
-from hf_vtc.models.modeling_vico import VicoInit, VicoSteps
+from hf_vtc.models.modeling_vico import VicoSteps
 from hf_vtc.models.modeling_vtc import VtcModel
 from hf_vtc.models.prompt_vtc import BY_SCORES
 from hf_vtc.models.tiling_vtc import ImageSizes
@@ -99,12 +99,8 @@ class VicoLlavoltaModel(CombinedSteps, VicoSteps, VtcModel):
     config_class, first = VicoLlavoltaConfig, VicoSteps
 
 
-class VicoLlavoltaForConditionalGeneration(VicoInit, VtcForConditionalGeneration):
-    config_class = VicoLlavoltaConfig
-
-    def __init__(self, config: VicoLlavoltaConfig):
-        super().__init__(config, VicoLlavoltaModel(config))
-        self.post_init()
+class VicoLlavoltaForConditionalGeneration(VtcForConditionalGeneration):
+    config_class, model_class = VicoLlavoltaConfig, VicoLlavoltaModel
 
 
 class AvgLlavaLlavoltaConfig(CombinedConfig, AvgLlavaConfig):
@@ -119,12 +115,8 @@ class AvgLlavaLlavoltaModel(CombinedSteps, AvgLlavaSteps, VtcModel):
     config_class, first = AvgLlavaLlavoltaConfig, AvgLlavaSteps
 
 
-class AvgLlavaLlavoltaForConditionalGeneration(AvgLlavaInit, VtcForConditionalGeneration):
-    config_class = AvgLlavaLlavoltaConfig
-
-    def __init__(self, config: AvgLlavaLlavoltaConfig):
-        super().__init__(config, AvgLlavaLlavoltaModel(config))
-        self.post_init()
+class AvgLlavaLlavoltaForConditionalGeneration(VtcForConditionalGeneration):
+    config_class, model_class = AvgLlavaLlavoltaConfig, AvgLlavaLlavoltaModel
 
 
 COMBINATIONS = {

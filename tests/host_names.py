@@ -29,11 +29,7 @@ _PRETRAINED = "transformers:PreTrainedModel."
 _GENERATION = "transformers:GenerationMixin."
 _TRAINER = "transformers:Trainer."
 _PROCESSOR = "transformers:ProcessorMixin."
-_METHODS = " ".join(
-    f"models/modeling_{name}.py"
-    for name in ("vico", "avg_llava", "convllava", "llavolta", "vistog", "visionzip", "cdpruner")
-)
-# of which have parameters that are not part of a standard layer
+# have parameters that are not part of a standard layer, and modules that do not split
 _METHODS_WITH_PARTS = " ".join(f"models/modeling_{name}.py" for name in ("vico", "avg_llava", "convllava", "vistog"))
 
 HOST_NAMES = [
@@ -53,9 +49,9 @@ HOST_NAMES = [
         seen="transformers 5.0 to 5.24.0",
         since=(5, 0),
     ),
-    *_rows(f"models/vision_vtc.py {_METHODS}", f"{_PRETRAINED}_no_split_modules"),
-    *_rows(f"models/vision_vtc.py {_METHODS_WITH_PARTS}", f"{_PRETRAINED}_init_weights"),
-    *_rows(_METHODS, f"{_PRETRAINED}_tied_weights_keys"),
+    *_rows(f"models/vision_vtc.py {_METHODS_WITH_PARTS}", f"{_PRETRAINED}_no_split_modules"),
+    *_rows(f"models/vision_vtc.py models/head_vtc.py {_METHODS_WITH_PARTS}", f"{_PRETRAINED}_init_weights"),
+    *_rows("models/head_vtc.py", f"{_PRETRAINED}_tied_weights_keys"),
     *_rows("models/host_vtc.py", "transformers:LlamaForCausalLM._tp_plan"),
     *_rows("models/modeling_convllava.py", "encoder:_gradient_checkpointing_func"),
     # generation

@@ -88,11 +88,7 @@ class DeepModel(LlavoltaSteps, DeepRows, VtcModel):
 
 
 class DeepForConditionalGeneration(VtcForConditionalGeneration):
-    config_class = DeepConfig
-
-    def __init__(self, config):
-        super().__init__(config, DeepModel(config))
-        self.post_init()
+    config_class, model_class = DeepConfig, DeepModel
 
 
 def deep_model(layer_idx):

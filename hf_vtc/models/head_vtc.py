@@ -111,32 +111,21 @@ def _asked_states(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> t
 
 
 class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
-    """A `VtcModel` of `modeling_vtc.py` with a language modelling head. Abstract."""
+    """A `VtcModel` of `modeling_vtc.py`, `model_class`, with a language modelling head. Abstract."""
 
+    model_class: type[VtcVision]
     _tp_plan = HEAD_TP_PLAN
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
-    def __init__(self, config: VtcConfig, model: VtcVision):
+    def __init__(self, config: VtcConfig):
         super().__init__(config)
-        self.model = model
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
-    def get_decoder(self) -> nn.Module:
-        return self.model.get_decoder()
-
-    def set_decoder(self, decoder: nn.Module) -> None:
-        self.model.set_decoder(decoder)
+    def _init_weights(self, module: nn.Module) -> None:
+        # which knows the parameters of its method
+        self.model._init_weights(module)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `VtcModel.get_image_features`."""

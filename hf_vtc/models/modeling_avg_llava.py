@@ -33,18 +33,7 @@ from .prompt_vtc import BY_SCORES
 from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf
 
 
-class AvgLlavaInit:
-    """Initial values of the parameters that are not part of a standard layer, as upstream."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, GranularityRouter | GridRouter):
-            nn.init.normal_(module.voter)
-            for linear in (module.linear_1, module.linear_2):
-                nn.init.kaiming_normal_(linear.weight)
-
-
-class AvgLlavaSteps(AvgLlavaInit):
+class AvgLlavaSteps:
     """The tokens of each image at one granularity, which a router chooses.
 
     `router_logits` are `(num_images, E)`, `router_decisions` `(num_images,)`, indices of the configuration's
@@ -65,8 +54,15 @@ class AvgLlavaSteps(AvgLlavaInit):
     ]
 
     def make_parts(self, config: AvgLlavaConfig) -> None:
-        self.multi_modal_projector = self.make_projector(config)
+        super().make_parts(config)
         self.router = GranularityRouter(config) if config.grid_base is None else GridRouter(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GranularityRouter | GridRouter):
+            nn.init.normal_(module.voter)
+            for linear in (module.linear_1, module.linear_2):
+                nn.init.kaiming_normal_(linear.weight)
 
     def score(self, features: torch.Tensor, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         """Router logits, one row per image, and the pyramid that they were made from, coarse to fine."""
@@ -205,13 +201,8 @@ class AvgLlavaModel(AvgLlavaSteps, VtcModel):
     """AVG-LLaVA without a head."""
 
 
-class AvgLlavaForConditionalGeneration(AvgLlavaInit, VtcForConditionalGeneration):
+class AvgLlavaForConditionalGeneration(VtcForConditionalGeneration):
     """AVG-LLaVA with a language modelling head."""
 
     config_class = AvgLlavaConfig
-    _no_split_modules = AvgLlavaSteps._no_split_modules
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
-    def __init__(self, config: AvgLlavaConfig):
-        super().__init__(config, AvgLlavaModel(config))
-        self.post_init()
+    model_class = AvgLlavaModel

@@ -96,10 +96,6 @@ class CdprunerSteps:
     config_class = CdprunerConfig
     routes_by_text = True
     budgets_settle = False
-    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "InternVLVisionLayer", "Connector"]
-
-    def make_parts(self, config: CdprunerConfig) -> None:
-        self.multi_modal_projector = self.make_projector(config)
 
     def score(self, features: Features, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         """Which visual tokens stay, and all of them as `connect` needs them."""
@@ -183,9 +179,4 @@ class CdprunerForConditionalGeneration(VtcForConditionalGeneration):
     """CDPruner with a language modelling head."""
 
     config_class = CdprunerConfig
-    _no_split_modules = CdprunerSteps._no_split_modules
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
-    def __init__(self, config: CdprunerConfig):
-        super().__init__(config, CdprunerModel(config))
-        self.post_init()
+    model_class = CdprunerModel

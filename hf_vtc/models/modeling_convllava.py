@@ -23,7 +23,6 @@ from .head_vtc import VtcForConditionalGeneration
 from .layout_vtc import Layout, layout_of_images
 from .modeling_vtc import VtcModel
 from .prompt_vtc import VisionInputs
-from .tower_vtc import Connector
 from .vision_vtc import VtcVisionHalf
 
 # hard-coded upstream; `layer_norm_eps` of published configurations (1e-12) concerns a norm that is not used
@@ -223,16 +222,7 @@ def encode_sizes(tower: nn.Module, pixel_values: torch.Tensor, image_sizes: list
     return [features[image_idx] for image_idx in range(len(image_sizes))]
 
 
-class ConvllavaInit:
-    """Initial values of the parameters that are not part of a standard layer."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ConvNextLayer) and module.layer_scale_parameter is not None:
-            nn.init.constant_(module.layer_scale_parameter, self.config.vision_config.layer_scale_init_value)
-
-
-class ConvllavaSteps(ConvllavaInit):
+class ConvllavaSteps:
     """A tower that compresses, and LLaVA's projector. Features are `(1, total_tokens, C)`, all images in a row."""
 
     config_class = ConvllavaConfig
@@ -241,9 +231,10 @@ class ConvllavaSteps(ConvllavaInit):
     def make_tower(self, config: ConvllavaConfig) -> nn.Module:
         return ConvNextTower(config.vision_config)
 
-    def make_parts(self, config: ConvllavaConfig) -> None:
-        width = config.text_config.hidden_size
-        self.multi_modal_projector = Connector(config, [width, width])
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ConvNextLayer) and module.layer_scale_parameter is not None:
+            nn.init.constant_(module.layer_scale_parameter, self.config.vision_config.layer_scale_init_value)
 
     def encode(self, pixel_values: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
         """Features of all images after each other, `(num_images, 3, H_max, W_max)` to `(1, total_tokens, C)`.
@@ -264,13 +255,8 @@ class ConvllavaModel(ConvllavaSteps, VtcModel):
     """ConvLLaVA without a head."""
 
 
-class ConvllavaForConditionalGeneration(ConvllavaInit, VtcForConditionalGeneration):
+class ConvllavaForConditionalGeneration(VtcForConditionalGeneration):
     """ConvLLaVA with a language modelling head."""
 
     config_class = ConvllavaConfig
-    _no_split_modules = ConvllavaSteps._no_split_modules
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
-    def __init__(self, config: ConvllavaConfig):
-        super().__init__(config, ConvllavaModel(config))
-        self.post_init()
+    model_class = ConvllavaModel

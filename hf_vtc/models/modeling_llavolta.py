@@ -39,10 +39,6 @@ class LlavoltaSteps:
     """
 
     config_class = LlavoltaConfig
-    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "InternVLVisionLayer", "Connector"]
-
-    def make_parts(self, config: LlavoltaConfig) -> None:
-        self.multi_modal_projector = self.make_projector(config)
 
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
         """The stride of each image, 1 = as it is."""
@@ -136,9 +132,4 @@ class LlavoltaForConditionalGeneration(VtcForConditionalGeneration):
     """A LLaVA-type model whose images get shorter before a decoder layer, with a language modelling head."""
 
     config_class = LlavoltaConfig
-    _no_split_modules = LlavoltaSteps._no_split_modules
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
-    def __init__(self, config: LlavoltaConfig):
-        super().__init__(config, LlavoltaModel(config))
-        self.post_init()
+    model_class = LlavoltaModel

@@ -265,8 +265,23 @@ class VisionResolutionRouter(nn.Module):
         return self.gate(self.gate_norm(states))
 
 
-class VicoInit:
-    """Initial values of the parameters that are not part of a standard layer."""
+class VicoSteps:
+    """Each tile runs through one of two connectors, which a router chooses.
+
+    `router_logits` are `(T, 2)`, `router_decisions` `(T,)` with True = compress.
+    """
+
+    config_class = VicoConfig
+    # not the connectors: which of them a process runs depends on its tiles, and FSDP would wait for the others
+    _no_split_modules = ["InternVLVisionLayer", "VisionResolutionRouter"]
+
+    def make_parts(self, config: VicoConfig) -> None:
+        super().make_parts(config)
+        width = config.text_config.hidden_size
+        self.compressed_projector = Connector(
+            config, [2 * width, 2 * width, width], config.shuffle_factor**2, config.connector_dropout
+        )
+        self.router = VisionResolutionRouter(config)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -279,25 +294,6 @@ class VicoInit:
                     # drawn for the layer that it stands for, or a seed would give the layers behind it other values
                     # than in the published trainings
                     torch.empty_like(tensor).normal_()
-
-
-class VicoSteps(VicoInit):
-    """Each tile runs through one of two connectors, which a router chooses.
-
-    `router_logits` are `(T, 2)`, `router_decisions` `(T,)` with True = compress.
-    """
-
-    config_class = VicoConfig
-    # not the connectors: which of them a process runs depends on its tiles, and FSDP would wait for the others
-    _no_split_modules = ["InternVLVisionLayer", "VisionResolutionRouter"]
-
-    def make_parts(self, config: VicoConfig) -> None:
-        width = config.text_config.hidden_size
-        self.multi_modal_projector = Connector(config, [width, width], config.shuffle_factor)
-        self.compressed_projector = Connector(
-            config, [2 * width, 2 * width, width], config.shuffle_factor**2, config.connector_dropout
-        )
-        self.router = VisionResolutionRouter(config)
 
     def score(self, features: torch.Tensor, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         """P(compress) of every tile, unless no image needs it."""
@@ -383,13 +379,8 @@ class VicoModel(VicoSteps, VtcModel):
     """InternVL3.5-Flash without a head."""
 
 
-class VicoForConditionalGeneration(VicoInit, VtcForConditionalGeneration):
+class VicoForConditionalGeneration(VtcForConditionalGeneration):
     """InternVL3.5-Flash with a language modelling head."""
 
     config_class = VicoConfig
-    _no_split_modules = VicoSteps._no_split_modules
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
-    def __init__(self, config: VicoConfig):
-        super().__init__(config, VicoModel(config))
-        self.post_init()
+    model_class = VicoModel

@@ -95,10 +95,6 @@ class VisionzipSteps:
     """
 
     config_class = VisionzipConfig
-    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "InternVLVisionLayer", "Connector"]
-
-    def make_parts(self, config: VisionzipConfig) -> None:
-        self.multi_modal_projector = self.make_projector(config)
 
     def encode(self, pixel_values: torch.Tensor, layout: Layout | None = None) -> dict[str, torch.Tensor]:
         """Features of each tile, and what the layer that gave them attended to."""
@@ -201,9 +197,4 @@ class VisionzipForConditionalGeneration(VtcForConditionalGeneration):
     """VisionZip with a language modelling head."""
 
     config_class = VisionzipConfig
-    _no_split_modules = VisionzipSteps._no_split_modules
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
-    def __init__(self, config: VisionzipConfig):
-        super().__init__(config, VisionzipModel(config))
-        self.post_init()
+    model_class = VisionzipModel

@@ -27,7 +27,6 @@ from .modeling_tower_vistog import run_tower
 from .modeling_vtc import VtcModel
 from .ops_vtc import assign_segment_mean, segment_mean_of
 from .packing_vtc import first_slots, to_device
-from .tower_vtc import Connector
 from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf, touch
 
 # what `router_decisions` hold for the patches of a tile that stays whole
@@ -184,20 +183,7 @@ class GroupingLayer(nn.Module):
         return Grouped(tokens, logits, group_idx)
 
 
-class VistogInit:
-    """Initial values of the parameters that are not part of a standard layer."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, SemanticTokens):
-            # the encoder treats equal tokens alike: constants would stay one token for ever
-            nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, GroupAssignment) and module.cosine:
-            # CLIP's temperature of 0.07
-            nn.init.constant_(module.logit_scale, 2.6593)
-
-
-class VistogSteps(VistogInit):
+class VistogSteps:
     """Tower with semantic tokens beside it, grouping layer and projector.
 
     Features are a dict: `patches` `(T, N, C)`, and `semantic` `(T, G, C)` unless a call wants no compression at all.
@@ -215,10 +201,18 @@ class VistogSteps(VistogInit):
     ]
 
     def make_parts(self, config: VistogConfig) -> None:
-        width = config.text_config.hidden_size
         self.semantic_tokens = SemanticTokens(config)
         self.grouping = GroupingLayer(config)
-        self.multi_modal_projector = Connector(config, [width, width])
+        super().make_parts(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SemanticTokens):
+            # the encoder treats equal tokens alike: constants would stay one token for ever
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, GroupAssignment) and module.cosine:
+            # CLIP's temperature of 0.07
+            nn.init.constant_(module.logit_scale, 2.6593)
 
     def encode(self, pixel_values: torch.Tensor, layout: Layout | None = None) -> dict[str, torch.Tensor]:
         """Patch states and semantic states of each tile; the latter in training in any case."""
@@ -309,13 +303,8 @@ class VistogModel(VistogSteps, VtcModel):
     """VisToG without a head."""
 
 
-class VistogForConditionalGeneration(VistogInit, VtcForConditionalGeneration):
+class VistogForConditionalGeneration(VtcForConditionalGeneration):
     """VisToG with a language modelling head."""
 
     config_class = VistogConfig
-    _no_split_modules = VistogSteps._no_split_modules
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
-    def __init__(self, config: VistogConfig):
-        super().__init__(config, VistogModel(config))
-        self.post_init()
+    model_class = VistogModel

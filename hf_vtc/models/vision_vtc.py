@@ -176,6 +176,7 @@ class VtcVision(VtcPreTrainedModel):
     `image_features` are whatever `encode` gives: a tensor, or a dict of tensors with a leading axis of tiles.
     """
 
+    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "InternVLVisionLayer", "Connector"]
     # whether text that comes later can change what a router decided for an image
     routes_by_text = False
     # whether a budget that is a number settles what was decided, or `router_decisions` alone
@@ -200,17 +201,15 @@ class VtcVision(VtcPreTrainedModel):
             unused.requires_grad_(False)
         return tower
 
-    def make_projector(self, config: VtcConfig) -> nn.Module | None:
-        """LLaVA's or InternVL's two linear layers; None for a tower that has its connector in it."""
-        width = config.text_config.hidden_size
-        return Connector(config, [width, width], config.shuffle_factor) if config.grid_base is None else None
-
     def make_decoder(self, config: VtcConfig) -> None:
         """Here there is none."""
 
     def make_parts(self, config: VtcConfig) -> None:
-        """Step: connectors and router of the method."""
-        raise NotImplementedError
+        """Step: connectors and router of the method; by default LLaVA's or InternVL's two linear layers, or what the
+        tower has in it."""
+        width = config.text_config.hidden_size
+        own = Connector(config, [width, width], config.shuffle_factor) if config.grid_base is None else None
+        self.multi_modal_projector = own
 
     def encode(self, pixel_values: torch.Tensor, layout: Layout | None = None) -> Features:
         """Step: features of each tile, `(total_tiles, 3, S, S)` to `(total_tiles, N, C)`, row-major.

@@ -7,7 +7,6 @@ from .head_vtc import VtcForConditionalGeneration
 from .layout_vtc import Layout
 from .modeling_vtc import VtcModel
 from .packing_vtc import to_device
-from .tower_vtc import Connector
 from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf
 
 
@@ -15,11 +14,6 @@ class PruningSteps:
     """`router_decisions` are `(V,)`, True at the visual tokens that stay."""
 
     config_class = PruningConfig
-    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "InternVLVisionLayer", "Connector"]
-
-    def make_parts(self, config: PruningConfig) -> None:
-        width = config.text_config.hidden_size
-        self.multi_modal_projector = Connector(config, [width, width], config.shuffle_factor)
 
     def score(self, features: torch.Tensor, prompts: torch.Tensor | None, layout: Layout) -> Scores | None:
         if layout.wants_all:
@@ -56,9 +50,4 @@ class PruningForConditionalGeneration(VtcForConditionalGeneration):
     """The pruner with a language modelling head."""
 
     config_class = PruningConfig
-    _no_split_modules = PruningSteps._no_split_modules
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
-    def __init__(self, config: PruningConfig):
-        super().__init__(config, PruningModel(config))
-        self.post_init()
+    model_class = PruningModel
