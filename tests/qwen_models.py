@@ -66,10 +66,7 @@ def batch_of_rows(model, rows, padding_side="left", seconds=None):
     batch = {
         "input_ids": torch.tensor([pad + row.ids if left else row.ids + pad for pad, row in zip(pads, rows)]),
         "attention_mask": torch.tensor(
-            [
-                pad + [1] * len(row.ids) if left else [1] * len(row.ids) + [0] * len(pad)
-                for pad, row in zip(pads, rows)
-            ]
+            [pad + [1] * len(row.ids) if left else [1] * len(row.ids) + [0] * len(pad) for pad, row in zip(pads, rows)]
         ),
     }
     for name, grids, shown in (
