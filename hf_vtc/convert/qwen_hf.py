@@ -63,7 +63,6 @@ _WITHOUT_EFFECT = (
     "device",
     "disable_grouping",
     "feature_extractor_type",
-    "_valid_kwargs_names",
     "image_processor_type",
     "input_data_format",
     "max_duration",
@@ -233,7 +232,8 @@ def _pixel_settings(
                 f"`{name}` of the {kind} processor must be {value} for this tower, got {given[name]}. Repair its file."
             )
     for name in given:
-        if name not in {*only, *_HONOURED, *_WITHOUT_EFFECT}:
+        # names with an underscore are attributes that some versions of transformers wrote by mistake
+        if not name.startswith("_") and name not in {*only, *_HONOURED, *_WITHOUT_EFFECT}:
             raise ValueError(
                 f"`{name}` of the {kind} processor is not known to be without effect, and ours has no such setting. "
                 "Remove it from its file if it changes nothing."

@@ -241,11 +241,8 @@ def _pictures(
     frames[:, 0] = 1
     sizes = config.sizes_of(None, config.sizes_of_grids(torch.cat([image_grids, frames])))
     if vision.image_features is None:
-        for name, pixels, grids in (
-            ("image", vision.pixel_values, image_grids),
-            ("video", vision.pixel_values_videos, video_grids),
-        ):
-            _check_patches("pixel_values" + "_videos" * (name == "video"), f"{name}_grid_thw", pixels, grids)
+        _check_patches("pixel_values", "image_grid_thw", vision.pixel_values, image_grids)
+        _check_patches("pixel_values_videos", "video_grid_thw", vision.pixel_values_videos, video_grids)
     changes, budgets = None, vision.vtc_budget if isinstance(vision.vtc_budget, (list, tuple)) else [vision.vtc_budget]
     if config.frame_split == "change" and any(isinstance(each, (int, float)) for each in budgets):
         if vision.pixel_values_videos is None:
