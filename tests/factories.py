@@ -432,6 +432,24 @@ _QWEN2_5_VL = {
         "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]},
     },
 }
+_QWEN3_5 = {
+    "vision_config": {
+        **{name: value for name, value in _QWEN3_VL["vision_config"].items() if name != "deepstack_visual_indexes"},
+        "model_type": "qwen3_5_vision",
+    },
+    "text_config": {
+        **_TEXT,
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        # all of the head's 8 frequencies are rotated, as in the others
+        "partial_rotary_factor": 1.0,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True},
+    },
+}
 _PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
 _PINPOINTS_OF_27 = [[rows // 32 * 27, columns // 32 * 27] for rows, columns in _PINPOINTS]
 _DYNAMIC = {"tiling": "dynamic", "size": 32, "max_tiles": 4, "image_seq_length": 16}
@@ -524,6 +542,11 @@ TINY |= {
     for method, (own, budgets, scored) in _ON_GRIDS.items()
     for base, fields in {"qwen3_vl": _QWEN3_VL, "qwen2_5_vl": _QWEN2_5_VL}.items()
 }
+if "qwen3_5" in CONFIG_MAPPING:
+    # of transformers 5.2
+    TINY["llavolta on qwen3_5"] = Tiny(
+        {**_QWEN3_5, "compress_layer_idx": 0, "compress_stride": 4}, _PATCHES, _stock_qwen, (0.5, 0.75), GridImages()
+    )
 TINY |= {
     f"cdpruner on {base}": Tiny(fields, {}, _stock_qwen, (0.5, 0.75), GridImages(), ("auto", "some"))
     for base, fields in {"qwen3_vl": _QWEN3_VL, "qwen2_5_vl": _QWEN2_5_VL}.items()

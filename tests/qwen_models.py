@@ -7,7 +7,8 @@ from factories import VISION_START, draw_int, random_batch, tiny_model
 
 from hf_vtc.models.host_vtc import GRID_BASES
 
-BASES = tuple(GRID_BASES)
+# those whose decoder has keys and values in every layer
+BASES = tuple(base for base in GRID_BASES if base != "qwen3_5")
 
 
 def model_of(base, layer_idx=1, compressor="avgpool1d", stride=4):

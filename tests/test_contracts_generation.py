@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import TextStreamer
 
+from hf_vtc.models.host_vtc import is_recurrent
+
 
 @pytest.fixture(scope="module", params=CONTRACTED)
 def model(request):
@@ -158,6 +160,11 @@ def again_cache(model, inputs, budget):
 
 
 def test_generate_with_prompt_lookup(model):
+    if is_recurrent(model.config.text_config):
+        batch = batch_of(model, 23, num_rows=1)
+        with pytest.raises(ValueError, match="`prompt_lookup_num_tokens` does not work with .* recurrent layers"):
+            model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=3)
+        return
     batch = batch_of(model, 23, num_rows=1, images_per_row=[2])
     # a prompt that repeats itself, so that the lookup finds candidates
     text = (batch["input_ids"][0] != model.config.image_token_id).nonzero().flatten()

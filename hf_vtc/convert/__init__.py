@@ -82,8 +82,8 @@ def from_base(
 
     Args:
         model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): an InternVL, LLaVA, LLaVA-NeXT, LLaVA-OneVision,
-            Qwen2.5-VL or Qwen3-VL model of transformers, a checkpoint folder (of transformers or official), or the id
-            of a repository on the Hub.
+            Qwen2.5-VL, Qwen3-VL or Qwen3.5 model of transformers, a checkpoint folder (of transformers or official),
+            or the id of a repository on the Hub.
         method (`str`): such as `"vico"`.
         image_token_id (`int`, *optional*): id of the placeholder, where an official folder has no tokenizer.
         dtype (`torch.dtype` or `str`, *optional*): of the parameters. Default: that of the base.

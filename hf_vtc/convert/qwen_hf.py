@@ -1,4 +1,7 @@
-"""Qwen2.5-VL and Qwen3-VL in transformers (`model_type` `qwen2_5_vl` and `qwen3_vl`): bases whose tower sees grids."""
+"""Qwen2.5-VL, Qwen3-VL and Qwen3.5 in transformers: bases whose tower sees grids.
+
+Their `model_type` is `qwen2_5_vl`, `qwen3_vl` and `qwen3_5`.
+"""
 
 import re
 from collections.abc import Mapping
@@ -110,7 +113,7 @@ def rename(name: str) -> Renamed | None:
 
 
 def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
-    """Plan the conversion of a Qwen2.5-VL or Qwen3-VL model of transformers; a rename, no tensor changes.
+    """Plan the conversion of a Qwen2.5-VL, Qwen3-VL or Qwen3.5 model of transformers; a rename, no tensor changes.
 
     Args:
         source (`Source`): the checkpoint, or the config and the tensors of a model in memory.
@@ -131,11 +134,14 @@ def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
     tied = is_tied(source, config.get("text_config") or {}, head, embeddings)
     parts.text_config.tie_word_embeddings = tied
     images = _pixel_settings(source.image_processor, parts.vision_config)
-    video, notes = _video_settings(source, parts.vision_config, base, images)
-    video_token_id = parts.video_token_id
-    if not 0 <= video_token_id < parts.text_config.vocab_size:
-        video, video_token_id = None, None
+    video, video_token_id = None, None
+    if base not in _VIDEO_DEFAULTS:
+        notes = ["Images only, since videos were not tried on this base: a prompt with a video is refused."]
+    elif not 0 <= parts.video_token_id < parts.text_config.vocab_size:
         notes = ["The vocabulary has no placeholder of videos: a prompt with a video is refused."]
+    else:
+        video, notes = _video_settings(source, parts.vision_config, base, images)
+        video_token_id = parts.video_token_id
     return plan_base(
         target,
         overrides,
@@ -150,7 +156,8 @@ def plan(source: Source, target: Record, overrides: Mapping[str, Any]) -> Plan:
         },
         rename=rename,
         processor=_processor(source, parts.vision_config, images, video),
-        ignored={head: "equal to the input embeddings"} if tied and head else {},
+        ignored=({head: "equal to the input embeddings"} if tied and head else {})
+        | {name: "drafts tokens for speculation, which stock models do not" for name in stored if "mtp." in name},
         notes=notes,
     )
 
@@ -266,11 +273,15 @@ def _limits(given: Mapping[str, Any], defaults: Mapping[str, Any], kind: str) ->
 
 
 LAYOUT = Layout(
-    title="Qwen2.5-VL and Qwen3-VL of transformers (`model_type` 'qwen2_5_vl', 'qwen3_vl')",
+    title="Qwen2.5-VL, Qwen3-VL and Qwen3.5 of transformers (`model_type` 'qwen2_5_vl', 'qwen3_vl', 'qwen3_5')",
     image_token=_IMAGE_TOKEN,
     matches=matches,
     methods=methods,
     rename=rename,
     plan=plan,
-    model_classes=("Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"),
+    model_classes=(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3_5ForConditionalGeneration",
+    ),
 )

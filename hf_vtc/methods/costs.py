@@ -36,10 +36,12 @@ class DecoderShape:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DecoderShape":
         """Read a `text_config` as a dictionary; Llama, Qwen, Mistral and their mixtures of experts share the names."""
+        if "linear_attention" in (config.get("layer_types") or ()):
+            return RecurrentShape.from_config(config)
         heads = _field(config, "num_attention_heads")
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         experts = config.get("num_experts") or config.get("num_local_experts") or 1
-        return cls(
+        return DecoderShape(
             width=_field(config, "hidden_size"),
             num_layers=_field(config, "num_hidden_layers"),
             query_width=heads * head_dim,
@@ -74,6 +76,64 @@ class DecoderShape:
         missed = (1 - self.experts_per_token / self.num_experts) ** num_tokens
         layers = self.num_layers * self.layer_params(self.num_experts * (1 - missed))
         return bytes_per_value * (layers + self.vocab_size * self.width)
+
+
+@dataclass(frozen=True)
+class RecurrentShape(DecoderShape):
+    """A decoder such as Qwen3.5's: `num_recurrent` of its layers are gated delta rules, the attention of the others
+    has a gate as wide as its queries.
+
+    A recurrent layer keeps a matrix of `key_dim` x `value_dim` for each of `num_heads` heads, and the last inputs of a
+    convolution over `conv_width` channels. Its rule is counted as it decodes: three products with that matrix a token.
+    """
+
+    num_recurrent: int = 0
+    num_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    conv_width: int = 0
+    conv_kernel: int = 0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "RecurrentShape":
+        plain = DecoderShape.from_config({**config, "layer_types": None})
+        heads, key_dim, value_dim = (
+            _field(config, f"linear_{name}") for name in ("num_value_heads", "key_head_dim", "value_head_dim")
+        )
+        return cls(
+            **vars(plain),
+            num_recurrent=config["layer_types"].count("linear_attention"),
+            num_heads=heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            conv_width=2 * _field(config, "linear_num_key_heads") * key_dim + heads * value_dim,
+            conv_kernel=_field(config, "linear_conv_kernel_dim"),
+        )
+
+    @property
+    def share(self) -> float:
+        """Recurrent layers among all."""
+        return self.num_recurrent / self.num_layers
+
+    def layer_params(self, num_experts: float) -> float:
+        """Weights of a layer, on average over both kinds."""
+        full = super().layer_params(num_experts) + self.width * self.query_width
+        # queries, keys and values; gate and output; two numbers for each head
+        inner = self.conv_width + 2 * self.num_heads * self.value_dim + 2 * self.num_heads
+        recurrent = self.width * inner + self.conv_width * self.conv_kernel
+        recurrent += 3 * self.width * self.ffn_width * num_experts
+        return (1 - self.share) * full + self.share * recurrent
+
+    def prefill_flops(self, num_tokens: int) -> float:
+        linear = self.num_layers * 2 * self.layer_params(self.experts_per_token) * num_tokens
+        full = (self.num_layers - self.num_recurrent) * 2 * num_tokens**2 * self.query_width
+        return linear + full + self.num_recurrent * 6 * self.num_heads * self.key_dim * self.value_dim * num_tokens
+
+    def kv_cache_bytes(self, num_tokens: int, bytes_per_value: int = 2) -> int:
+        """Bytes of keys and values of `num_tokens` positions, and of the states of recurrent layers, in float32."""
+        keys = 2 * self.kv_width * (self.num_layers - self.num_recurrent) * num_tokens * bytes_per_value
+        state = 4 * self.num_heads * self.key_dim * self.value_dim
+        return keys + self.num_recurrent * (state + bytes_per_value * self.conv_width * self.conv_kernel)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ RECORD = register(
         baselines=BASELINES,
         compressor=connector_names,
         base=Base(
-            kinds=("internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl"),
+            kinds=("internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5"),
             official_fields=official_fields,
         ),
         sharding=Sharding(),

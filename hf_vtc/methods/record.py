@@ -91,7 +91,7 @@ class Base:
     Args:
         kinds (`tuple[str, ...]`): that it can start from: `"internvl"` (pixel shuffle, tiles), `"llava"` (one tile per
             image), `"llava_next"`, `"llava_onevision"` (tiles with a newline after each row), `"qwen2_5_vl"`,
-            `"qwen3_vl"` (grids). None of them: its tower is another one.
+            `"qwen3_vl"`, `"qwen3_5"` (grids). None of them: its tower is another one.
         fresh_modules (`tuple[str, ...]`): submodules that a base lacks and that are initialised.
         fresh_fields (`Mapping`): config fields of a model whose new parts know nothing yet.
         fresh_note (`str`): what the caller of such a model should know, empty for nothing.

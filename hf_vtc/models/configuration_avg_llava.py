@@ -54,6 +54,7 @@ class AvgLlavaConfig(VtcConfig):
     """
 
     model_type = "vtc_avg_llava"
+    refused_bases = {"qwen3_5": "it was not tried on a decoder most of whose layers are recurrent"}
     takes_decisions = True
     joins_tiles = True
     newline_behind_single_tile = True

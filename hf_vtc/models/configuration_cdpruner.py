@@ -23,6 +23,7 @@ class CdprunerConfig(TrainingFreeConfig):
     """
 
     model_type = "vtc_cdpruner"
+    refused_bases = {"qwen3_5": "it was not tried on a decoder most of whose layers are recurrent"}
     takes_decisions = True
     joins_tiles = True
 

@@ -8,12 +8,14 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .configuration_vtc import VtcConfig
+from .host_vtc import is_recurrent
 from .tiling_vtc import ImageSizes
 
 # of bases whose tower sees grids, and why not
 _NO_COORDINATES = "a mean of tokens that lie anywhere has no row and column"
 _NOT_ON_GRIDS = {
     ("qwen3_vl", "kmeans"): _NO_COORDINATES,
+    ("qwen3_5", "kmeans"): _NO_COORDINATES,
     ("qwen2_5_vl", "kmeans"): _NO_COORDINATES,
     ("qwen2_5_vl", "attention"): "its rotary embedding is put together inside of the attention, which is not read",
 }
@@ -104,6 +106,11 @@ class LlavoltaConfig(VtcConfig):
             raise ValueError(
                 f"`compress_layer_idx` must not be -1 on {base}: it closes gaps between positions, which are places "
                 "in an image there and are kept. Take 0, which shortens the same tokens."
+            )
+        if is_recurrent(self.text_config) and 0 < layer_idx < num_layers:
+            raise ValueError(
+                f"`compress_layer_idx` must be 0 on {base}, or {num_layers} to compress nowhere, got {layer_idx}: "
+                "most layers of its decoder are recurrent, between which no images were tried to get shorter."
             )
         if (base, self.compressor) in _NOT_ON_GRIDS:
             raise ValueError(

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
 from .held_vtc import held_by, hold
-from .host_vtc import CACHE_NAME, cache_of, given_cache, named_cache
+from .host_vtc import CACHE_NAME, cache_of, given_cache, is_recurrent, named_cache
 from .packing_vtc import DecodePlan, PackedPrompt, is_left_padded, pack_visual_tokens
 from .prompt_vtc import OF_PROCESSORS, VisionInputs, leaves_a_choice
 
@@ -33,6 +33,9 @@ _UNPACKABLE = {
     "encoder_no_repeat_ngram_size": (0, "Use `no_repeat_ngram_size`: a packed prompt reaches no encoder's ban."),
     "position_ids": (None, "Leave it out: positions of a packed prompt follow from `attention_mask`."),
 }
+
+
+_DRAFTS = ("prompt_lookup_num_tokens", "assistant_model")
 
 
 # transformers 5 looks for "GenerationMixin" in the qualified name of `generate`, and else makes a new class of every
@@ -60,6 +63,7 @@ class VtcGenerationMixin(GenerationMixin):
                 honour, such as `assistant_model`, together with images or right-padded text.
         """
         kwargs.update(zip(_POSITIONAL, args, strict=False))
+        self._refuse_drafts_of_recurrent(generation_config, kwargs)
         kwargs["logits_processor"] = self._without_placeholders(kwargs.get("logits_processor"))
         if kwargs.get("router_decisions") is None and "vtc_budget" not in kwargs:
             kwargs["vtc_budget"] = self._asked_for("vtc_budget", generation_config, kwargs)
@@ -180,6 +184,14 @@ class VtcGenerationMixin(GenerationMixin):
             value = self._asked_for(name, generation_config, kwargs)
             if value is not None and (neutral is None or value != neutral):
                 raise ValueError(f"`{name}` does not work together with images or right-padded prompts. {remedy}")
+
+    def _refuse_drafts_of_recurrent(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+        for name in _DRAFTS if is_recurrent(self.config.text_config) else ():
+            if self._asked_for(name, generation_config, kwargs) is not None:
+                raise ValueError(
+                    f"`{name}` does not work with a decoder that has recurrent layers, as Qwen3.5's: what they keep "
+                    "of tokens that are rejected cannot be taken back. Leave it out."
+                )
 
     def _without_placeholders(self, given: list[LogitsProcessor] | None) -> LogitsProcessorList:
         """`given`, and one that keeps the placeholder out: what `generate` returns can be a prompt again."""

@@ -36,7 +36,7 @@ HEAD_TP_PLAN = dict(LlamaForCausalLM._tp_plan)
 
 # models whose tower sees every image at its own size, as a grid of patches, and has the connector in it, and the first
 # version of transformers that has them
-GRID_BASES = {"qwen2_5_vl": "4.49", "qwen3_vl": "4.57"}
+GRID_BASES = {"qwen2_5_vl": "4.49", "qwen3_vl": "4.57", "qwen3_5": "5.2"}
 
 
 def grid_base_of(tower_type: str) -> str | None:
@@ -91,6 +91,11 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("`past_key_values` and `cache` are two names of one argument. Give one of them.")
     return cache if past_key_values is None else past_key_values
+
+
+def is_recurrent(config: PretrainedConfig) -> bool:
+    """Whether some layers of a decoder keep a state instead of keys and values, as three of four of Qwen3.5's do."""
+    return "linear_attention" in (vars(config).get("layer_types") or ())
 
 
 def position_axes(config: PretrainedConfig) -> tuple[int, ...]:

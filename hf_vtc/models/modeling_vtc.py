@@ -33,7 +33,7 @@ from .host_decoder_vtc import (
     past_length,
     run_segments,
 )
-from .host_vtc import FORWARD_ARGUMENTS, cache_of, engine_of, given_cache, named_cache
+from .host_vtc import FORWARD_ARGUMENTS, cache_of, engine_of, given_cache, is_recurrent, named_cache
 from .layout_vtc import Layout, layout_of_images, layout_of_prompt
 from .packing_vtc import (
     DecodePlan,
@@ -295,6 +295,9 @@ class VtcModel(VtcVision):
             past = past_length(cache, attention_mask, given.shape[1])
         if past is not None:
             forget_emptied(cache, past)
+        if plan is not None and is_recurrent(self.config.text_config):
+            # its own forward knows the masks of such layers; of the plan there are positions alone, which are given
+            plan = None
         if plan is None and not (may_be_shortened(cache) and past > 0):
             outputs = self.language_model(
                 input_ids=input_ids,

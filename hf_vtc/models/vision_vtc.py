@@ -349,7 +349,7 @@ class VtcVision(VtcPreTrainedModel):
             (source,) = to_device(parts[0].device, source)
             joined = torch.cat(parts).index_select(0, source)
             if self.config.max_map_tiles is not None and layout.sizes.grids is not None:
-                joined = self._scaled_maps(joined.split(lengths.tolist()), shapes)
+                joined = self._scaled_maps(joined, lengths.tolist(), shapes)
         return touch(joined, newline) if self.training and newline is not None else joined
 
     def _shapes_of_maps(
@@ -367,15 +367,15 @@ class VtcVision(VtcPreTrainedModel):
             for image_idx, idx in enumerate(chosen)
         ]
 
-    def _scaled_maps(self, images: Sequence[torch.Tensor], shapes: Sequence[tuple]) -> torch.Tensor:
-        """The tokens of all images, of `_shapes_of_maps`, where maps with too many of them are scaled down."""
-        scaled = []
-        for tokens, (token_grid, num_tiles, _, kept) in zip(images, shapes, strict=True):
-            size = scaled_down(torch.tensor(kept), token_grid, self.config.max_map_tiles).tolist()
-            if num_tiles > 1 and size != list(kept):
-                tokens = scaled_map(tokens, token_grid[0] * token_grid[1], kept, tuple(size))
-            scaled.append(tokens)
-        return torch.cat(scaled)
+    def _scaled_maps(self, joined: torch.Tensor, lengths: list[int], shapes: Sequence[tuple]) -> torch.Tensor:
+        """Tokens of images of `lengths`, where maps with too many are scaled down; `shapes` are `_shapes_of_maps`."""
+        images, is_scaled = list(joined.split(lengths)), False
+        for idx, (token_grid, num_tiles, _, kept) in enumerate(shapes):
+            size = tuple(scaled_down(torch.tensor(kept), token_grid, self.config.max_map_tiles).tolist())
+            if num_tiles > 1 and size != kept:
+                images[idx] = scaled_map(images[idx], token_grid[0] * token_grid[1], kept, size)
+                is_scaled = True
+        return torch.cat(images) if is_scaled else joined
 
     def _token_order(
         self,

@@ -347,7 +347,7 @@ def _workload(
 
 
 # of the processors of published checkpoints: smallest and largest image, in pixels
-_PIXEL_LIMITS = {"qwen2_5_vl": (56 * 56, 28 * 28 * 16384), "qwen3_vl": (2**16, 2**24)}
+_PIXEL_LIMITS = {"qwen2_5_vl": (56 * 56, 28 * 28 * 16384), "qwen3_vl": (2**16, 2**24), "qwen3_5": (2**16, 2**24)}
 
 
 def _default_processor(config: Mapping[str, Any]) -> VtcImageProcessor:
