@@ -219,11 +219,12 @@ def _stock_onevision(model):
 def _stock_qwen(model):
     """The stock model of a Qwen base with all weights, whose tower has another name there."""
     ours = model.config
+    videos = {} if ours.video_token_id is None else {"video_token_id": ours.video_token_id}
     config = CONFIG_MAPPING[ours.grid_base](
         vision_config=ours.vision_config.to_dict(),
         text_config=ours.text_config.to_dict(),
         image_token_id=ours.image_token_id,
-        video_token_id=ours.video_token_id,
+        **videos,
         vision_start_token_id=VISION_START,
         tie_word_embeddings=ours.tie_word_embeddings,
     )
