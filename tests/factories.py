@@ -443,7 +443,7 @@ _QWEN3_5 = {
         "model_type": "qwen3_5_text",
         "layer_types": ["linear_attention", "full_attention"],
         "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
+        "linear_num_value_heads": 2,
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
         # all of the head's 8 frequencies are rotated, as in the others
