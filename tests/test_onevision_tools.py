@@ -153,7 +153,8 @@ def test_generate_with_one_batch_size_then_train_with_another(pair):
     losses = []
     for each in (model, fresh):
         torch.manual_seed(0)
-        losses.append(each.train()(**row, labels=labels).loss)
+        # at a budget CDPruner may drop every newline
+        losses.append(each.train()(**row, labels=labels, vtc_budget="full").loss)
     assert torch.equal(*losses)
     losses[0].backward()
     assert model.model.image_newline.grad.abs().sum() > 0
