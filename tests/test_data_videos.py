@@ -176,7 +176,7 @@ def test_records_of_files(base, tmp_path):
 
 def test_files_need_a_library(monkeypatch, tmp_path, base):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r"pip install 'hf_vtc\[video\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'hf-vtc\[video\]'"):
         read_video(tmp_path / "a.mp4")
     source = written(tmp_path, [{"conversations": turns(), "video": "a.mp4"}])
     with pytest.raises(ImportError, match="PyAV"):

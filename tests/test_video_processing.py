@@ -13,6 +13,8 @@ from transformers.video_utils import VideoMetadata
 
 from hf_vtc.models.grids_vtc import patches_of, patches_of_frames
 from hf_vtc.models.video_processing_vtc import Clip, VideoSettings
+from hf_vtc.plot import filmstrip, overlay
+from hf_vtc.plot.frames import frames_with_tokens
 
 pytestmark = pytest.mark.window
 
@@ -338,3 +340,30 @@ def test_videos_that_cannot_be_shown_are_refused(base, tmp_path):
             settings_of(base, **fields)
     with pytest.raises(ValueError, match="no argument `speed`"):
         VideoSettings.from_dict({"base": base, "speed": 2})
+
+
+# drawn
+
+
+@pytest.mark.parametrize("method", ("llavolta", "avg_llava", "cdpruner"))
+def test_filmstrips_show_what_is_left_of_each_frame(base, method):
+    processor, video = processor_of(base), frames(10)
+    model = tiny_model(f"{method} on {base}", video_token_id=processor.video_token_id)
+    inputs = processor(text="a<|im_start|>b", videos=video, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**inputs, vtc_budget=0.5)
+    drawn = frames_with_tokens(video, output, inputs["input_ids"], processor, model.config)
+    assert len(drawn) == 5 and len({each.tobytes() for each in drawn}) == 5
+    strip = filmstrip(video, output, inputs["input_ids"], processor, config=model.config)
+    # four side by side, and one below
+    assert strip.width == sum(each.width for each in drawn[:4]) and strip.height == 2 * drawn[0].height
+    with pytest.raises(ValueError, match="these 8 frames need"):
+        filmstrip(video[:8], output, inputs["input_ids"], processor, config=model.config)
+    both = processor(text="<IMG_CONTEXT>a<|im_start|>b", images=video[:1], videos=video, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**both, vtc_budget=0.5)
+    with pytest.raises(ValueError, match="a single video"):
+        filmstrip(video, output, both["input_ids"], processor, config=model.config)
+    if method == "avg_llava":
+        with pytest.raises(ValueError, match="prompt with a video"):
+            overlay(video[0], output, processor, config=model.config)

@@ -283,7 +283,7 @@ def load_records(
         needs_answer (`bool`): whether a record must hold an answer to learn, as training needs it and a question to
             evaluate does not.
         takes_videos (`bool`, *optional*): whether records may show videos. Files are decoded by PyAV
-            (`pip install 'hf_vtc[video]'`), at 2 frames per second and at most 64 of a file; frames named as images
+            (`pip install 'hf-vtc[video]'`), at 2 frames per second and at most 64 of a file; frames named as images
             need nothing. Default: whether `collator` takes them.
 
     Returns:

@@ -61,7 +61,7 @@ def read_video(
         import av
     except ImportError as error:
         raise ImportError(
-            "Files of videos are decoded by PyAV, which is not installed: `pip install 'hf_vtc[video]'`. Or give "
+            "Files of videos are decoded by PyAV, which is not installed: `pip install 'hf-vtc[video]'`. Or give "
             "frames as images."
         ) from error
     try:

@@ -38,6 +38,12 @@ def draw(kept: Kept) -> Drawing:
     decisions = kept.decisions("one granularity per image", torch.long, 1)
     kept.check_image(len(decisions))
     if config.grid_base is not None:
+        counts = None if isinstance(kept.output, (torch.Tensor, list, tuple)) else kept.output.num_visual_tokens
+        if counts is not None and len(counts) != len(decisions):
+            raise ValueError(
+                f"`output` is of a prompt with a video: {len(decisions)} decisions for {len(counts)} images and "
+                "videos. Draw a video by `hf_vtc.plot.filmstrip`, and images of a call without one."
+            )
         return _draw_grid(kept, int(decisions[kept.image_idx]))
     granularity_idx, grids = int(decisions[kept.image_idx]), config.granularity_grids
     scales = [rows * columns for rows, columns in grids]

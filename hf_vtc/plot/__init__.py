@@ -11,8 +11,12 @@ from ..methods import record_of, vico
 from ..methods.drawing import COMPRESSED_COLOUR, FULL_COLOUR, PAPER, Kept
 from ..models.image_processing_vtc import VtcImageProcessor
 from .canvas import compose
+from .frames import frames_with_tokens
 
-__all__ = ["COMPRESSED_COLOUR", "FULL_COLOUR", "overlay", "stack"]
+__all__ = ["COMPRESSED_COLOUR", "FULL_COLOUR", "filmstrip", "overlay", "stack"]
+
+# frames that stand side by side
+_FRAMES_PER_ROW = 4
 
 
 def overlay(
@@ -78,6 +82,38 @@ def _is_alone(cutter: VtcImageProcessor, output: Any, num_tiles: list[int] | Non
             "beside others in its prompt. Pass what the processor returned."
         )
     return True
+
+
+def filmstrip(
+    video: Any,
+    output: Any,
+    input_ids: torch.LongTensor,
+    processor: Any,
+    *,
+    config: PretrainedConfig,
+    max_side: int = 240,
+) -> Image.Image:
+    """Draw which visual tokens the language model sees of a video, frame by frame, as `overlay` does of an image.
+
+    A frame is what one temporal patch holds, two pictures, of which the first is shown.
+
+    Args:
+        video: the frames that were shown: all that were given to the processor, unless it sampled them.
+        output: what `forward` gave for one prompt that shows this video and nothing else.
+        input_ids (`torch.LongTensor` of shape `(1, L)`): the prompt.
+        processor: the `VtcProcessor` that wrote it.
+        config: `model.config`.
+        max_side (`int`): longer side of a drawn frame in pixels.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: the output is none of such a prompt, or of other frames.
+    """
+    pictures = frames_with_tokens(video, output, input_ids, processor, config, max_side)
+    rows = [pictures[first : first + _FRAMES_PER_ROW] for first in range(0, len(pictures), _FRAMES_PER_ROW)]
+    return stack(rows)
 
 
 def stack(pictures: Sequence[Sequence[Image.Image]]) -> Image.Image:
