@@ -283,7 +283,9 @@ def refused_by(method):
     return record_named(method).config.refused_bases
 
 
-@pytest.mark.parametrize("method", [record.name for record in RECORDS.values() if "qwen3_vl" in record.config.refused_bases])
+@pytest.mark.parametrize(
+    "method", [record.name for record in RECORDS.values() if "qwen3_vl" in record.config.refused_bases]
+)
 def test_methods_that_do_not_fit_are_refused_by_name(base, method, tmp_path):
     fields = TINY[f"llavolta on {base}"].config
     parts = {name: fields[name] for name in ("vision_config", "text_config")}
