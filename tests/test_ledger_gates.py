@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,14 +10,20 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from transformers import InternVLForConditionalGeneration
+
+import hf_vtc
 
 pytest.importorskip("sklearn", reason="ledger reads handwriting and photographs from scikit-learn")
 pytest.importorskip("matplotlib", reason="ledger reads fonts and a photograph from matplotlib")
 pytest.importorskip("scipy", reason="intervals by resampling need scipy")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from ledger import PagePool, evaluation_set, gates, measure, readout, recipe  # noqa: E402
-from ledger.stages import load  # noqa: E402
+from ledger import PagePool, base, evaluation_set, gates, measure, readout, recipe  # noqa: E402
+from ledger.sizes import SIZES  # noqa: E402
+from ledger.stages import build_processor, load  # noqa: E402
+from ledger.text import build_tokenizer  # noqa: E402
+from train_base import collate_tiles  # noqa: E402
 
 VICO = SimpleNamespace(model_type="vtc_vico", image_seq_length=16, compressed_seq_length=4)
 AVG = SimpleNamespace(model_type="vtc_avg_llava", image_seq_length=16, vis_token_granularity=[1, 2, 4, 8, 16])
@@ -113,6 +120,24 @@ def test_recipe_makes_models_and_figures(made, method):
     assert not any(path.suffix == ".py" for path in (made / method).iterdir())
 
 
+@torch.no_grad()
+def test_avg_llava_at_full_length_is_its_base_though_its_projector_has_no_norm(made):
+    folder = made / "base"
+    stock = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    converted = hf_vtc.convert.from_base(folder, "avg_llava", dtype=torch.float32).eval()
+    item = evaluation_set(1, seed=9)[0]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}]
+    processor = build_processor(folder)
+    inputs = processor(
+        images=[item.image], text=processor.apply_chat_template(chat, add_generation_prompt=True), return_tensors="pt"
+    )
+    expected = stock(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"]
+    ).logits
+    found = converted(**inputs, vtc_budget="full").logits
+    assert torch.allclose(found, expected, atol=1e-4), (found - expected).abs().max()
+
+
 def test_require_gates_refuses_a_model_that_reads_nothing(made):
     model, processor = load(made / "vico-work" / "after_consistency")
     with pytest.raises(RuntimeError, match="1 full length.*would learn to choose"):
@@ -150,3 +175,27 @@ def test_readout_finds_what_means_keep_and_not_what_they_mix():
     assert sorted(mixed) == [0, 1, 4, 5]
     first = torch.from_numpy(mixed[0][0][0])
     assert first.tolist() == pytest.approx(maps[0, :, :2, :2].mean((1, 2)).tolist())
+
+
+def test_connector_reader_learns_the_words_of_what_a_token_shows():
+    tokenizer = build_tokenizer()
+    # as wide as the vocabulary, so that words can be orthogonal
+    model = base.build_base(replace(SIZES["dry"], width=384), tokenizer)
+    model.get_input_embeddings().weight.data = 5 * torch.eye(len(tokenizer), 384)
+    reader = base.ConnectorReader(model, tokenizer)
+    assert reader.words["digit"].tolist() == [tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"]
+    dataset = base.TileDataset(PagePool(12, "train", 3, patch_size=6), 16, 0)
+    labels = {name: each for name, each in collate_tiles([dataset[i] for i in range(16)]).items() if each.dim() == 2}
+    # patches of 6 pixels, four of which are a token
+    assert labels["digit"].shape == (16, 64)
+    row, column, digit, colour = (
+        labels[name].unflatten(1, (8, 8))[:, ::2, ::2].flatten(1) for name in ("row", "column", "digit", "colour")
+    )
+
+    def vectors(name: str, index: torch.Tensor) -> torch.Tensor:
+        words = model.get_input_embeddings().weight[reader.words[name]][index.clamp(min=0)]
+        return words * (index >= 0)[..., None]
+
+    shown = vectors("cell", 4 * row + column) + vectors("digit", digit - 1) + vectors("colour", colour - 1)
+    assert reader.naming_loss(shown, labels).item() < 1e-6
+    assert reader.naming_loss(shown.roll(1, dims=1), labels).item() > 5

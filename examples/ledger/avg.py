@@ -26,8 +26,9 @@ GRANULARITY_PAGES_SEED, ROUTER_PAGES_SEED = 300, 400
 
 
 def train_granularities(model, processor, args: argparse.Namespace, console: Console) -> None:
-    """Stage 3, in place."""
+    """Stage 3, in place; tower and projector stay as they are, or they would learn to pack a tile into few tokens."""
     size = SIZES[args.size]
+    model.model.multi_modal_projector.requires_grad_(False)
     trainer = AvgLlavaGranularityTrainer(
         model,
         stage_arguments(args.work, size, size.granularity_steps, args.rate, args.seed),

@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +12,13 @@ from digit_forms.dataset import page_rng
 from digit_forms.digits import check_split
 from PIL import Image
 
-from .pages import COLOURS, FIELD_SIZE, PAPERS, Page, draw_page
+from .pages import COLOURS, FIELD_SIZE, GRIDS, PAPERS, Page, draw_page
 from .questions import EVALUATED_KINDS
 
 KINDS = ("empty", "table", "box", "photo")
 # what `patch_labels` says of a patch, and the number of classes
 PATCH_LABELS = {
     "digit": 11,
-    "place": 4,
     "kind": len(KINDS),
     "colour": 1 + len(COLOURS),
     "paper": len(PAPERS),
@@ -46,8 +46,7 @@ def tile_page(page: Page) -> np.ndarray:
 def patch_labels(page: Page, patch_size: int) -> dict[str, np.ndarray]:
     """What each patch of each tile shows, int8 `(num_tiles, side, side)` by the keys of `PATCH_LABELS`.
 
-    `digit`: 0 = none, 1 + digit; `place`: 0 = none, 1 = the only digit of a number, 2 and 3 = the first and the
-    second, of a table always 1; `colour`: 0 = none, 1 + index in `COLOURS`; `row`, `column`: the quarter of the tile.
+    `digit`: 0 = none, 1 + digit; `colour`: 0 = none, 1 + index in `COLOURS`; `row`, `column`: the quarter of the tile.
     """
     side = FIELD_SIZE // patch_size
     labels = {name: np.zeros((len(page.fields), side, side), np.int8) for name in PATCH_LABELS}
@@ -58,17 +57,11 @@ def patch_labels(page: Page, patch_size: int) -> dict[str, np.ndarray]:
         labels["kind"][tile] = KINDS.index(each.kind)
         if each.colour:
             labels["colour"][tile] = 1 + list(COLOURS).index(each.colour)
-        places = (2, 3) if each.kind == "box" and len(each.text) == 2 else (1,) * len(each.text)
-        taken = 0
-        for digit, place, area in zip(each.text, places, each.areas, strict=True):
+        for digit, area in zip(each.text, each.areas, strict=True):
             # a patch belongs to a digit if about half of it, each way, lies in the digit's rectangle; the narrowest
-            # have one column, which is not taken from the digit on their left
+            # have one column
             x0, y0, x1, y1 = (round(edge / patch_size) for edge in area)
-            x0 = max(x0, taken) if each.kind == "box" else x0
-            columns = slice(x0, max(x1, x0 + 1))
-            taken = columns.stop
-            labels["digit"][tile, y0:y1, columns] = 1 + int(digit)
-            labels["place"][tile, y0:y1, columns] = place
+            labels["digit"][tile, y0:y1, x0 : max(x1, x0 + 1)] = 1 + int(digit)
     return labels
 
 
@@ -76,11 +69,19 @@ class PagePool:
     """Pages drawn once and kept as uint8 tiles: page `i` depends on `seed`, `split` and `i` only.
 
     Attributes: `tiles[i]` uint8 `(num_tiles, 48, 48, 3)`, `questions[i]`, `labels[i]` (see `patch_labels`) and
-    `fields[i]`. With `workers` above 1 so many processes draw.
+    `fields[i]`. `grids` are those of `draw_page`; with `workers` above 1 so many processes draw.
     """
 
-    def __init__(self, num_pages: int, split: str, seed: int = 0, patch_size: int = 12, workers: int = 0) -> None:
-        draw = functools.partial(_drawn, split, seed, patch_size)
+    def __init__(
+        self,
+        num_pages: int,
+        split: str,
+        seed: int = 0,
+        patch_size: int = 12,
+        workers: int = 0,
+        grids: Sequence[tuple[int, int]] = GRIDS,
+    ) -> None:
+        draw = functools.partial(_drawn, split, seed, patch_size, grids)
         if workers > 1:
             with concurrent.futures.ProcessPoolExecutor(workers) as processes:
                 drawn = list(processes.map(draw, range(num_pages), chunksize=64))
@@ -92,8 +93,8 @@ class PagePool:
         return len(self.tiles)
 
 
-def _drawn(split: str, seed: int, patch_size: int, index: int) -> tuple:
-    page = draw_page(page_rng(seed, split, index), split)
+def _drawn(split: str, seed: int, patch_size: int, grids: Sequence[tuple[int, int]], index: int) -> tuple:
+    page = draw_page(page_rng(seed, split, index), split, grids=grids)
     return tile_page(page), page.questions, patch_labels(page, patch_size), page.fields
 
 

@@ -1,11 +1,12 @@
 """Draw a page of an account book: fields of uneven density on tinted paper.
 
 A field is exactly one tile of InternVL's dynamic tiling. A *table* (dense) holds 4 x 4 printed digits, a *box*
-(sparse) one number of one or two digits, printed or handwritten; the others show a crop of a photograph or nothing.
+(sparse) one large digit, printed or handwritten; the others show a crop of a photograph or nothing.
 Content is random, so that no language model can guess it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from .fonts import fonts_of, printed_digit
 from .photos import SUBJECTS, photo_crop
-from .questions import Question, ask
+from .questions import CELLS, Question, ask
 
 FIELD_SIZE = 48
 # (rows, columns): six tiles each
@@ -26,7 +27,7 @@ TABLE_SIDE = 4
 # how many boxes a page has, each as likely as the others
 BOX_COUNTS = (1, 2)
 PHOTO_SHARE = 0.5
-HANDWRITTEN_SHARE = 0.3
+HANDWRITTEN_SHARE = 0.1
 
 PAPERS, COLOURS = PAGE_COLOURS, BOX_COLOURS
 INK = (20, 20, 28)
@@ -67,7 +68,7 @@ def field_bits(kind: str) -> float:
     Colours count as drawn independently, an upper bound. The paper's colour, which every field shows, is left out.
     """
     colour, digit = math.log2(len(COLOURS)), math.log2(10)
-    return {"table": colour + TABLE_SIDE**2 * digit, "box": colour + math.log2(110), "photo": 1.0, "empty": 1.0}[kind]
+    return {"table": colour + TABLE_SIDE**2 * digit, "box": colour + digit, "photo": 1.0, "empty": 1.0}[kind]
 
 
 def draw_table(rng: np.random.Generator, canvas: np.ndarray, colour: str, split: str) -> Field:
@@ -88,63 +89,47 @@ def draw_table(rng: np.random.Generator, canvas: np.ndarray, colour: str, split:
     return Field("table", colour, text, tuple(areas), (font,))
 
 
-def _number_masks(rng: np.random.Generator, text: str, split: str) -> tuple[list[np.ndarray], tuple]:
-    """Masks of the digits of a number, and the font or the handwritten samples that they are made of."""
-    if rng.random() >= HANDWRITTEN_SHARE:
-        fonts = fonts_of(split)
-        font, size = fonts[rng.integers(len(fonts))], int(rng.integers(24, 31))
-        return [printed_digit(font, size, digit) for digit in text], (font,)
-    images, by_class = load_split(split)[0], samples_by_class(split)
-    samples = tuple(int(rng.choice(by_class[int(digit)])) for digit in text)
-    spread, height = AUGMENTATION[split], rng.uniform(20, 25)
-    angle, shear = rng.uniform(-1, 1) * spread["angle"], rng.uniform(-1, 1) * spread["shear"]
-    stretch = rng.uniform(*spread["stretch"])
-    return [render_digit(images[sample], height, angle, shear, stretch) for sample in samples], samples
-
-
 def draw_box(rng: np.random.Generator, canvas: np.ndarray, colour: str, split: str) -> Field:
-    """A coloured frame around a number of one or two digits."""
+    """A coloured frame around one large digit, printed or handwritten."""
     frame, shade = int(rng.integers(2, 4)), jitter_colour(rng, COLOURS[colour], 8)
     for edge in (canvas[:frame], canvas[-frame:], canvas[:, :frame], canvas[:, -frame:]):
         blend(edge, shade, 0.95)
-    text = str(rng.integers(110))
-    # 100 to 109 are the ten numbers of one digit: all 110 are equally likely
-    text = text[-1] if len(text) == 3 else text.zfill(2)
-    room = FIELD_SIZE - 2 * frame - 2
-    masks, sources = _number_masks(rng, text, split)
-    gap, width = 2, sum(mask.shape[1] for mask in masks) + 2 * (len(masks) - 1)
-    if width > room:
-        # what is too wide is narrowed
-        share = (room - gap) / (width - gap)
-        masks = [_narrowed(mask, share) for mask in masks]
-        width = sum(mask.shape[1] for mask in masks) + gap * (len(masks) - 1)
-    height = max(mask.shape[0] for mask in masks)
-    left = frame + 1 + int(rng.integers(room - width + 1))
-    top, areas = frame + 1 + int(rng.integers(max(room - height, 0) + 1)), []
-    for mask in masks:
-        bottom, right = min(top + mask.shape[0], FIELD_SIZE - frame), left + mask.shape[1]
-        blend(canvas[top:bottom, left:right], np.float32(INK), mask[: bottom - top])
-        areas.append((left, top, right, bottom))
-        left = right + gap
-    return Field("box", colour, text, tuple(areas), sources)
+    text = str(rng.integers(10))
+    mask, source = _large_digit(rng, text, split)
+    room = FIELD_SIZE - 2 * frame
+    mask = mask[:room, :room]
+    height, width = mask.shape
+    top, left = (int(rng.integers(frame, FIELD_SIZE - frame - side + 1)) for side in mask.shape)
+    blend(canvas[top : top + height, left : left + width], np.float32(INK), mask)
+    return Field("box", colour, text, ((left, top, left + width, top + height),), (source,))
 
 
-def _narrowed(mask: np.ndarray, share: float) -> np.ndarray:
-    width = max(int(mask.shape[1] * share), 1)
-    small = Image.fromarray((mask * 255).clip(0, 255).astype(np.uint8)).resize((width, mask.shape[0]))
-    return np.asarray(small).astype(np.float32) / 255
+def _large_digit(rng: np.random.Generator, digit: str, split: str) -> tuple[np.ndarray, str | int]:
+    """Mask of a digit, and the font or the handwritten sample that it is made of."""
+    if rng.random() >= HANDWRITTEN_SHARE:
+        fonts = fonts_of(split)
+        font, size = fonts[rng.integers(len(fonts))], int(rng.integers(36, 47))
+        return printed_digit(font, size, digit), font
+    images, by_class = load_split(split)[0], samples_by_class(split)
+    sample, spread = int(rng.choice(by_class[int(digit)])), AUGMENTATION[split]
+    angle, shear = rng.uniform(-1, 1) * spread["angle"], rng.uniform(-1, 1) * spread["shear"]
+    mask = render_digit(images[sample], rng.uniform(26, 32), angle, shear, rng.uniform(*spread["stretch"]))
+    return mask, sample
 
 
-def draw_page(rng: np.random.Generator, split: str, num_tables: int | None = None) -> Page:
+def draw_page(
+    rng: np.random.Generator, split: str, num_tables: int | None = None, grids: Sequence[tuple[int, int]] = GRIDS
+) -> Page:
     """Draw one page.
 
     Args:
         rng (`np.random.Generator`): the only source of chance; the same state gives the same page, pixel by pixel.
         split (`str`): `"train"` or `"test"`: fonts, handwriting and regions of photographs that may appear.
         num_tables (`int`, *optional*): 0 to 2; by default each with a chance of a third.
+        grids (`Sequence[tuple[int, int]]`): rows and columns that the page may have, each as likely.
     """
     check_split(split)
-    rows, columns = GRIDS[rng.integers(len(GRIDS))]
+    rows, columns = grids[rng.integers(len(grids))]
     paper = list(PAPERS)[rng.integers(len(PAPERS))]
     canvas = np.empty((rows * FIELD_SIZE, columns * FIELD_SIZE, 3), np.float32)
     canvas[:] = jitter_colour(rng, PAPERS[paper], 5)
@@ -154,6 +139,8 @@ def draw_page(rng: np.random.Generator, split: str, num_tables: int | None = Non
     if rng.random() < PHOTO_SHARE:
         kinds.append("photo")
     kinds += ["empty"] * (rows * columns - len(kinds))
+    # a page of fewer fields has its tables first, then its boxes
+    kinds = kinds[: rows * columns]
     colours = iter(rng.permutation(list(COLOURS)).tolist())
     fields = []
     for place, kind in enumerate([kinds[idx] for idx in rng.permutation(len(kinds))]):
@@ -183,14 +170,7 @@ def questions_of(paper: str, fields: list[Field]) -> list[Question]:
     for tile, each in enumerate(fields):
         if each.kind == "box":
             questions.append(ask("number", each.text, tile, colour=each.colour))
-            questions.append(ask("look", f"{each.colour} {each.text}", tile, colour=each.colour))
         elif each.kind == "table":
-            for place, digit in enumerate(each.text):
-                row, column = divmod(place, TABLE_SIDE)
-                questions.append(ask("digit", digit, tile, colour=each.colour, row=row + 1, column=column + 1))
-            for row in range(TABLE_SIDE):
-                line = each.text[row * TABLE_SIDE : (row + 1) * TABLE_SIDE]
-                answer = f"{each.colour} r{row + 1} {line}"
-                questions.append(ask("line", answer, tile, colour=each.colour, row=row + 1))
-    contents = ", ".join(f"{each.colour} {each.text}" for each in fields if each.colour)
-    return [*questions, ask("contents", contents)]
+            for cell, digit in zip(CELLS, each.text, strict=True):
+                questions.append(ask("digit", digit, tile, colour=each.colour, cell=cell))
+    return questions

@@ -3,9 +3,9 @@
     PYTHONPATH=examples python -m ledger.readout outputs/ledger/base/tower
 
 For 16, 8, 4, 2 and 1 tokens per tile, logistic regressions name each digit from the token under its middle: of a table
-one regression for each place within a token, of a box one for the only digit, the first and the second. They learn on
-training pages, all on as many examples, and are measured on held-out ones. A language model may read more than a
-linear readout does; what this shows is where tokens grow too few.
+one regression for each place within a token, of a box a single one. They learn on training pages, all on as many
+examples, and are measured on held-out ones. A language model may read more than a linear readout does; what this shows
+is where tokens grow too few.
 """
 
 import argparse
@@ -62,14 +62,12 @@ def examples_of(maps: torch.Tensor, fields: Sequence[Field], scale: int) -> dict
     tokens, tasks = tokens_at(maps, scale), {}
     height, width = (TABLE_SIDE // side for side in tokens.shape[2:])
     for tile, field in enumerate(fields):
-        for place, (digit, (left, top, right, bottom)) in enumerate(zip(field.text, field.areas, strict=True)):
+        for digit, (left, top, right, bottom) in zip(field.text, field.areas, strict=True):
             row, column = (
                 (first + last) // 2 * TABLE_SIDE // FIELD_SIZE for first, last in ((top, bottom), (left, right))
             )
             within = row % height * TABLE_SIDE + column % width
-            task = within if field.kind == "table" else place + len(field.text) - 1
-            # a number's only digit, its first and its second
-            task = 2 if field.kind == "box" and place else task
+            task = within if field.kind == "table" else 0
             inputs, digits = tasks.setdefault(task, ([], []))
             inputs.append(tokens[tile, :, row // height, column // width].numpy())
             digits.append(digit)

@@ -16,8 +16,8 @@ class Size:
         tower_width (`int`), tower_layers (`int`): of the vision tower.
         width (`int`), layers (`int`), feed_forward (`int`): of the language model; `width` a multiple of 96 or 64.
         pages (`int`): drawn before the base learns.
-        tower_steps (`int`), steps (`int`), batch (`int`), learning_rate (`float`): of the base's two phases; `batch`
-            and `learning_rate` of the second.
+        tower_steps (`int`), connector_steps (`int`), steps (`int`): of the base's three phases.
+        batch (`int`), learning_rate (`float`): of the third.
         consistency_steps (`int`), router_steps (`int`): of ViCO.
         granularity_steps (`int`), avg_router_steps (`int`): of AVG-LLaVA.
         method_batch (`int`): pages per step of both methods.
@@ -33,6 +33,7 @@ class Size:
     feed_forward: int
     pages: int
     tower_steps: int
+    connector_steps: int
     steps: int
     batch: int
     learning_rate: float
@@ -46,11 +47,11 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(6, 64, 3, 128, 3, 256, 8000, 1500, 1200, 16, 2e-3, 250, 80, 120, 60, 16),
-    "cpu-small": Size(12, 64, 3, 96, 3, 256, 10000, 3000, 1500, 16, 3e-3, 0, 0, 150, 100, 12),
+    "cpu": Size(6, 64, 3, 128, 3, 256, 8000, 1500, 300, 1200, 16, 2e-3, 250, 80, 120, 60, 16),
     # what was run: see docs/ledger.md
-    "trial": Size(12, 64, 3, 96, 3, 256, 2500, 800, 250, 16, 3e-3, 0, 0, 40, 40, 12),
-    "longer": Size(12, 64, 3, 96, 3, 256, 3000, 1200, 400, 16, 3e-3, 0, 0, 60, 40, 12),
-    "gpu": Size(6, 128, 4, 384, 8, 1024, 40000, 1000, 1200, 64, 1e-3, 300, 100, 200, 100, 64, bf16=True, workers=12),
-    "dry": Size(6, 64, 1, 64, 1, 64, 24, 2, 2, 4, 2e-3, 2, 2, 2, 2, 2),
+    "cpu-small": Size(12, 64, 3, 96, 3, 256, 8000, 3000, 300, 1200, 16, 3e-3, 0, 0, 150, 100, 12),
+    "gpu": Size(
+        6, 128, 4, 384, 8, 1024, 40000, 1000, 300, 1200, 64, 1e-3, 300, 100, 200, 100, 64, bf16=True, workers=12
+    ),
+    "dry": Size(6, 64, 1, 64, 1, 64, 24, 2, 2, 2, 4, 2e-3, 2, 2, 2, 2, 2),
 }

@@ -6,16 +6,16 @@ import digit_forms.text
 from transformers import PreTrainedTokenizerFast
 
 from .pages import COLOURS, PAPERS
-from .questions import TEMPLATES
+from .questions import CELLS, TEMPLATES
 
 
 def corpus() -> list[str]:
     """Every question and answer word, in a fixed order."""
     texts = []
     for _, template in TEMPLATES.values():
-        for colour, row, column in itertools.product(COLOURS, range(1, 5), range(1, 5)):
-            texts.append("user\n" + template.format(colour=colour, row=row, column=column))
-    answers = ["yes", "no", *PAPERS, *(f"{colour} r1" for colour in COLOURS)]
+        for colour, cell in itertools.product(COLOURS, CELLS):
+            texts.append("user\n" + template.format(colour=colour, cell=cell))
+    answers = ["yes", "no", *PAPERS]
     return texts + [f"assistant\n{answer}" for answer in answers * 20]
 
 
