@@ -188,14 +188,13 @@ def test_connector_reader_learns_the_words_of_what_a_token_shows():
     labels = {name: each for name, each in collate_tiles([dataset[i] for i in range(16)]).items() if each.dim() == 2}
     # patches of 6 pixels, four of which are a token
     assert labels["digit"].shape == (16, 64)
-    row, column, digit, colour = (
-        labels[name].unflatten(1, (8, 8))[:, ::2, ::2].flatten(1) for name in ("row", "column", "digit", "colour")
-    )
+    of = {name: each.unflatten(1, (8, 8))[:, ::2, ::2].flatten(1) for name, each in labels.items()}
 
     def vectors(name: str, index: torch.Tensor) -> torch.Tensor:
         words = model.get_input_embeddings().weight[reader.words[name]][index.clamp(min=0)]
         return words * (index >= 0)[..., None]
 
-    shown = vectors("cell", 4 * row + column) + vectors("digit", digit - 1) + vectors("colour", colour - 1)
+    shown = vectors("cell", 4 * of["row"] + of["column"]) + vectors("paper", of["paper"]) + vectors("kind", of["kind"])
+    shown = shown + vectors("digit", of["digit"] - 1) + vectors("colour", of["colour"] - 1)
     assert reader.naming_loss(shown, labels).item() < 1e-6
     assert reader.naming_loss(shown.roll(1, dims=1), labels).item() > 5

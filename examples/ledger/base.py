@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from .dataset import PATCH_LABELS, PagePool
-from .pages import COLOURS, FIELD_SIZE, GRIDS
+from .pages import COLOURS, FIELD_SIZE, GRIDS, PAPERS
 from .questions import CELLS, Question
 from .sizes import SIZES, TOKEN_SIDE, Size
 from .text import build_tokenizer
@@ -47,6 +47,8 @@ NAMES = {
     "cell": [f" {cell}" for cell in CELLS],
     "digit": list("0123456789"),
     "colour": [f" {colour}" for colour in COLOURS],
+    "paper": list(PAPERS),
+    "kind": ["no", "Table", "Box", "Photograph"],
 }
 # shares of tiles of each kind on which the tower learns
 TILE_SHARES = {"table": 0.45, "box": 0.4, "photo": 0.05, "empty": 0.1}
@@ -182,7 +184,7 @@ class ConnectorReader(nn.Module):
     """Projected visual tokens name what they show (see `words_of`) as the language model names words.
 
     The logit of a word is the product of token and embedding. What a question asks for and what a visual token shows
-    are then the same vectors when the language model begins to learn, which finds a cell in a tenth of the steps.
+    are then the same vectors when the language model begins to learn, which shortens its way to looking things up.
     """
 
     def __init__(self, model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -200,19 +202,26 @@ class ConnectorReader(nn.Module):
         return {"loss": self.naming_loss(getattr(tokens, "pooler_output", tokens), labels)}
 
     def naming_loss(self, tokens: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy of cell, digit and colour; a token has the labels of the first patch that it covers."""
+        """Cross-entropy of all names; paper and kind, which no question looks for in one token, count a quarter.
+
+        A token has the labels of the first patch that it covers.
+        """
         side = int(labels["row"].shape[1] ** 0.5)
         step = side // self.side
-        row, column, digit, colour = (
-            labels[name].unflatten(1, (side, side))[:, ::step, ::step].flatten()
-            for name in ("row", "column", "digit", "colour")
-        )
-        # of digits and colours, 0 is none of them
-        targets = {"cell": 4 * row + column, "digit": digit - 1, "colour": colour - 1}
+        shown = {name: each.unflatten(1, (side, side))[:, ::step, ::step].flatten() for name, each in labels.items()}
+        targets = {
+            "cell": 4 * shown["row"] + shown["column"],
+            # 0 is none of them
+            "digit": shown["digit"] - 1,
+            "colour": shown["colour"] - 1,
+            "paper": shown["paper"],
+            "kind": shown["kind"],
+        }
         embeddings, loss = self.model.get_input_embeddings().weight, 0
         for name, target in targets.items():
             logits = tokens.flatten(0, -2) @ embeddings[self.words[name].to(tokens.device)].T
-            loss = loss + nn.functional.cross_entropy(logits, target, ignore_index=-1)
+            weight = 0.25 if name in ("paper", "kind") else 1.0
+            loss = loss + weight * nn.functional.cross_entropy(logits, target, ignore_index=-1)
         return loss
 
 
