@@ -191,13 +191,20 @@ def patch_accuracy(reader: TowerReader, pool: PagePool, seed: int = 0, num_tiles
 class PageCollator:
     """Turn pages into padded sequences with several questions each.
 
-    In three of four batches the questions of a page do not see each other (block-wise attention, positions restart
-    after the image), so that each is trained as the first turn that evaluation asks. In the others they form one
-    dialogue. Loss falls on the answers and on `<|im_end|>`; the transcription comes last.
+    In a share of the batches, by default three of four, the questions of a page do not see each other (block-wise
+    attention, positions restart after the image), so that each is trained as the first turn that evaluation asks. In
+    the others they form one dialogue. Loss falls on the answers and on `<|im_end|>`; the transcription comes last.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, pool: PagePool, seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        pool: PagePool,
+        seed: int,
+        isolated_share: float = ISOLATED_SHARE,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.isolated_share = isolated_share
         self.pool = pool
         self.rng = np.random.default_rng(seed)
         self.cache: dict[str, list[int]] = {}
@@ -238,7 +245,7 @@ class PageCollator:
         return ids, labels, segments, positions
 
     def __call__(self, pages: Sequence[int]) -> dict[str, torch.Tensor]:
-        isolated = bool(self.rng.random() < ISOLATED_SHARE)
+        isolated = bool(self.rng.random() < self.isolated_share)
         rows = [self.sequence(page, isolated) for page in pages]
         length = max(len(ids) for ids, *_ in rows)
         fillers = (self.tokenizer.pad_token_id, -100, -1, 0)

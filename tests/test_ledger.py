@@ -47,7 +47,7 @@ def test_fonts_of_hold_out_whole_files_that_look_otherwise():
 def test_draw_page_uses_its_split_alone(split):
     other = "train" if split == "test" else "test"
     num_samples, fonts, prints, written = len(load_split(split)[1]), set(fonts_of(other)), 0, 0
-    for index in range(NUM_PAGES):
+    for index in range(3 * NUM_PAGES):
         for field in page_of(index, split).fields:
             for source in field.sources if field.kind in ("table", "box") else ():
                 prints, written = prints + isinstance(source, str), written + isinstance(source, int)

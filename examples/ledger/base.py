@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +33,33 @@ from transformers import (
 
 from .dataset import PATCH_LABELS, PagePool
 from .pages import COLOURS, FIELD_SIZE, GRIDS, PAPERS
-from .questions import CELLS, Question
+from .questions import CELLS, EVALUATED_KINDS, Question
 from .sizes import SIZES, TOKEN_SIDE, Size
 from .text import build_tokenizer
 
-# what the language model learns on, one after the other: rows and columns of a page, and the share of steps and pages.
-# A single field asks for the cell alone, two ask for the colour too
-LESSONS = ((((1, 1),), 0.2), (((1, 2), (2, 1)), 0.15), (GRIDS, 0.65))
 TOWER_BATCH = 96
 # as all tiny models, and a log that shows a run that does not learn
 _OPTIMIZER = OPTIMIZER | {"logging_steps": 25}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the language model learns on for a share of its steps: `grids` and `num_tables` of its pages, as in
+    `draw_page`, and the kinds of question that it is asked."""
+
+    share: float
+    grids: Sequence[tuple[int, int]]
+    num_tables: int | None
+    kinds: Sequence[str]
+
+
+# one table asks for the cell alone, two ask for the colour too. What else can be asked drowns both where they are not
+# known yet: digits are then answered by how often they stand on the page
+LESSONS = (
+    Lesson(0.25, ((1, 1),), 1, ("dense",)),
+    Lesson(0.2, ((1, 2), (2, 1)), 2, ("dense",)),
+    Lesson(0.55, GRIDS, None, EVALUATED_KINDS),
+)
 # the words by which visual tokens name what they show: as questions and answers write them
 NAMES = {
     "cell": [f" {cell}" for cell in CELLS],
@@ -228,7 +246,6 @@ class ConnectorReader(nn.Module):
 def train_connector(
     model: InternVLForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
-    pool: PagePool,
     folder: Path,
     size: Size,
     seed: int,
@@ -242,6 +259,7 @@ def train_connector(
     args = training_arguments(
         folder, size.connector_steps, TOWER_BATCH, 3e-3, seed, save_strategy="no", bf16=size.bf16, **_OPTIMIZER
     )
+    pool = PagePool(math.ceil(size.pages / 8), "train", seed + 100, size.patch_size, size.workers)
     data, check = TileDataset(pool, size.connector_steps * TOWER_BATCH, seed), HeldOutCheck(console, 10**9, dict)
     reader = ConnectorReader(model, tokenizer)
     run_trainer(Trainer(model=reader, args=args, train_dataset=data, data_collator=collate_tiles, callbacks=[check]))
@@ -249,14 +267,19 @@ def train_connector(
 
 
 class LedgerCollator(PageCollator):
-    """Pages as sequences of many questions: all coarse and sparse ones, and every digit of one table.
+    """Pages as sequences of many questions of some kinds: all coarse and sparse ones, and every digit of one table.
 
     Many digits of one table matter more than many pages: looking one up out of sixteen starts from a gradient that
     only hundreds of such questions in a step lift out of the noise.
     """
 
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, pool: PagePool, seed: int, kinds: Sequence[str]) -> None:
+        # dialogues, in which an answer stands elsewhere each time, put the first look-up off
+        super().__init__(tokenizer, pool, seed, isolated_share=1.0)
+        self.kinds = kinds
+
     def choose(self, questions: list[Question]) -> list[Question]:
-        chosen = [question for question in questions if question.kind != "dense"]
+        chosen = [question for question in questions if question.kind in self.kinds and question.kind != "dense"]
         tables = sorted({question.tile for question in questions if question.kind == "dense"})
         if tables:
             tile = tables[self.rng.integers(len(tables))]
@@ -276,9 +299,12 @@ def train_language(
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
     model.config.text_config.use_cache = False
-    for lesson, (grids, share) in enumerate(LESSONS):
-        pages, steps = (math.ceil(share * total) for total in (size.pages, size.steps))
-        pool = PagePool(pages, "train", seed + lesson + 1, size.patch_size, size.workers, grids)
+    for place, lesson in enumerate(LESSONS):
+        steps = math.ceil(lesson.share * size.steps)
+        pages = min(steps * size.batch, math.ceil(lesson.share * size.pages))
+        pool = PagePool(
+            pages, "train", seed + place + 1, size.patch_size, size.workers, lesson.grids, lesson.num_tables
+        )
         args = training_arguments(
             folder,
             steps,
@@ -288,16 +314,16 @@ def train_language(
             save_strategy="no",
             bf16=size.bf16,
             # only the last lesson ends
-            lr_scheduler_type="cosine" if lesson == len(LESSONS) - 1 else "constant_with_warmup",
+            lr_scheduler_type="cosine" if place == len(LESSONS) - 1 else "constant_with_warmup",
             **_OPTIMIZER,
         )
-        console.print(f"lesson {lesson + 1}: {len(pool)} pages of {grids}")
+        console.print(f"lesson {place + 1}: {len(pool)} pages of {lesson.grids}")
         run_trainer(
             Trainer(
                 model=model,
                 args=args,
                 train_dataset=range(len(pool)),
-                data_collator=LedgerCollator(tokenizer, pool, seed),
+                data_collator=LedgerCollator(tokenizer, pool, seed, lesson.kinds),
                 callbacks=[HeldOutCheck(console, 10**9, dict)],
             )
         )
@@ -321,15 +347,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.start is not None:
         model.load_state_dict(InternVLForConditionalGeneration.from_pretrained(args.start).state_dict())
     console.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    pool = PagePool(size.pages, "train", args.seed, size.patch_size, size.workers)
-    console.print(f"drew {len(pool)} pages in {time.time() - start:.0f} s")
     if args.tower is None:
+        pool = PagePool(size.pages, "train", args.seed, size.patch_size, size.workers)
+        console.print(f"drew {len(pool)} pages in {time.time() - start:.0f} s")
         train_tower(model, pool, args.output / "tower", size, args.seed, console)
         model.model.vision_tower.save_pretrained(args.output / "tower")
     else:
         tower = type(model.model.vision_tower).from_pretrained(args.tower)
         model.model.vision_tower.load_state_dict(tower.state_dict())
-    train_connector(model, tokenizer, pool, args.output / "connector", size, args.seed, console)
+    train_connector(model, tokenizer, args.output / "connector", size, args.seed, console)
     train_language(model, tokenizer, args.output / "checkpoints", size, args.seed, console)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
