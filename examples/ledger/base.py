@@ -274,9 +274,15 @@ class LedgerCollator(PageCollator):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pool: PagePool, seed: int, kinds: Sequence[str]) -> None:
-        # dialogues, in which an answer stands elsewhere each time, put the first look-up off
         super().__init__(tokenizer, pool, seed, isolated_share=1.0)
         self.kinds = kinds
+
+    def __call__(self, pages: Sequence[int]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(pages)
+        if "coarse" not in self.kinds:
+            # the end of an answer, which needs no look-up, is left to whole pages
+            batch["labels"][batch["labels"] == self.tokenizer.eos_token_id] = -100
+        return batch
 
     def choose(self, questions: list[Question]) -> list[Question]:
         chosen = [question for question in questions if question.kind in self.kinds and question.kind != "dense"]
