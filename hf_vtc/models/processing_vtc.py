@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BatchFeature, PretrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.processing_utils import MultiModalData, ProcessingKwargs
+from transformers.processing_utils import MultiModalData
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
 from .chat_templates_vtc import (  # noqa: F401  public under this name too
@@ -25,10 +25,11 @@ from .chat_templates_vtc import (  # noqa: F401  public under this name too
     vicuna_template,
 )
 from .counting_vtc import COUNT_RULES
-from .host_processor_vtc import ProcessorBase, TextArguments
+from .host_processor_vtc import ProcessorBase
 from .image_loading_vtc import alone_in_rows, rows_or_flat, sizes_of_images
-from .image_processing_vtc import VtcImageProcessor, VtcImageProcessorKwargs, push_copy, write_json
+from .image_processing_vtc import VtcImageProcessor, push_copy, write_json
 from .padding_vtc import images_apart
+from .processor_arguments_vtc import CALL_ARGUMENTS, VtcProcessorKwargs, layout_fields, refuse_unknown_arguments
 from .prompt_vtc import BY_SCORES, budgets_per_image, chosen_levels
 from .tiling_vtc import TilingSettings, refuse_misnamed, refuse_unknown
 from .video_processing_vtc import VideoSettings
@@ -39,32 +40,6 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TEXT_INPUT_NAMES = ["input_ids", "attention_mask"]
 
 
-class VtcImagesKwargs(VtcImageProcessorKwargs, total=False):
-    """Arguments of a call that concern images: fields of the image processor, and how many tokens are reserved."""
-
-    vtc_budget: Any
-
-
-class VtcProcessorKwargs(ProcessingKwargs, total=False):
-    """Arguments of a call. Rows are padded unless `padding=False`: batches of images rarely have one length."""
-
-    images_kwargs: VtcImagesKwargs
-    text_kwargs: TextArguments
-    _defaults = {"text_kwargs": {"padding": True}}
-
-
-_IMAGE_ARGUMENTS = frozenset(VtcImagesKwargs.__annotations__)
-# `return_tensors` stands elsewhere before transformers 5
-_TEXT_ARGUMENTS = frozenset((*VtcProcessorKwargs.__annotations__["text_kwargs"].__annotations__, "return_tensors"))
-_NESTED_ARGUMENTS = {
-    "text_kwargs": _TEXT_ARGUMENTS,
-    "images_kwargs": _IMAGE_ARGUMENTS,
-    "common_kwargs": frozenset(("return_tensors",)),
-    # of media that no model of ours takes
-    "videos_kwargs": frozenset(),
-    "audio_kwargs": frozenset(),
-}
-_CALL_ARGUMENTS = frozenset((*_IMAGE_ARGUMENTS, *_TEXT_ARGUMENTS, *_NESTED_ARGUMENTS, "return_mm_token_type_ids"))
 # how a folder or repository is found and read, which holds for the model's configuration in it too
 _SOURCE_ARGUMENTS = (
     "cache_dir",
@@ -229,7 +204,7 @@ class VtcProcessor(VideoPrompts, ProcessorBase):
     @property
     def call_arguments(self) -> frozenset[str]:
         """Names of the arguments of a call."""
-        return _CALL_ARGUMENTS if self.video is None else _CALL_ARGUMENTS | VIDEO_ARGUMENTS
+        return CALL_ARGUMENTS if self.video is None else CALL_ARGUMENTS | VIDEO_ARGUMENTS
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -270,7 +245,7 @@ class VtcProcessor(VideoPrompts, ProcessorBase):
         Raises:
             ValueError: an argument is unknown, or text and images are interchanged.
         """
-        _refuse_unknown_arguments(kwargs)
+        refuse_unknown_arguments(kwargs)
         if text is not None:
             text = list(text) if isinstance(text, (list, tuple)) else [text]
             # token ids are named below
@@ -369,7 +344,7 @@ class VtcProcessor(VideoPrompts, ProcessorBase):
             return self._expanded(math.prod(map(int, grid)) * of_images.patch_size**2 // of_images.token_stride**2)
         height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
         alone = "num_tiles" not in image_inputs or int(image_inputs["num_tiles"][image_idx]) > 1
-        return self._expanded(self.reserved_tokens(height, width, alone, **_layout_fields(kwargs)))
+        return self._expanded(self.reserved_tokens(height, width, alone, **layout_fields(kwargs)))
 
     def written_tokens(
         self,
@@ -424,7 +399,7 @@ class VtcProcessor(VideoPrompts, ProcessorBase):
         """Model inputs of the images of a call, and what the placeholder of each becomes in the prompt."""
         image_inputs = self.image_processor(images, **kwargs)
         placed = sizes_of_images(images), vtc_budget, alone_in_rows(images)
-        return image_inputs, list(map(self._expanded, self.written_tokens(*placed, **_layout_fields(kwargs))))
+        return image_inputs, list(map(self._expanded, self.written_tokens(*placed, **layout_fields(kwargs))))
 
     def _expanded(self, count: int) -> str:
         return (self.image_start_token or "") + self.image_token * count + (self.image_end_token or "")
@@ -438,7 +413,7 @@ class VtcProcessor(VideoPrompts, ProcessorBase):
         """
         if image_sizes is None:
             return MultiModalData()
-        fields = _layout_fields(kwargs)
+        fields = layout_fields(kwargs)
         return MultiModalData(
             num_image_tokens=self.written_tokens(image_sizes, vtc_budget, **fields),
             num_image_patches=[
@@ -501,16 +476,6 @@ class VtcProcessor(VideoPrompts, ProcessorBase):
             file = folder / CHAT_TEMPLATE_FILE if name == "default" else folder / CHAT_TEMPLATE_DIR / f"{name}.jinja"
             file.parent.mkdir(exist_ok=True)
             file.write_text(template, encoding="utf-8")
-
-
-def _refuse_unknown_arguments(kwargs: dict[str, Any]) -> None:
-    refuse_unknown(kwargs, _CALL_ARGUMENTS, "`VtcProcessor`")
-    for name, known in _NESTED_ARGUMENTS.items():
-        refuse_unknown(kwargs.get(name) or {}, known, f"`{name}` of `VtcProcessor`")
-
-
-def _layout_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in ("input_data_format", "return_tensors")}
 
 
 def _make_loadable_everywhere(file: Path) -> None:

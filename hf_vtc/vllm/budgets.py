@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..models.configuration_vtc import VtcConfig
-from ..models.processing_vtc import VtcImagesKwargs, VtcProcessor
+from ..models.processing_vtc import VtcProcessor
+from ..models.processor_arguments_vtc import VtcImagesKwargs
 from ..models.prompt_vtc import BY_SCORES, Budget, budgets_per_image
 from ..models.tiling_vtc import refuse_unknown
 
