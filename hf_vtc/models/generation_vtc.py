@@ -95,17 +95,20 @@ class VtcGenerationMixin(GenerationMixin):
         if input_ids is None:
             return self._generate_packed(packed, None, generation_config, kwargs)
         if cache is not None:
-            packed_ids, num_cached = packed.pack_ids(input_ids), cache.get_seq_length()
-            _require_shorter_cache(num_cached, packed_ids.shape[1])
-            new_ids = packed_ids[:, num_cached:]
-            new_images = any(bool((new_ids == token_id).any()) for token_id in self.config.placeholder_ids)
-            if num_cached > 0 and (new_images or self.model.routes_by_text):
-                _require_settled_decisions(vision, self.model.budgets_settle)
+            self._require_continued(packed.pack_ids(input_ids), cache.get_seq_length(), vision)
         out = self._generate_packed(packed, input_ids, generation_config, kwargs)
         filled = cache_of(out) if isinstance(out, ModelOutput) else cache
         if filled is not None:
             hold(filled, input_ids, mask, vision, packed, num_images, plan)
         return out
+
+    def _require_continued(self, packed_ids: torch.LongTensor, num_cached: int, vision: VisionInputs) -> None:
+        """Raise for a prompt that a filled cache does not begin, or whose images may be decided otherwise now."""
+        _require_shorter_cache(num_cached, packed_ids.shape[1])
+        new_ids = packed_ids[:, num_cached:]
+        new_images = any(bool((new_ids == token_id).any()) for token_id in self.config.placeholder_ids)
+        if num_cached > 0 and (new_images or self.model.routes_by_text):
+            _require_settled_decisions(vision, self.model.budgets_settle)
 
     def _generate_packed(
         self,
