@@ -7,25 +7,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from random_images import AnyresImages, GridImages, SizedImages, TiledImages, draw_int
+from stock_models import (
+    PlainConvllava,
+    stock_internvl,
+    stock_llava,
+    stock_llava_next,
+    stock_onevision,
+    stock_qwen,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
 )
 
 from hf_vtc.methods import record_named, record_of
-from hf_vtc.models.grids_vtc import black_image
 from hf_vtc.models.image_processing_vtc import VtcImageProcessor
-from hf_vtc.models.processing_vtc import COUNT_RULES, VtcProcessor
+from hf_vtc.models.processing_vtc import VtcProcessor
 from hf_vtc.models.tiling_vtc import TilingSettings
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
-# an id that no random text has; before an image of Qwen's bases, which find images by it on 4.57
-VISION_START = 300
 # the placeholder of videos, whose name the tiny tokenizer does not know
 VIDEO_TOKEN_ID = 301
 # 256 bytes, some merges, then the special tokens
@@ -128,152 +132,6 @@ def uncompressed(model):
     return _tiny_of(model.config).stock(model).eval()
 
 
-def _stock_internvl(model):
-    """`InternVLForConditionalGeneration` with the weights that ViCO shares with it."""
-    from transformers import InternVLConfig, InternVLForConditionalGeneration
-
-    config = InternVLConfig(
-        vision_config=model.config.vision_config.to_dict(),
-        text_config=model.config.text_config.to_dict(),
-        image_token_id=model.config.image_token_id,
-        image_seq_length=model.config.image_seq_length,
-        downsample_ratio=model.config.downsample_ratio,
-        tie_word_embeddings=model.config.tie_word_embeddings,
-    )
-    stock = InternVLForConditionalGeneration(config).eval()
-    loaded = stock.load_state_dict(model.state_dict(), strict=False)
-    assert not loaded.missing_keys
-    return stock
-
-
-def _stock_llava(model):
-    """`LlavaForConditionalGeneration` with the weights that a model of LLaVA's shape shares with it."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    ours = model.config
-    config = LlavaConfig(
-        vision_config=ours.vision_config.to_dict(),
-        text_config=ours.text_config.to_dict(),
-        image_token_index=ours.image_token_id,
-        image_seq_length=ours.image_seq_length,
-        vision_feature_layer=ours.vision_feature_layer,
-        vision_feature_select_strategy=ours.vision_feature_select_strategy,
-        projector_hidden_act=ours.projector_hidden_act,
-        tie_word_embeddings=ours.tie_word_embeddings,
-    )
-    return _with_weights_of(model, LlavaForConditionalGeneration(config).eval())
-
-
-def _stock_llava_next(model):
-    """`LlavaNextForConditionalGeneration` with the weights that AVG-LLaVA shares with it."""
-    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
-
-    ours = model.config
-    config = LlavaNextConfig(
-        vision_config=ours.vision_config.to_dict(),
-        text_config=ours.text_config.to_dict(),
-        image_token_index=ours.image_token_id,
-        image_seq_length=ours.image_seq_length,
-        image_grid_pinpoints=ours.image_grid_pinpoints,
-        vision_feature_layer=ours.vision_feature_layer,
-        vision_feature_select_strategy=ours.vision_feature_select_strategy,
-        projector_hidden_act=ours.projector_hidden_act,
-        tie_word_embeddings=ours.tie_word_embeddings,
-    )
-    return _with_weights_of(model, LlavaNextForConditionalGeneration(config).eval())
-
-
-def _with_weights_of(model, stock):
-    # CLIP and SigLIP of transformers 4.57 hold the tower in another module
-    inner = "model.vision_tower.vision_model."
-    nested = any(name.startswith(inner) for name in stock.state_dict())
-    state = {
-        name.replace("model.vision_tower.", inner) if nested else name: tensor
-        for name, tensor in model.state_dict().items()
-    }
-    assert not stock.load_state_dict(state, strict=False).missing_keys
-    return stock
-
-
-def _stock_onevision(model):
-    """`LlavaOnevisionForConditionalGeneration` with the weights that a model of its shape shares with it."""
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
-
-    ours = model.config
-    config = LlavaOnevisionConfig(
-        vision_config=ours.vision_config.to_dict(),
-        text_config=ours.text_config.to_dict(),
-        image_token_index=ours.image_token_id,
-        # no token of a text
-        video_token_index=ours.text_config.vocab_size - 1,
-        image_grid_pinpoints=ours.image_grid_pinpoints,
-        vision_aspect_ratio=f"anyres_max_{ours.max_map_tiles}",
-        vision_feature_layer=ours.vision_feature_layer,
-        vision_feature_select_strategy=ours.vision_feature_select_strategy,
-        projector_hidden_act=ours.projector_hidden_act,
-        tie_word_embeddings=ours.tie_word_embeddings,
-    )
-    return _with_weights_of(model, LlavaOnevisionForConditionalGeneration(config).eval())
-
-
-def _stock_qwen(model):
-    """The stock model of a Qwen base with all weights, whose tower has another name there."""
-    ours = model.config
-    videos = {} if ours.video_token_id is None else {"video_token_id": ours.video_token_id}
-    config = CONFIG_MAPPING[ours.grid_base](
-        vision_config=ours.vision_config.to_dict(),
-        text_config=ours.text_config.to_dict(),
-        image_token_id=ours.image_token_id,
-        **videos,
-        vision_start_token_id=VISION_START,
-        tie_word_embeddings=ours.tie_word_embeddings,
-    )
-    stock = AutoModelForImageTextToText.from_config(config).eval()
-    state = {
-        name.replace("model.vision_tower.", "model.visual."): tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("model.router.")
-    }
-    stock.load_state_dict(state)
-    return stock
-
-
-class PlainConvllava(nn.Module):
-    """`ConvNextModel` on one image after the other, LLaVA's projector, and the stock language model, put together."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.image_token_id = model.config.image_token_id
-        self.tower = AutoModel.from_config(model.config.vision_config)
-        missing = self.tower.load_state_dict(model.model.vision_tower.state_dict(), strict=False).missing_keys
-        # of the pooled vector, which nobody reads
-        assert missing == ["layernorm.weight", "layernorm.bias"]
-        connector = model.model.multi_modal_projector
-        self.projector = nn.Sequential(connector.linear_1, nn.GELU(), connector.linear_2)
-        self.language_model = AutoModelForCausalLM.from_config(model.config.text_config)
-        decoder = model.model.language_model.state_dict(prefix="model.")
-        self.language_model.load_state_dict(decoder | model.lm_head.state_dict(prefix="lm_head."))
-
-    def _embeds(self, input_ids, pixel_values, image_sizes):
-        embeds = self.language_model.get_input_embeddings()(input_ids).clone()
-        features = []
-        for pixels, (height, width) in zip(pixel_values, image_sizes.tolist()):
-            maps = self.tower(pixels[None, :, :height, :width].contiguous()).last_hidden_state
-            features.append(maps[0].flatten(1).T)
-        embeds[input_ids == self.image_token_id] = self.projector(torch.cat(features))
-        return embeds
-
-    def forward(self, input_ids, attention_mask, pixel_values, image_sizes):
-        embeds = self._embeds(input_ids, pixel_values, image_sizes)
-        return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask)
-
-    @torch.no_grad()
-    def generate(self, input_ids, attention_mask, pixel_values, image_sizes, **kwargs):
-        embeds = self._embeds(input_ids, pixel_values, image_sizes)
-        new = self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
-        return torch.cat([input_ids, new], dim=1)
-
-
 def stock_inputs(stock, batch) -> dict[str, torch.Tensor]:
     """What the stock model takes of a batch."""
     taken = inspect.signature(stock.forward).parameters
@@ -283,91 +141,6 @@ def stock_inputs(stock, batch) -> dict[str, torch.Tensor]:
     if "batch_num_images" in taken and "pixel_values" in batch:
         types["batch_num_images"] = torch.tensor([len(images) for _, images in batch.rows if images])
     return types | {name: value for name, value in batch.items() if name in taken}
-
-
-def draw_int(low: int, high: int, generator) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
-
-
-class TiledImages:
-    """Random images of a method whose images are stacks of equal tiles."""
-
-    most_tiles = 4
-    # ids before the placeholders of each image
-    opening: tuple[int, ...] = ()
-
-    def draw(self, config, generator, alone: bool = True) -> tuple[dict[str, torch.Tensor], int]:
-        """Vision inputs of one image, which may be alone in its row, and the placeholders that it reserves."""
-        tiles = draw_int(1, self.most_tiles, generator)
-        side = config.vision_config.image_size
-        side = side if isinstance(side, int) else side[0]
-        inputs = {"pixel_values": torch.randn(tiles, 3, side, side, generator=generator)}
-        return inputs | {"num_tiles": torch.tensor([tiles])}, tiles * config.image_seq_length
-
-    def collate(self, images: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Vision inputs of all images of a batch, from those of each."""
-        return {name: torch.cat([image[name] for image in images]) for name in images[0]}
-
-
-class AnyresImages(TiledImages):
-    """Random images of LLaVA-NeXT and LLaVA-OneVision: some size in pixels, and the tiles that follow from it."""
-
-    def draw(self, config, generator, alone: bool = True) -> tuple[dict[str, torch.Tensor], int]:
-        """Vision inputs of one image, which may be alone in its row, and the placeholders that it reserves."""
-        height, width = draw_int(20, 90, generator), draw_int(20, 90, generator)
-        tile_size, pinpoints = config.tile_size, config.image_grid_pinpoints
-        images = VtcImageProcessor(
-            "anyres", tile_size, image_grid_pinpoints=pinpoints, max_map_tiles=config.max_map_tiles
-        )
-        layout = images.get_tile_layout(height, width, alone)
-        inputs = {
-            "pixel_values": torch.randn(layout.num_tiles, 3, tile_size, tile_size, generator=generator),
-            "num_tiles": torch.tensor([layout.num_tiles]),
-            "image_sizes": torch.tensor([[height, width]]),
-        }
-        return inputs, COUNT_RULES[f"unpad_{config.unpad_rule}"](layout, config.image_seq_length)
-
-
-class SizedImages:
-    """Random images of ConvLLaVA, of few sizes so that some are equal; padding holds NaN, which nobody may read."""
-
-    opening: tuple[int, ...] = ()
-
-    def draw(self, config, generator, alone: bool = True) -> tuple[dict[str, torch.Tensor], int]:
-        """Vision inputs of one image, and the placeholders that it reserves."""
-        stride = config.token_stride
-        height, width = (stride * draw_int(1, 2, generator) + 5 * draw_int(0, 1, generator) for _ in range(2))
-        inputs = {
-            "pixel_values": torch.randn(1, 3, height, width, generator=generator),
-            "image_sizes": torch.tensor([[height, width]]),
-        }
-        return inputs, (height // stride) * (width // stride)
-
-    def collate(self, images: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Vision inputs of all images of a batch, from those of each."""
-        sizes = torch.cat([image["image_sizes"] for image in images])
-        pixel_values = torch.full((len(images), 3, *sizes.amax(0).tolist()), float("nan"))
-        for padded, image, (height, width) in zip(pixel_values, images, sizes.tolist()):
-            padded[:, :height, :width] = image["pixel_values"][0]
-        return {"pixel_values": pixel_values, "image_sizes": sizes}
-
-
-class GridImages(TiledImages):
-    """Random images of Qwen's bases: grids of patches, of few sizes, all patches in one tensor."""
-
-    opening = (VISION_START,)
-
-    def draw(self, config, generator, alone: bool = True) -> tuple[dict[str, torch.Tensor], int]:
-        """Vision inputs of one image, and the placeholders that it reserves."""
-        merge = config.vision_config.spatial_merge_size
-        rows, columns = draw_int(2, 3, generator), draw_int(2, 4, generator)
-        grid = (1, rows * merge, columns * merge)
-        width = black_image(config)["pixel_values"].shape[1]
-        inputs = {
-            "pixel_values": torch.randn(grid[1] * grid[2], width, generator=generator),
-            "image_grid_thw": torch.tensor([grid]),
-        }
-        return inputs, rows * columns
 
 
 @dataclass
@@ -464,13 +237,13 @@ TINY = {
             "flash_absolute_threshold": 0.2,
         },
         _DYNAMIC,
-        _stock_internvl,
+        stock_internvl,
         scored=("auto", "some"),
     ),
     "vistog": Tiny(
         {"vision_config": _CLIP, "text_config": _TEXT, "num_semantic_tokens": 4},
         _DYNAMIC,
-        _stock_llava,
+        stock_llava,
     ),
     "avg_llava": Tiny(
         {
@@ -488,7 +261,7 @@ TINY = {
             "image_seq_length": 16,
             "count_rule": "unpad_true_aspect",
         },
-        _stock_llava_next,
+        stock_llava_next,
         (0.3, 0.6),
         AnyresImages(),
         scored=("auto",),
@@ -510,18 +283,18 @@ TINY = {
             "compress_stride": 4,
         },
         _DYNAMIC,
-        _stock_llava,
+        stock_llava,
         (0.3, 0.6),
     ),
 }
 TINY |= {
     "visionzip": Tiny(
-        {"vision_config": _VISION, "text_config": _TEXT, "downsample_ratio": 0.5}, _DYNAMIC, _stock_internvl
+        {"vision_config": _VISION, "text_config": _TEXT, "downsample_ratio": 0.5}, _DYNAMIC, stock_internvl
     ),
     "cdpruner": Tiny(
         {"vision_config": _CLIP, "text_config": _TEXT, "vision_feature_layer": -2},
         _DYNAMIC,
-        _stock_llava,
+        stock_llava,
         scored=("auto", "some"),
     ),
 }
@@ -539,24 +312,24 @@ _ON_GRIDS = {
     "avg_llava": ({"filtered_text_num": 8, "router_num_heads": 4}, (0.5, 0.75), ("auto",)),
 }
 TINY |= {
-    f"{method} on {base}": Tiny({**fields, **own}, _PATCHES, _stock_qwen, budgets, GridImages(), scored)
+    f"{method} on {base}": Tiny({**fields, **own}, _PATCHES, stock_qwen, budgets, GridImages(), scored)
     for method, (own, budgets, scored) in _ON_GRIDS.items()
     for base, fields in {"qwen3_vl": _QWEN3_VL, "qwen2_5_vl": _QWEN2_5_VL}.items()
 }
 if "qwen3_5" in CONFIG_MAPPING:
     # of transformers 5.2
     TINY["llavolta on qwen3_5"] = Tiny(
-        {**_QWEN3_5, "compress_layer_idx": 0, "compress_stride": 4}, _PATCHES, _stock_qwen, (0.5, 0.75), GridImages()
+        {**_QWEN3_5, "compress_layer_idx": 0, "compress_stride": 4}, _PATCHES, stock_qwen, (0.5, 0.75), GridImages()
     )
 TINY |= {
-    f"cdpruner on {base}": Tiny(fields, {}, _stock_qwen, (0.5, 0.75), GridImages(), ("auto", "some"))
+    f"cdpruner on {base}": Tiny(fields, {}, stock_qwen, (0.5, 0.75), GridImages(), ("auto", "some"))
     for base, fields in {"qwen3_vl": _QWEN3_VL, "qwen2_5_vl": _QWEN2_5_VL}.items()
 }
 TINY["cdpruner on llava_next"] = Tiny(
     {"vision_config": _CLIP, "text_config": _TEXT, "vision_feature_layer": -2}
     | {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": _PINPOINTS},
     {},
-    _stock_llava_next,
+    stock_llava_next,
     images=AnyresImages(),
     scored=("auto", "some"),
 )
@@ -584,7 +357,7 @@ _ON_ONEVISION = {
 }
 TINY |= {
     f"{method} on llava_onevision": Tiny(
-        {**_ONEVISION, **own}, _JOINED, _stock_onevision, budgets, AnyresImages(), scored
+        {**_ONEVISION, **own}, _JOINED, stock_onevision, budgets, AnyresImages(), scored
     )
     for method, (own, budgets, scored) in _ON_ONEVISION.items()
 }
@@ -654,3 +427,14 @@ def _text(length: int, generator) -> list[int]:
 def row_of(batch: RandomBatch, row: int) -> RandomBatch:
     """One row of a batch, without padding and with its own images only."""
     return RandomBatch(batch.config, [batch.rows[row]], batch.padding_side)
+
+
+def image_for_estimate(config, batch) -> dict:
+    """Arguments of `estimate` for the only image of a batch."""
+    if config.model_type == "vtc_convllava":
+        height, width = batch["image_sizes"][0].tolist()
+        processor = VtcImageProcessor("keep_aspect", min(height, width), token_stride=config.token_stride)
+        return {"image_size": (height, width), "image_processor": processor}
+    if "image_sizes" in batch:
+        return {"image_size": tuple(batch["image_sizes"][0].tolist())}
+    return {"num_tiles": int(batch["num_tiles"][0])}

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from factories import VISION_START, draw_int, random_batch, tiny_model
+from factories import random_batch, tiny_model
+from random_images import draw_int
+from stock_models import VISION_START
 
 from hf_vtc.models.host_vtc import GRID_BASES
 

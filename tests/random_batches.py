@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 import torch
-from factories import budgets_of, draw_int, images_of, random_batch, row_of
+from factories import budgets_of, images_of, random_batch, row_of
+from random_images import draw_int
 
 from hf_vtc.models.host_vtc import cache_of, named_cache
 

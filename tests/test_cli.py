@@ -1,4 +1,7 @@
-"""The command line: what it prints, what it writes, and how it refuses."""
+"""The command line: what it prints, what it writes, and how it refuses.
+
+One file, since its tests share a folder with the shipped checkpoints and one way to call a command.
+"""
 
 import configparser
 import json

@@ -1,4 +1,7 @@
-"""`evaluate`, on shipped checkpoints and pages that no training has seen."""
+"""`evaluate`, on shipped checkpoints and pages that no training has seen.
+
+One file, since most tests read one run that a fixture makes.
+"""
 
 import json
 import sys

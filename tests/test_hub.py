@@ -1,4 +1,7 @@
-"""`hf_vtc.hub`: folders that carry their code, the proof that they work, and the commit that publishes them."""
+"""`hf_vtc.hub`: folders that carry their code, the proof that they work, and the commit that publishes them.
+
+One file, since its tests share exported folders and one imitation of the Hub.
+"""
 
 import json
 import re

@@ -15,7 +15,7 @@ IMPORT = "from . import avg_llava, cdpruner, convllava, llavolta, vico, visionzi
 FACTORY_ENTRY = """TINY["pruning"] = Tiny(
     {"vision_config": _CLIP, "text_config": _TEXT, "vision_feature_layer": -2},
     _DYNAMIC,
-    _stock_llava,
+    stock_llava,
     scored=("auto", "some"),
 )
 """
