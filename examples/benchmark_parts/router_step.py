@@ -44,7 +44,7 @@ def straightforward_step(trainer: AvgLlavaRouterTrainer, batch: dict) -> tuple[t
             token_losses = token_cross_entropy(logits, responses.targets)
         losses.append(mean_per_row(token_losses, responses.row_idx, responses.num_rows))
     losses = torch.stack(losses, dim=1)
-    asked = without_answers(inputs, labels, model.config.image_token_id)
+    asked = without_answers(inputs, labels, model.config.placeholder_ids)
     vision = VisionInputs(**{name: inputs[name] for name in ("pixel_values", "num_tiles", "image_sizes")})
     compressed = model.model.compress_prompt(asked["input_ids"], vision, asked["attention_mask"])
     loss = trainer.router_loss(compressed.router_logits, losses)

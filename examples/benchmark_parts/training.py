@@ -124,15 +124,15 @@ class OraclePass:
         return F.cross_entropy(self.model.lm_head(rows).float(), self.targets)
 
     def _replayed(self, embeds: torch.Tensor) -> torch.Tensor:
-        decoder, replay, states, kwargs = self.model.model.language_model, self.oracle.replay, embeds, {}
+        decoder, replay, states = self.model.model.language_model, self.oracle.replay, embeds
         for layer_idx, layer in enumerate(decoder.layers):
             if layer_idx in replay.given:
-                given, kwargs = replay.given[layer_idx]
-                states = self._handed(("layer", layer_idx), states, given)
-                # a replay for the first token fills a cache, whose name is another from 5.24 on
-                kwargs = {name: value for name, value in kwargs.items() if name not in _CACHE_NAMES}
-                kwargs["use_cache"] = False
-            states = layer(states, **kwargs)
+                states = self._handed(("layer", layer_idx), states, replay.given[layer_idx])
+            # a replay for the first token fills a cache, whose name is another from 5.24 on
+            arguments = {
+                name: value for name, value in replay.arguments[layer_idx].items() if name not in _CACHE_NAMES
+            }
+            states = layer(states, **{**arguments, "use_cache": False})
         return decoder.norm(states)
 
 

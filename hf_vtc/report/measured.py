@@ -326,8 +326,10 @@ class _Replay:
 
     def __init__(self, decoder: torch.nn.Module):
         self.decoder = decoder
-        # layer -> its input and further arguments, where the input is not what the layer before gave
-        self.given: dict[int, tuple[torch.Tensor, dict[str, Any]]] = {}
+        # layer -> its input, where that is not what the layer before gave
+        self.given: dict[int, torch.Tensor] = {}
+        # further arguments of each layer: those of attention and of recurrence have other masks
+        self.arguments: dict[int, dict[str, Any]] = {}
 
     @property
     def is_interrupted(self) -> bool:
@@ -340,8 +342,9 @@ class _Replay:
         last = None
 
         def before(layer_idx: int, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.arguments[layer_idx] = kwargs
             if args[0] is not last:
-                self.given[layer_idx] = (args[0], kwargs)
+                self.given[layer_idx] = args[0]
 
         def after(output: torch.Tensor) -> None:
             nonlocal last
@@ -362,12 +365,9 @@ class _Replay:
 
     def run(self) -> torch.Tensor:
         """Last hidden states, `(B, L, D)` at the length of the last layer."""
-        cache, states, kwargs = DynamicCache(config=self.decoder.config), None, {}
+        cache, states = named_cache(DynamicCache(config=self.decoder.config)), None
         for layer_idx, layer in enumerate(self.decoder.layers):
-            if layer_idx in self.given:
-                states, kwargs = self.given[layer_idx]
-                kwargs = {**kwargs, **named_cache(cache)}
-            states = layer(states, **kwargs)
+            states = layer(self.given.get(layer_idx, states), **{**self.arguments[layer_idx], **cache})
             # those of Qwen2.5-VL in 4.57 and 5.0
             states = states[0] if isinstance(states, tuple) else states
         return self.decoder.norm(states)
