@@ -314,6 +314,7 @@ def test_videos_that_cannot_be_shown_are_refused(base, tmp_path):
         ({"text": "a"}, video, "placeholders of videos"),
         ({"text": "<|im_start|>"}, None, "no `videos` were given"),
         ({"text": "<|im_start|>", "fps": 2}, None, "`fps` says how videos are shown"),
+        ({"text": "<|im_start|>", "fps": None, "num_frames": 4}, None, "`num_frames` says how videos are shown"),
         ({"text": None}, video, "`videos` need `text`"),
         ({"text": "<|im_start|>"}, [*video, Image.new("RGB", (8, 8))], "must have one size"),
         ({"text": "<|im_start|>"}, "a.mp4", "read_video"),

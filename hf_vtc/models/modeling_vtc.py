@@ -307,7 +307,7 @@ class VtcModel(PromptPlaceholders, VtcVision):
             attention_mask (`(B, L)`): 0 = padding, on either side.
             num_tiles (`(num_images,)`): tiles per image; without it a run of placeholders is one image.
             image_sizes (`(num_images, 2)`): (height, width) in pixels, for methods that need them.
-            vtc_budget: see `budget_vtc.budgets_per_image`.
+            vtc_budget: see `prompt_vtc.budgets_per_image`.
             router_decisions: overrides the router; not together with `vtc_budget`.
             image_features: output of `encode` for these tiles, in place of `pixel_values`.
             image_grid_thw (`(num_images, 3)`): patches in time, height and width, for towers that see grids; then

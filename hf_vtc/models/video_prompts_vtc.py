@@ -50,8 +50,9 @@ class VideoPrompts:
         counts = [sample.count(self.video_token) if isinstance(sample, str) else 0 for sample in texts]
         flat, rows = ([], None) if videos is None else videos_by_row(videos)
         if not flat:
-            if any(value is not None for value in asked.values()):
-                raise ValueError(f"`{next(iter(asked))}` says how videos are shown, of which none were given.")
+            told = [name for name, value in asked.items() if value is not None]
+            if told:
+                raise ValueError(f"`{told[0]}` says how videos are shown, of which none were given. Leave it out.")
             if any(counts):
                 raise ValueError(
                     f"Sample {next(idx for idx, count in enumerate(counts) if count)} has a placeholder of a video "
