@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, InternVLForConditionalGeneration
 
 from hf_vtc.convert import convert, from_base, internvl_hf, load_official
+from hf_vtc.methods import RECORDS
 
 
 @pytest.fixture
@@ -152,3 +153,23 @@ def test_from_base_refuses_what_is_no_base(flash_folder):
         from_base(model, "vico")
     with pytest.raises(ValueError, match="`method` must be one of .*vico.* for InternVLFor.*, got 'vcio'"):
         from_base(stock_model(), "vcio")
+
+
+@pytest.mark.parametrize(
+    "method", sorted(each.name for each in RECORDS.values() if each.base and "internvl" in each.base.kinds)
+)
+def test_a_projector_norm_that_has_no_place_is_refused(tmp_path, method):
+    # without a pixel shuffle the projectors here begin with no norm, as LLaVA's; stock InternVL has one at any ratio
+    config = stock_model().config
+    config.downsample_ratio, config.image_seq_length = 1.0, 64
+    base = InternVLForConditionalGeneration(config)
+    fields = {"num_semantic_tokens": 8} if method == "vistog" else {}
+    message = r"layer_norm.*has no place.*Convert a base whose `downsample_ratio` is below 1"
+    # its config refuses the ratio by itself
+    message = "ViCO has two connectors" if method == "vico" else message
+    with pytest.raises(ValueError, match=message):
+        from_base(base, method, **fields)
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "base", tmp_path / "converted", method, **fields)
+    assert not (tmp_path / "converted").exists()

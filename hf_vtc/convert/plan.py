@@ -17,6 +17,8 @@ from ..models.configuration_vtc import with_both_ropes
 
 Shape = tuple[int, ...]
 
+# in the new names
+CONNECTOR = "model.multi_modal_projector"
 # fields of sub-configs that say how a model was run or found, not what it is
 _NO_ARCHITECTURE = {
     "_attn_implementation",
@@ -181,7 +183,8 @@ def match(plan: Plan, stored: Mapping[str, Shape], origin: str, on_disk: bool = 
         on_disk (`bool`): whether `stored` are names of a file. Experts are single tensors there, and fused in memory.
 
     Raises:
-        ValueError: a needed tensor is missing, a shape does not fit, or two tensors claim one name.
+        ValueError: a needed tensor is missing, a shape does not fit, two tensors claim one name, or the new projector
+            has no place for a tensor of the base's.
     """
     with torch.device("meta"):
         skeleton = plan.model_class(plan.config)
@@ -192,11 +195,14 @@ def match(plan: Plan, stored: Mapping[str, Shape], origin: str, on_disk: bool = 
     if on_disk:
         expected = dict(_single_experts(expected))
 
-    used, unused, claimed, misfits = {}, [], {}, []
+    used, unused, claimed, misfits, lost = {}, [], {}, [], []
     for name, shape in stored.items():
         renamed = None if name in plan.ignored else plan.rename(name)
         if renamed is None or any(new not in expected for new in renamed.names):
             unused.append(name)
+            # a part of the connector that the layout knows: without it every visual token differs
+            if renamed is not None and any(new.startswith(f"{CONNECTOR}.") for new in renamed.names):
+                lost.append(name)
             continue
         misfits += _misfits(name, shape, renamed, expected)
         for new in renamed.names:
@@ -205,6 +211,12 @@ def match(plan: Plan, stored: Mapping[str, Shape], origin: str, on_disk: bool = 
             claimed[new] = name
         used[name] = renamed
 
+    if lost:
+        raise ValueError(
+            f"{origin} has {', '.join(lost)}, for which the projector of {plan.config.model_type!r} at "
+            f"`downsample_ratio` {plan.config.downsample_ratio} has no place: it has a norm only behind a pixel shuffle. "
+            "Left out, visual tokens would not be those of the base. Convert a base whose `downsample_ratio` is below 1."
+        )
     absent = [name for name in expected if name not in claimed]
     in_fresh = [name for name in absent if name.startswith(tuple(f"{module}." for module in plan.fresh_modules))]
     missing = [name for name in absent if name not in in_fresh]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..methods import RECORDS, Record
-from .plan import Plan, ProcessorSettings, Renamed
+from .plan import CONNECTOR, Plan, ProcessorSettings, Renamed
 
 
 def targets_of(kind: str) -> dict[str, Record]:
@@ -42,7 +42,7 @@ def plan_base(
     fresh = all(new_fields[name] == value for name, value in base.fresh_fields.items())
     fresh_modules = base.fresh_modules
     if new_fields["downsample_ratio"] != fields["downsample_ratio"]:
-        fresh_modules = (*fresh_modules, _PROJECTOR)
+        fresh_modules = (*fresh_modules, CONNECTOR)
         rename = _without_projector(rename)
         notes = [*notes, "The base's projector follows a pixel shuffle: a plain one is freshly initialised."]
     config = target.config(**new_fields)
@@ -62,14 +62,11 @@ def plan_base(
     )
 
 
-_PROJECTOR = "model.multi_modal_projector"
-
-
 def _without_projector(rename: Callable[[str], Renamed | None]) -> Callable[[str], Renamed | None]:
     """The same map of names, with no use for a base's projector."""
 
     def renamed(name: str) -> Renamed | None:
         found = rename(name)
-        return None if found is None or found.names[0].startswith(f"{_PROJECTOR}.") else found
+        return None if found is None or found.names[0].startswith(f"{CONNECTOR}.") else found
 
     return renamed
