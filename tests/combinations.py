@@ -78,7 +78,7 @@ class CombinedSteps:
         ]
         num_kept = choice.num_entering // torch.tensor(strides, dtype=torch.long)
         entering = choice.num_entering if self.config.compress_layer_idx > 0 else num_kept
-        return CombinedChoice(entering, num_kept, choice.decisions, strides, choice)
+        return CombinedChoice(entering, num_kept, choice.decisions, strides, first=choice)
 
     def connect(
         self, features: torch.Tensor, choice: CombinedChoice, layout: Layout, scores: Scores | None

@@ -8,6 +8,7 @@ from random_images import draw_int
 from stock_models import VISION_START
 
 from hf_vtc.models.host_vtc import GRID_BASES
+from hf_vtc.models.prompt_vtc import VisionInputs
 
 # those whose decoder has keys and values in every layer
 BASES = tuple(base for base in GRID_BASES if base != "qwen3_5")
@@ -87,3 +88,12 @@ def batch_of_rows(model, rows, padding_side="left", seconds=None):
 def video_batch(model, seed, rows=(("video",), ("image", "video"), ()), padding_side="left", seconds=None, text=4):
     generator = torch.Generator().manual_seed(seed)
     return batch_of_rows(model, [video_row(model, items, generator, text) for items in rows], padding_side, seconds)
+
+
+def layout_of(model, batch):
+    """What the model finds of a batch before its tower runs."""
+    own, vision = model.model, VisionInputs(**{name: batch.get(name) for name in VisionInputs.__dataclass_fields__})
+    _, mask = own.find_placeholders(batch["input_ids"], None)
+    return own.layout_of(
+        mask, batch.get("attention_mask"), vision, video_mask=own.find_videos(batch["input_ids"], None)
+    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from contract_samples import GREEDY
 from factories import tiny_config, tiny_model, uncompressed
-from qwen_models import BASES, batch_of_rows, model_of, video_batch, video_row
+from qwen_models import BASES, batch_of_rows, layout_of, model_of, video_batch, video_row
 
 from hf_vtc.models.grids_vtc import grid_positions
 from hf_vtc.models.host_vtc import RELEASE
@@ -14,6 +14,11 @@ from hf_vtc.models.videos_vtc import Videos
 pytestmark = pytest.mark.window
 
 METHODS = ("llavolta", "avg_llava", "cdpruner")
+# windows of two frames, which stand for one setting more
+SETTINGS = [
+    *((method, {}) for method in METHODS),
+    ("llavolta", {"compress_frames": 2, "compressor": "avgpool2d", "compress_stride": 8}),
+]
 VIDEOS = (("video",), ("video", "video"))
 MIXED = (("video",), ("image", "video"), (), ("video", "image", "image"))
 
@@ -21,14 +26,6 @@ MIXED = (("video",), ("image", "video"), (), ("video", "image", "image"))
 @pytest.fixture(scope="module", params=BASES)
 def base(request):
     return request.param
-
-
-def layout_of(model, batch):
-    own, vision = model.model, VisionInputs(**{name: batch.get(name) for name in VisionInputs.__dataclass_fields__})
-    _, mask = own.find_placeholders(batch["input_ids"], None)
-    return own.layout_of(
-        mask, batch.get("attention_mask"), vision, video_mask=own.find_videos(batch["input_ids"], None)
-    )
 
 
 def given_to_stock(model, batch):
@@ -204,10 +201,10 @@ def test_frames_are_compressed_as_images_are(base, method, fields):
     assert int(out.num_visual_tokens.sum()) < int(model.count_visual_tokens(**batch, vtc_budget="full").sum())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "fields"), SETTINGS)
 @torch.no_grad()
-def test_rows_with_videos_do_not_depend_on_others(base, method):
-    model = tiny_model(f"{method} on {base}")
+def test_rows_with_videos_do_not_depend_on_others(base, method, fields):
+    model = tiny_model(f"{method} on {base}", **fields)
     generator = torch.Generator().manual_seed(8)
     rows = [video_row(model, items, generator) for items in MIXED]
     for side in ("left", "right"):
@@ -219,9 +216,9 @@ def test_rows_with_videos_do_not_depend_on_others(base, method):
             torch.testing.assert_close(out.logits[idx, kept], alone.logits[0, own[0]], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_generate_is_the_same_with_and_without_a_cache(base, method):
-    model = tiny_model(f"{method} on {base}")
+@pytest.mark.parametrize(("method", "fields"), SETTINGS)
+def test_generate_is_the_same_with_and_without_a_cache(base, method, fields):
+    model = tiny_model(f"{method} on {base}", **fields)
     batch = video_batch(model, 9, MIXED, seconds=0.5)
     budget = {"vtc_budget": 0.5}
     if method == "cdpruner":
@@ -254,9 +251,9 @@ def test_prompts_of_embeddings_say_where_videos_are(base):
 # training
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_on_videos_reaches_every_part(base, method):
-    model = tiny_model(f"{method} on {base}").train()
+@pytest.mark.parametrize(("method", "fields"), SETTINGS)
+def test_a_step_on_videos_reaches_every_part(base, method, fields):
+    model = tiny_model(f"{method} on {base}", **fields).train()
     batch = video_batch(model, 12, [("video",), ("image",), ()], seconds=1.0)
     out = model(**batch, labels=batch["input_ids"])
     assert out.logits is None

@@ -50,7 +50,10 @@ class Drawing(NamedTuple):
 
 @dataclass
 class Kept:
-    """One image of a call; fields are the arguments of `overlay`."""
+    """One image of a call; fields are the arguments of `overlay`.
+
+    `num_frames`: of a video, that have the tokens of this one in common.
+    """
 
     layout: TileLayout
     output: Any
@@ -58,6 +61,7 @@ class Kept:
     image_idx: int
     num_tiles: list[int] | None
     tokens_per_tile: tuple[int, int] | None
+    num_frames: int = 1
 
     @property
     def num_tokens(self) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.configuration_llavolta import LlavoltaConfig
+from ..models.configuration_llavolta import WINDOWS, LlavoltaConfig
 from ..models.grids_vtc import grid_windows
 from ..models.modeling_compressors_llavolta import consecutive_windows, square_windows, strided_picks
 from ..models.modeling_llavolta import LlavoltaForConditionalGeneration, LlavoltaModel
@@ -38,10 +38,11 @@ def draw(kept: Kept) -> Drawing:
     rule = config.unpad_rule if config.mm_patch_merge_type == "spatial_unpad" else None
     places = token_map(layout, grid, rule)
     order = places.order
-    stride = _stride_of(config, layout, len(order), count)
+    stride = _stride_of(config, layout, len(order), count, kept.num_frames)
+    own = config.stride_of_frame(stride)
     # the other compressors choose by content, of which the output says nothing
     known = config.compressor in ("avgpool1d", "uniform", "avgpool2d")
-    members, widths = _windows(config, grid, len(order), stride if known else 1)
+    members, widths = _windows(config, grid, len(order), own if known else 1)
     tokens = torch.arange(len(widths)).repeat_interleave(widths)
     cells = places.cells_of(order[members], tokens)
     compressed = stride > 1
@@ -49,34 +50,33 @@ def draw(kept: Kept) -> Drawing:
     where = f"before layer {layer_idx}" if layer_idx >= 0 else "before the decoder"
     legend = [
         (colour_of(compressed), f"{config.compressor} by {stride} {where}" if compressed else "no compression"),
-        kept_line(count, len(order)),
+        kept_line(count, kept.num_frames * len(order)),
     ]
     if compressed:
-        legend.append(_what_colours_mean(config.compressor, known, len(widths), stride))
-    own = [len(np.unique(each[each >= 0])) for each in cells]
+        legend.append(_what_colours_mean(config.compressor, known, len(widths), own, kept.num_frames))
+    counts = [len(np.unique(each[each >= 0])) for each in cells]
     # spans can run on from tile to tile, which then have no counts of their own
-    labels = [str(each) if sum(own) == len(widths) else None for each in own]
+    labels = [str(each) if sum(counts) == len(widths) else None for each in counts]
     filled = known and compressed
     tiles = [Tile(colour_of(compressed), each, label, filled=filled) for each, label in zip(cells, labels)]
     return Drawing(tiles, legend)
 
 
-def _stride_of(config: LlavoltaConfig, layout: TileLayout, length: int, count: int) -> int:
-    """The first stride by which an image of `length` tokens becomes `count`."""
+def _stride_of(config: LlavoltaConfig, layout: TileLayout, length: int, count: int, num_frames: int) -> int:
+    """The first stride by which an image of `length` tokens, or frames that share windows, becomes `count`."""
     if config.grid_base is None:
         return next(stride for stride in range(1, length + 1) if config.kept_tokens(length, stride) == count)
     tokens = torch.tensor([layout.token_grid])
     (counts,) = config.levels(config.sizes_of(None, tokens * config.token_stride))
-    return config.stride_of(counts.index(count))
+    return config.stride_of(counts.index(count, int(num_frames > 1)))
 
 
 def _windows(
     config: LlavoltaConfig, grid: tuple[int, int], length: int, stride: int
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Members of all that stays of an image, one after the other, and how many become each."""
-    edge = math.isqrt(stride)
-    if config.grid_base is not None and config.compressor in ("avgpool1d", "avgpool2d"):
-        return grid_windows(length, grid[1], *((1, stride) if config.compressor == "avgpool1d" else (edge, edge)))
+    if config.grid_base is not None and config.compressor in WINDOWS:
+        return grid_windows(length, grid[1], *WINDOWS[config.compressor](stride))
     if config.compressor == "uniform":
         members = strided_picks(length, stride)
     elif config.compressor == "avgpool2d":
@@ -86,14 +86,17 @@ def _windows(
     return members.flatten(), torch.full((len(members),), members.shape[1])
 
 
-def _what_colours_mean(compressor: str, known: bool, num_spans: int, stride: int) -> tuple[Swatch, str]:
+def _what_colours_mean(
+    compressor: str, known: bool, num_spans: int, stride: int, num_frames: int
+) -> tuple[Swatch, str]:
     if not known:
         return None, f"{compressor} chooses by content, which is not drawn; a cell is one token before it"
     if compressor == "uniform":
         return "many", f"a colour: one of {num_spans} tokens that stay, of {stride} neighbours each"
     side = math.isqrt(stride)
     span = f"{side} x {side}" if compressor == "avgpool2d" and side**2 == stride else str(stride)
-    return "many", f"a colour: one of {num_spans} spans of {span} neighbours, which becomes one token"
+    frames = f" in each of {num_frames} frames" if num_frames > 1 else ""
+    return "many", f"a colour: one of {num_spans} spans of {span} neighbours{frames}, which becomes one token"
 
 
 def official_fields(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:

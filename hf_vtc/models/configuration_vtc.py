@@ -404,6 +404,11 @@ class VtcConfig(PretrainedConfig):
                 "processor's call, and give it to the model."
             )
 
+    @property
+    def frames_joined(self) -> int:
+        """Frames of a video that have tokens in common where it is compressed."""
+        return 1
+
     def window_of(self, level: int) -> tuple[int, int]:
         """(high, wide) of what enters the language model as one visual token of a grid, at a level of its image."""
         return 1, 1

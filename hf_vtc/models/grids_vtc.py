@@ -124,17 +124,21 @@ def halved_window(side: int, grid: tuple[int, int]) -> tuple[int, int]:
     return 2 ** (halvings // 2), 2 ** (halvings - halvings // 2)
 
 
-def grid_windows(length: int, columns: int, high: int, wide: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+def grid_windows(
+    length: int, columns: int, high: int, wide: int, num_frames: int = 1
+) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Windows of `high` x `wide` tokens of one grid, row by row; those at its edges have the members that are there.
 
     Args:
         length (`int`): tokens, a multiple of `columns`.
+        num_frames (`int`): grids of `length` tokens that follow each other, at the same place in all of which the
+            members of a window are.
 
     Returns:
-        Members of all windows, one after the other, and how many each has.
+        Members of all windows, one after the other and each in order of place, and how many each has.
     """
     places = torch.arange(length)
-    window = places // columns // high * -(-columns // wide) + places % columns // wide
+    window = (places // columns // high * -(-columns // wide) + places % columns // wide).repeat(num_frames)
     return torch.argsort(window, stable=True), torch.bincount(window)
 
 

@@ -86,6 +86,14 @@ class Layout:
         return [None] * self.num_images if tokens is None else tokens[:, 1].tolist()
 
     @property
+    def frames_of_windows(self) -> list[int] | None:
+        """`Videos.frames_of_windows` in prompt order, with 1 for what is not compressed; None where all are 1."""
+        if self.videos is None or self.videos.joined == 1:
+            return None
+        counts = self.videos.frames_of_windows
+        return [counts[idx] if level else 1 for idx, level in zip(self.order.tolist(), self.levels, strict=True)]
+
+    @property
     def next_positions(self) -> torch.LongTensor | None:
         """Where text behind each row goes on, `(B, 1)`: behind the farthest place, whatever is dropped."""
         if self.positions is None:
@@ -245,7 +253,7 @@ def _pictures(
             )
         (changes,) = to_host(changes_of_frames(vision.pixel_values_videos, video_grids))
     counts = [1] * len(image_grids) + video_grids[:, 0].tolist()
-    return sizes, Videos(counts, len(image_grids), seconds, mask, changes)
+    return sizes, Videos(counts, len(image_grids), seconds, mask, changes, config.frames_joined)
 
 
 def _check_positions(position_ids: torch.Tensor, layout: Layout) -> None:
@@ -316,6 +324,7 @@ def _layout(
         levels = chosen_levels(vision.vtc_budget, counts, config.own_level)
     else:
         levels = videos.levels(vision.vtc_budget, counts, [config.own_level(*own) for own in zip(counts, count())])
+        counts = videos.shared(counts)
     written, num_placeholders = reserved, int(placeholder_mask.sum())
     if num_placeholders != int(reserved.sum()):
         if decisions is None and BY_SCORES not in levels:
@@ -339,8 +348,10 @@ def _layout(
         written = written[order] if is_exact else reserved
         counts, levels = ([values[idx] for idx in order.tolist()] for values in (counts, levels))
     rows = rows_of_images(placeholder_mask, written.tolist())
-    if videos is not None and counts_seconds(config.grid_base):
-        _check_adjacent(placeholder_mask, written, videos.items[order], rows)
+    if videos is not None:
+        _check_undivided(videos, videos.items[order], rows)
+        if counts_seconds(config.grid_base):
+            _check_adjacent(placeholder_mask, written, videos.items[order], rows)
     return Layout(
         placeholder_mask,
         attention_mask,
@@ -355,6 +366,23 @@ def _layout(
         videos=videos,
         order=order,
     )
+
+
+def _check_undivided(videos: Videos, items: torch.LongTensor, rows: list[int]) -> None:
+    """Raise where samples share a video, or where another picture stands between frames that share tokens."""
+    for item_idx in range(videos.num_images, len(videos.frames)):
+        places = (items == item_idx).nonzero().flatten().tolist()
+        video_idx, samples = item_idx - videos.num_images, sorted({rows[place] for place in places})
+        if len(samples) > 1:
+            raise ValueError(
+                f"The frames of video {video_idx} stand in samples {samples}. A video is shown in one: build "
+                "`input_ids` with the processor of this checkpoint, from the same videos."
+            )
+        if videos.joined > 1 and places[-1] - places[0] >= len(places):
+            raise ValueError(
+                f"Sample {samples[0]} shows another picture between the frames of video {video_idx}, which have their "
+                "tokens in common. Show it before or behind, or set `compress_frames=1`."
+            )
 
 
 def _check_adjacent(

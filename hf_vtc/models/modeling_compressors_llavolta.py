@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .configuration_llavolta import WINDOWS
 from .grids_vtc import grid_windows
 from .ops_vtc import segment_mean
 from .packing_vtc import Span
@@ -174,16 +175,20 @@ def shorten(
         scores (`torch.Tensor` of N numbers, *optional*): for `"attention"`.
     """
     device = states.device
-    windows = [_windows(span, compressor, side, training, scores) for span in spans]
+    shared = [spans[end - span.num_frames : end] for end, span in enumerate(spans, 1)]
+    windows = [_windows(frames, compressor, side, training, scores) for frames in shared]
     widths, num_kept = torch.cat([own for _, own in windows]), [len(own) for _, own in windows]
-    members = torch.cat([own + span.start for (own, _), span in zip(windows, spans, strict=True)])
+    members = torch.cat([own for own, _ in windows])
     if compressor != "kmeans" and len(members) == len(widths):
         on_device = members.to(device, non_blocking=True)
         return Shortened(on_device, torch.zeros_like(on_device), members, num_kept)
     offsets = F.pad(widths.cumsum(0), (1, 0))
-    slots = members[offsets[:-1]]
+    starts, num_frames = torch.repeat_interleave(
+        torch.tensor([(span.start, span.num_frames) for span in spans]), torch.tensor(num_kept), dim=0
+    ).unbind(1)
+    # the first member of the last frame: no token stands before what it is made of
+    slots = members[offsets[1:] - widths // num_frames]
     on_device = slots.to(device, non_blocking=True)
-    starts = torch.repeat_interleave(torch.tensor([span.start for span in spans]), torch.tensor(num_kept))
     if compressor == "kmeans":
         values, places = zip(*[_clusters(states, span) for span in spans], strict=True)
         first_places = (slots - starts).to(device, non_blocking=True)
@@ -194,15 +199,17 @@ def shorten(
 
 
 def _windows(
-    span: Span, compressor: str, side: int, training: bool, scores: torch.Tensor | None
+    frames: list[Span], compressor: str, side: int, training: bool, scores: torch.Tensor | None
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Members of all that stays of a span, counted from its start, and how many of them become each."""
-    edge = math.isqrt(span.stride)
-    if span.columns is not None and compressor == "avgpool1d":
-        return grid_windows(span.length, span.columns, 1, span.stride)
-    if span.columns is not None and compressor == "avgpool2d":
-        return grid_windows(span.length, span.columns, edge, edge)
-    equal = _equal_windows(span, compressor, side, training, scores)
+    """Members of all that stays of spans that share windows, and how many of them become each."""
+    if not frames:
+        return torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    span, starts = frames[-1], torch.tensor([frame.start for frame in frames])
+    if span.columns is not None and compressor in WINDOWS:
+        high, wide = WINDOWS[compressor](span.stride)
+        members, widths = grid_windows(span.length, span.columns, high, wide, len(frames))
+        return starts[members // span.length] + members % span.length, widths
+    equal = _equal_windows(span, compressor, side, training, scores) + span.start
     return equal.flatten(), torch.full((len(equal),), equal.shape[1], device=equal.device)
 
 

@@ -27,7 +27,7 @@ from .head_vtc import VtcForConditionalGeneration
 from .layout_vtc import Layout
 from .modeling_compressors_llavolta import float16_means, shorten
 from .modeling_vtc import VtcModel
-from .packing_vtc import DecodePlan, PackedPrompt, Span, first_slots, pack_shortened
+from .packing_vtc import DecodePlan, PackedPrompt, first_slots, pack_shortened
 from .vision_vtc import Choice, Scores, VisualTokens, VtcVisionHalf
 
 
@@ -41,10 +41,11 @@ class LlavoltaSteps:
     config_class = LlavoltaConfig
 
     def choose(self, scores: list[torch.Tensor], layout: Layout) -> Choice:
-        """The stride of each image, 1 = as it is."""
-        strides = [self.config.stride_of(level) for level in layout.levels]
-        enter = layout.num_reserved if self.config.compress_layer_idx > 0 else layout.num_leaving
-        return Choice(enter, layout.num_leaving, strides=strides)
+        """The stride of each image, 1 = as it is, and of frames how many share a window."""
+        config = self.config
+        strides = [config.stride_of_frame(config.stride_of(level)) for level in layout.levels]
+        enter = layout.num_reserved if config.compress_layer_idx > 0 else layout.num_leaving
+        return Choice(enter, layout.num_leaving, strides=strides, frames=layout.frames_of_windows)
 
     def connect(self, features: torch.Tensor, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
         """Project, and shorten the images here if no decoder layer comes first."""
@@ -56,16 +57,15 @@ class LlavoltaSteps:
     ) -> VisualTokens:
         """Shorten images of `lengths` `(num_images,)` that follow each other, unless a decoder layer comes first."""
         config = self.config
-        if config.compress_layer_idx > 0 or set(choice.strides) <= {1}:
+        if config.compress_layer_idx > 0 or not choice.shortens:
             return visual
         if config.compress_layer_idx == 0 and config.float16_positions:
             raise ValueError(
                 "`float16_positions` needs `compress_layer_idx` of at least 1, got 0, at which the released code "
                 "cannot decode. Set it to False, or give `vtc_budget='full'`."
             )
-        firsts = (lengths.cumsum(0) - lengths).tolist()
-        images = zip(firsts, lengths.tolist(), choice.strides, layout.token_columns, strict=True)
-        spans, positions = [Span(0, *image) for image in images], layout.visual_positions
+        spans = choice.spans([0] * len(lengths), lengths.cumsum(0) - lengths, lengths, layout.token_columns)
+        positions = layout.visual_positions
         side = math.isqrt(config.image_seq_length)
         shortened = shorten(visual.embeds, spans, config.compressor, side, self.training)
         entered, slots = visual.slots, shortened.host_slots

@@ -36,7 +36,6 @@ from .layout_vtc import Layout, layout_of_images, layout_of_prompt
 from .packing_vtc import (
     DecodePlan,
     PackedPrompt,
-    Span,
     filled,
     kept_positions,
     pack_visual_tokens,
@@ -177,8 +176,7 @@ class VtcModel(PromptPlaceholders, VtcVision):
             slots (`torch.LongTensor` of shape `(V,)`): of the visual tokens in the flattened prompt.
             behind (`torch.LongTensor` of shape `(B, 1)`, *optional*): positions behind the rows, on the device.
         """
-        shortens = choice.strides is not None and any(stride > 1 for stride in choice.strides)
-        layer_idx = self.config.compress_layer_idx if shortens else -1
+        layer_idx = self.config.compress_layer_idx if choice.shortens else -1
         positions = None
         if behind is not None or layer_idx == 0:
             positions = packed.position_ids
@@ -200,12 +198,7 @@ class VtcModel(PromptPlaceholders, VtcVision):
             real = torch.arange(num_columns) >= num_columns - counts
         entering = choice.num_entering
         starts = places.flatten()[slots[entering.cumsum(0) - entering]]
-        spans = [
-            Span(*span)
-            for span in zip(
-                layout.rows, starts.tolist(), entering.tolist(), choice.strides, layout.token_columns, strict=True
-            )
-        ]
+        spans = choice.spans(layout.rows, starts, entering, layout.token_columns)
         by_attention = self.config.compressor == "attention"
         return DecodePlan(
             layer_idx,

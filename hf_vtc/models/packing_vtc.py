@@ -281,7 +281,8 @@ def shifted_positions(
 class Span(NamedTuple):
     """An image that gets shorter: `length` visual tokens from `(row, start)` on, `stride` of which become one.
 
-    `columns`: of their grid, None where they are a sequence.
+    `columns`: of their grid, None where they are a sequence. `num_frames`: spans, this one and those before it, whose
+    tokens at one place become one in this span; 0 for a span that a later one takes in.
     """
 
     row: int
@@ -289,6 +290,7 @@ class Span(NamedTuple):
     length: int
     stride: int
     columns: int | None = None
+    num_frames: int = 1
 
 
 @dataclass

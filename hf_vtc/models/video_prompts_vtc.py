@@ -167,7 +167,7 @@ class VideoPrompts:
             if budget == "auto":
                 levels = [config.own_level(counts, video_idx)] * num_frames
             else:
-                levels = levels_of_frames(budget, counts, num_frames, None, video_idx)
+                levels = levels_of_frames(budget, counts, num_frames, None, video_idx, config.frames_joined)
             if BY_SCORES in levels:
                 raise ValueError(
                     f"`vtc_budget='auto'` lets {config.model_type} decide from the pixels of video {video_idx}, which "

@@ -26,6 +26,7 @@ class Videos:
         seconds (`torch.Tensor` of shape `(num_videos,)`, *optional*): between frames of each video.
         mask (`torch.BoolTensor` of shape `(B, L)`): where placeholders of videos are.
         changes (`torch.Tensor` of shape `(num_frames,)`, *optional*): how much each frame differs from the one before.
+        joined (`int`): frames of a video that have tokens in common where it is compressed.
     """
 
     frames: list[int]
@@ -33,11 +34,34 @@ class Videos:
     seconds: torch.Tensor | None
     mask: torch.Tensor
     changes: torch.Tensor | None = None
+    joined: int = 1
 
     @property
     def items(self) -> torch.LongTensor:
         """The item of each picture, as the tensors stand."""
         return torch.repeat_interleave(torch.tensor(self.frames))
+
+    @property
+    def frames_of_windows(self) -> list[int]:
+        """Frames that have their tokens in each picture where it is compressed, 0 of one whose tokens a later one has.
+
+        Of a picture by itself 1; the last frames of a video may be fewer than `joined`.
+        """
+        counts = []
+        for num_frames in self.frames:
+            for place in range(1, num_frames + 1):
+                ends = place % self.joined == 0 or place == num_frames
+                counts.append((place - 1) % self.joined + 1 if ends else 0)
+        return counts
+
+    def shared(self, counts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """Of each picture, the visual tokens that are left at each level, where frames have them in common."""
+        if self.joined == 1:
+            return list(counts)
+        return [
+            own if num_frames else (own[0], *[0] * (len(own) - 1))
+            for own, num_frames in zip(counts, self.frames_of_windows, strict=True)
+        ]
 
     def levels(
         self, vtc_budget: Budget | Sequence[Budget], counts: Sequence[Sequence[int]], own_levels: Sequence[int]
@@ -61,7 +85,7 @@ class Videos:
                 changes = self.changes
                 if changes is not None:
                     changes = changes[first - first_frame :][:num_frames].tolist()
-                levels += levels_of_frames(budget, counts[first], num_frames, changes, item_idx)
+                levels += levels_of_frames(budget, counts[first], num_frames, changes, item_idx, self.joined)
             first += num_frames
         return levels
 
@@ -119,6 +143,7 @@ def levels_of_frames(
     num_frames: int,
     changes: Sequence[float] | None = None,
     item_idx: int = 0,
+    joined: int = 1,
 ) -> list[int]:
     """The level of each frame of a video, within one budget for all of them.
 
@@ -130,6 +155,8 @@ def levels_of_frames(
             go to it; of no meaning for the first one, which is new as a whole and counts as the one that changes most.
             Default: every frame gets as many.
         item_idx (`int`): which image or video of the call, for the error message.
+        joined (`int`): frames that have what is left of them in common, at every level but the first; without
+            `changes`.
 
     Raises:
         ValueError: nothing fits; the message names the smallest admissible count.
@@ -139,14 +166,16 @@ def levels_of_frames(
         return [0] * num_frames
     # as `level_within`, of the video as a whole
     allowed = math.floor(budget * num_frames * reserved + 1e-6) if isinstance(budget, float) else budget
-    if allowed < num_frames * fewest:
+    num_windows = -(-num_frames // joined)
+    totals = [num_frames * reserved, *(num_windows * count for count in levels[1:])]
+    if allowed < min(totals):
         raise ValueError(
             f"`vtc_budget` of {budget!r} allows {allowed} visual tokens for video {item_idx} of {num_frames} frames, "
-            f"but the smallest admissible count is {num_frames * fewest} (reserved: {num_frames * reserved}). Allow "
-            "at least that many, or give fewer frames."
+            f"but the smallest admissible count is {min(totals)} (reserved: {totals[0]}). Allow at least that many, "
+            "or give fewer frames."
         )
     if changes is None or num_frames == 1 or not any(changes[1:]):
-        return [level_within(allowed // num_frames, levels, item_idx)] * num_frames
+        return [level_within(allowed, totals, item_idx)] * num_frames
     worth = [max(changes[1:]), *changes[1:]]
     shares = _shares(allowed - num_frames * fewest, worth, reserved - fewest)
     # a share that is a whole number may miss it by rounding

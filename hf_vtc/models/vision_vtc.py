@@ -24,7 +24,7 @@ from .grids_vtc import scaled_down, scaled_map
 from .host_tower_vtc import bare_parameters_of, build_tower, restore_places, run_grid_tower
 from .host_vtc import FORWARD_ARGUMENTS
 from .layout_vtc import Layout, layout_of_images
-from .packing_vtc import to_device, to_host
+from .packing_vtc import Span, to_device, to_host
 from .padding_vtc import places_apart
 from .prompt_vtc import Budget, VisionInputs, refuse_unknown
 from .tiling_vtc import joined_order
@@ -49,14 +49,28 @@ class Choice:
     """What `choose` decided, on the CPU.
 
     `num_entering`, `num_kept` `(num_images,)`: visual tokens that enter the language model, and that leave the
-    compression, which is in it if `strides` says how many of an image become one there. `decisions`: as
-    `router_decisions` of the outputs.
+    compression, which is in it if `strides` says how many of an image become one there. `frames`: as `num_frames` of
+    each image's `Span`, None for 1. `decisions`: as `router_decisions` of the outputs.
     """
 
     num_entering: torch.LongTensor
     num_kept: torch.LongTensor
     decisions: torch.Tensor | None = None
     strides: list[int] | None = None
+    frames: list[int] | None = None
+
+    @property
+    def shortens(self) -> bool:
+        """Whether several visual tokens become one."""
+        return any(each != 1 for each in (*(self.strides or ()), *(self.frames or ())))
+
+    def spans(
+        self, rows: Sequence[int], starts: torch.LongTensor, lengths: torch.LongTensor, columns: Sequence[int | None]
+    ) -> list[Span]:
+        """Where the images lie that get shorter; arguments are the fields of each."""
+        frames = [1] * len(rows) if self.frames is None else self.frames
+        fields = zip(rows, starts.tolist(), lengths.tolist(), self.strides, columns, frames, strict=True)
+        return [Span(*each) for each in fields]
 
 
 @dataclass

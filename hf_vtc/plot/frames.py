@@ -52,11 +52,24 @@ def frames_with_tokens(
     layout = TileLayout((height, width), size, (0, 0), (1, 1), ((0.0, 0.0, float(width), float(height)),), grid)
     draw = record_of(config).need("draw", "`filmstrip`")
     decisions, pictures = output.router_decisions, []
-    for idx, own in enumerate(kept):
+    counts, shared = _shared_counts(kept.sum(1).tolist())
+    for idx, (count, num_frames) in enumerate(zip(counts, shared)):
         if decisions is not None:
             # one for each frame, or one for each of its tokens
             (part,) = decisions.unflatten(0, (num_patches, -1))[idx : idx + 1]
-        seen = SimpleNamespace(num_visual_tokens=own.sum()[None], router_decisions=None if decisions is None else part)
-        drawing = draw(Kept(layout, seen, config, 0, None, None))
+        seen = SimpleNamespace(num_visual_tokens=[count], router_decisions=None if decisions is None else part)
+        drawing = draw(Kept(layout, seen, config, 0, None, None, num_frames))
         pictures.append(compose(frames[idx * FRAMES_OF_PATCH], layout, drawing, f"frame {idx + 1}", max_side))
     return pictures
+
+
+def _shared_counts(counts: list[int]) -> tuple[list[int], list[int]]:
+    """Tokens of each frame, of one without any those of the next that has some, and how many frames have these."""
+    own, shared, waiting = [], [], 0
+    for count in counts:
+        waiting += 1
+        if count > 0:
+            own += [count] * waiting
+            shared += [waiting] * waiting
+            waiting = 0
+    return own, shared
