@@ -26,6 +26,7 @@ class CdprunerConfig(TrainingFreeConfig):
     refused_bases = {"qwen3_5": "it was not tried on a decoder most of whose layers are recurrent"}
     takes_decisions = True
     joins_tiles = True
+    takes_tiled_videos = True
 
     def __init__(
         self,

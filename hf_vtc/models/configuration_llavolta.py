@@ -73,6 +73,7 @@ class LlavoltaConfig(VtcConfig):
     model_type = "vtc_llavolta"
     one_tile_per_image = True
     joins_tiles = True
+    takes_tiled_videos = True
 
     def __init__(
         self,

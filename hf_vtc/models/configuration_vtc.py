@@ -79,6 +79,8 @@ class VtcConfig(PretrainedConfig):
     one_tile_per_image = False
     # whether the tiles of an image can be joined to one map
     joins_tiles = False
+    # whether frames of videos can be tiles whose tokens are pooled, as those of LLaVA-OneVision
+    takes_tiled_videos = False
     # whether a single tile of LLaVA-NeXT is followed by a newline
     newline_behind_single_tile = False
     # whether a caller can decide in place of the method, by `router_decisions`
@@ -232,10 +234,11 @@ class VtcConfig(PretrainedConfig):
                 raise ValueError(
                     "`frame_split` is for videos, which need a `video_token_id`. Give one, or leave it out."
                 )
-        elif self.grid_base is None:
+        elif not self.takes_videos:
             raise ValueError(
-                f"`video_token_id` is of no use for {self.vision_config.model_type}: videos need a tower that sees "
-                "grids. Leave it out."
+                f"`video_token_id` is of no use for {self.model_type} on {self.vision_config.model_type}: videos need "
+                "a tower that sees grids, or LLaVA-OneVision (`max_map_tiles`) and a method for its frames. Leave it "
+                "out."
             )
         elif self.video_token_id == self.image_token_id:
             raise ValueError(f"`video_token_id` must differ from `image_token_id`, both are {self.image_token_id}.")
@@ -301,6 +304,17 @@ class VtcConfig(PretrainedConfig):
         grids = best_canvases(image_sizes, self.image_grid_pinpoints) // self.tile_size
         return 1 + grids.prod(-1)
 
+    @property
+    def takes_videos(self) -> bool:
+        """Whether videos can be shown, if `video_token_id` says where."""
+        return self.grid_base is not None or self.takes_tiled_videos and self.max_map_tiles is not None
+
+    @property
+    def frame_grid(self) -> tuple[int, int]:
+        """(rows, columns) of visual tokens of a frame that is a tile, half of `token_grid`, rounded up."""
+        rows, columns = self.token_grid
+        return -(-rows // 2), -(-columns // 2)
+
     def sizes_of(self, num_tiles: Any, image_sizes: Any) -> ImageSizes:
         """Sizes of images as a processor gives them, without a model.
 
@@ -338,7 +352,8 @@ class VtcConfig(PretrainedConfig):
         """Visual tokens of each image without compression, `(num_images,)` on the CPU."""
         if sizes.tokens is not None:
             return sizes.tokens.prod(-1)
-        return self.tokens_of_images(sizes, self.token_grid)
+        counts = self.tokens_of_images(sizes, self.token_grid)
+        return counts if sizes.frames is None else counts.where(sizes.frames == 0, sizes.frames)
 
     def sizes_of_grids(self, image_grid_thw: Any) -> Any:
         """(height, width) in pixels of images of the grids `(num_images, 3)`, patches in time, height and width.

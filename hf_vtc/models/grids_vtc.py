@@ -243,6 +243,19 @@ def scaled_map(tokens: torch.Tensor, per_tile: int, kept: tuple[int, int], scale
     return torch.cat([whole, torch.cat([content, rows[: scaled[0], -1:]], dim=1).flatten(0, 1)])
 
 
+def pooled_frames(tokens: torch.Tensor, grid: tuple[int, int], pooled: tuple[int, int]) -> torch.Tensor:
+    """Visual tokens `(T, rows * columns, D)` of frames as fewer, by bilinear interpolation.
+
+    Args:
+        grid, pooled: (rows, columns) before and behind it.
+
+    Source: transformers' LLaVA-OneVision, `apply_pooling`.
+    """
+    # in the order of memory of the original, by which half precision rounds
+    maps = tokens.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
+    return torch.nn.functional.interpolate(maps, pooled, mode="bilinear").flatten(2).transpose(1, 2)
+
+
 def black_image(config: Any) -> dict[str, torch.Tensor]:
     """Arguments of `forward` for the smallest image, black.
 

@@ -1,9 +1,9 @@
 """Where the images of one call are: made once, on the host, before the tower runs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
 
 import torch
 
@@ -13,7 +13,7 @@ from .image_sizes_vtc import STREAM_ADVICE, check_patches, placeholder_runs, siz
 from .packing_vtc import to_host
 from .prompt_vtc import BY_SCORES, VisionInputs, budgets_per_image, chosen_levels
 from .tiling_vtc import ImageSizes
-from .videos_vtc import Videos, changes_of_frames
+from .videos_vtc import Videos, changes_of_frames, changes_of_tiles
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,9 @@ def layout_of_prompt(
         mask = torch.ones_like(placeholder_mask, dtype=torch.long)
     else:
         _check_mask(mask, placeholder_mask)
-    if vision.has_videos:
+    if vision.has_videos and config.grid_base is None:
+        sizes, videos = _pictures_of_tiles(config, placeholder_mask, num_tiles, image_sizes, of_videos[2], vision)
+    elif vision.has_videos:
         sizes, videos = _pictures(config, image_sizes, *of_videos, vision)
     else:
         sizes, videos = sizes_of_images(config, placeholder_mask, num_tiles, image_sizes, vision), None
@@ -199,17 +201,22 @@ def _told_of_videos(
         if seconds is not None:
             raise ValueError("`second_per_grid_ts` is of no use without videos. Leave it out.")
         return None, None, None
-    if config.grid_base is None:
+    if not config.takes_videos:
         raise ValueError(
-            f"`pixel_values_videos` are of no use for {config.vision_config.model_type}: videos need a tower that "
-            "sees grids, as Qwen3-VL's does. Give frames as images."
+            f"`pixel_values_videos` are of no use for {config.model_type} on {config.vision_config.model_type}: "
+            "videos need a tower that sees grids, as Qwen3-VL's does, or LLaVA-OneVision and a method for its frames. "
+            "Give frames as images."
         )
     if config.video_token_id is None:
         raise ValueError(
             "`pixel_values_videos` need a `video_token_id` in the model's configuration, which has none. Convert the "
             "checkpoint again, or set it to the id of the placeholder of videos."
         )
-    _check_grids("video_grid_thw", "video", vision.video_grid_thw)
+    if config.grid_base is None:
+        _check_tiles(config, vision)
+        seconds = None
+    else:
+        _check_grids("video_grid_thw", "video", vision.video_grid_thw)
     if seconds is not None and not counts_seconds(config.grid_base):
         raise ValueError(
             f"`second_per_grid_ts` is of no use for {config.grid_base}, whose prompts say the time of each frame. "
@@ -244,8 +251,8 @@ def _pictures(
     if vision.image_features is None:
         check_patches("pixel_values", "image_grid_thw", vision.pixel_values, image_grids)
         check_patches("pixel_values_videos", "video_grid_thw", vision.pixel_values_videos, video_grids)
-    changes, budgets = None, vision.vtc_budget if isinstance(vision.vtc_budget, (list, tuple)) else [vision.vtc_budget]
-    if config.frame_split == "change" and any(isinstance(each, (int, float)) for each in budgets):
+    changes = None
+    if _splits_by_change(config, vision):
         if vision.pixel_values_videos is None:
             raise ValueError(
                 "`frame_split='change'` looks at `pixel_values_videos`, which were not given. Give them in place of "
@@ -254,6 +261,53 @@ def _pictures(
         (changes,) = to_host(changes_of_frames(vision.pixel_values_videos, video_grids))
     counts = [1] * len(image_grids) + video_grids[:, 0].tolist()
     return sizes, Videos(counts, len(image_grids), seconds, mask, changes, config.frames_joined)
+
+
+def _check_tiles(config: VtcConfig, vision: VisionInputs) -> None:
+    """Raise for videos that are no tiles, or beside which something is said that nobody reads."""
+    for name in ("video_grid_thw", "second_per_grid_ts", "image_features"):
+        if getattr(vision, name) is not None:
+            raise ValueError(f"`{name}` is of no use beside videos whose frames are tiles. Leave it out.")
+    shape, side = tuple(vision.pixel_values_videos.shape), config.tile_size
+    if len(shape) != 5 or shape[1] < 1 or shape[2:] != (config.vision_config.num_channels, side, side):
+        raise ValueError(
+            f"`pixel_values_videos` must be (videos, frames, 3, {side}, {side}), got shape {shape}. Pass what the "
+            "processor returned."
+        )
+
+
+def _pictures_of_tiles(
+    config: VtcConfig,
+    placeholder_mask: torch.Tensor,
+    num_tiles: torch.Tensor | None,
+    image_sizes: torch.Tensor | None,
+    mask: torch.Tensor,
+    vision: VisionInputs,
+) -> tuple[ImageSizes, Videos]:
+    """Images, frames of videos that are a tile each, and a newline behind each video, as the tensors stand."""
+    num_videos, num_frames = vision.pixel_values_videos.shape[:2]
+    tiles = torch.tensor([*[1] * num_frames, 0]).repeat(num_videos)
+    frames = torch.where(tiles > 0, math.prod(config.frame_grid), 1)
+    fields = [tiles, torch.full((len(tiles), 2), config.tile_size), torch.ones(len(tiles), 2, dtype=torch.long)]
+    num_images = 0
+    if vision.pixel_values is not None:
+        if image_sizes is None:
+            raise ValueError("Images beside videos need `image_sizes`. Pass what the processor returned.")
+        images = sizes_of_images(config, placeholder_mask & ~mask, num_tiles, image_sizes, vision)
+        num_images = len(images)
+        fields = [torch.cat(pair) for pair in zip((images.num_tiles, images.image_sizes, images.grids), fields)]
+        frames = torch.cat([torch.zeros(num_images, dtype=torch.long), frames])
+    changes = None
+    if _splits_by_change(config, vision):
+        (changes,) = to_host(changes_of_tiles(vision.pixel_values_videos, 1))
+    counts = [1] * num_images + [num_frames + 1] * num_videos
+    return ImageSizes(*fields, frames=frames), Videos(counts, num_images, None, mask, changes, newlines=1)
+
+
+def _splits_by_change(config: VtcConfig, vision: VisionInputs) -> bool:
+    """Whether some budget is split over frames by how much they change."""
+    budgets = vision.vtc_budget if isinstance(vision.vtc_budget, (list, tuple)) else [vision.vtc_budget]
+    return config.frame_split == "change" and any(isinstance(each, (int, float)) for each in budgets)
 
 
 def _check_positions(position_ids: torch.Tensor, layout: Layout) -> None:
@@ -323,7 +377,7 @@ def _layout(
     if videos is None:
         levels = chosen_levels(vision.vtc_budget, counts, config.own_level)
     else:
-        levels = videos.levels(vision.vtc_budget, counts, [config.own_level(*own) for own in zip(counts, count())])
+        levels = videos.levels(vision.vtc_budget, counts, config.own_level)
         counts = videos.shared(counts)
     written, num_placeholders = reserved, int(placeholder_mask.sum())
     if num_placeholders != int(reserved.sum()):
@@ -343,14 +397,14 @@ def _layout(
     order = None
     if videos is not None:
         order, is_exact = videos.order(placeholder_mask, written), written is not reserved
-        sizes = ImageSizes(None, sizes.image_sizes[order], None, sizes.tokens[order])
+        sizes = ImageSizes(*(None if each is None else each[order] for each in sizes))
         reserved = reserved[order]
         written = written[order] if is_exact else reserved
         counts, levels = ([values[idx] for idx in order.tolist()] for values in (counts, levels))
     rows = rows_of_images(placeholder_mask, written.tolist())
     if videos is not None:
         _check_undivided(videos, videos.items[order], rows)
-        if counts_seconds(config.grid_base):
+        if config.grid_base is None or counts_seconds(config.grid_base):
             _check_adjacent(placeholder_mask, written, videos.items[order], rows)
     return Layout(
         placeholder_mask,
@@ -388,7 +442,7 @@ def _check_undivided(videos: Videos, items: torch.LongTensor, rows: list[int]) -
 def _check_adjacent(
     placeholder_mask: torch.Tensor, num_written: torch.LongTensor, items: torch.LongTensor, rows: list[int]
 ) -> None:
-    """Raise where text stands between frames of a video whose positions say their time."""
+    """Raise where text stands between frames of a video whose prompt does not say their time."""
     places = placeholder_mask.flatten().nonzero().flatten()
     lasts = num_written.cumsum(0) - 1
     gaps = places[lasts[:-1] + 1] - places[lasts[:-1]] > 1

@@ -87,12 +87,15 @@ class ImageSizes(NamedTuple):
             a map; None where tiles follow each other as they are.
         tokens (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (rows, columns) of visual tokens, for a
             tower that sees every image as a grid of its own.
+        frames (`torch.LongTensor` of shape `(num_images,)`, *optional*): visual tokens of what belongs to a video that
+            is shown as tiles, a frame or the newline behind it; 0 for images.
     """
 
     num_tiles: torch.LongTensor | None
     image_sizes: torch.LongTensor | None
     grids: torch.LongTensor | None
     tokens: torch.LongTensor | None = None
+    frames: torch.LongTensor | None = None
 
     def __len__(self) -> int:
         return len(self.image_sizes if self.num_tiles is None else self.num_tiles)

@@ -1,14 +1,16 @@
 """Videos as pictures: an image is one, and so is every frame of a video, which is what one temporal patch holds.
 
 A tower that sees grids attends within a frame, so that frames are to it what images are, and every method compresses
-them as such. What makes a video of them is here: how one budget is shared out, where its frames stand, and in time.
+them as such. Of LLaVA-OneVision a frame is a tile, and behind all of them stands a newline, a picture of one token.
+What makes a video of them is here: how one budget is shared out, where its frames stand, and in time.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .prompt_vtc import Budget, budgets_per_image, level_within
 
@@ -27,6 +29,7 @@ class Videos:
         mask (`torch.BoolTensor` of shape `(B, L)`): where placeholders of videos are.
         changes (`torch.Tensor` of shape `(num_frames,)`, *optional*): how much each frame differs from the one before.
         joined (`int`): frames of a video that have tokens in common where it is compressed.
+        newlines (`int`): pictures at the end of each video that are a newline, one token that always stays.
     """
 
     frames: list[int]
@@ -35,6 +38,7 @@ class Videos:
     mask: torch.Tensor
     changes: torch.Tensor | None = None
     joined: int = 1
+    newlines: int = 0
 
     @property
     def items(self) -> torch.LongTensor:
@@ -64,29 +68,35 @@ class Videos:
         ]
 
     def levels(
-        self, vtc_budget: Budget | Sequence[Budget], counts: Sequence[Sequence[int]], own_levels: Sequence[int]
+        self,
+        vtc_budget: Budget | Sequence[Budget],
+        counts: Sequence[Sequence[int]],
+        own_level: Callable[[Sequence[int], int], int],
     ) -> list[int]:
         """The level of each picture, of a video by its share of the video's budget.
 
         Args:
             vtc_budget: of all items or a list, one for each.
             counts (`Sequence[Sequence[int]]`): of each picture, the visual tokens that are left at each level.
-            own_levels (`Sequence[int]`): of each picture for `"auto"`.
+            own_level: as `chosen_levels` takes it, of each picture.
         """
         levels, first, first_frame = [], 0, sum(self.frames[: self.num_images])
         for item_idx, (budget, num_frames) in enumerate(
             zip(budgets_per_image(vtc_budget, len(self.frames)), self.frames, strict=True)
         ):
+            newlines = self.newlines if item_idx >= self.num_images else 0
+            num_frames -= newlines
             if budget == "auto":
-                levels += own_levels[first : first + num_frames]
+                levels += [own_level(counts[idx], idx) for idx in range(first, first + num_frames)]
             elif item_idx < self.num_images:
                 levels.append(level_within(budget, counts[first], item_idx))
             else:
                 changes = self.changes
                 if changes is not None:
                     changes = changes[first - first_frame :][:num_frames].tolist()
-                levels += levels_of_frames(budget, counts[first], num_frames, changes, item_idx, self.joined)
-            first += num_frames
+                levels += levels_of_frames(budget, counts[first], num_frames, changes, item_idx, self.joined, newlines)
+            levels += [0] * newlines
+            first += num_frames + newlines
         return levels
 
     def order(self, placeholder_mask: torch.Tensor, num_written: torch.LongTensor) -> torch.LongTensor:
@@ -144,6 +154,7 @@ def levels_of_frames(
     changes: Sequence[float] | None = None,
     item_idx: int = 0,
     joined: int = 1,
+    num_fixed: int = 0,
 ) -> list[int]:
     """The level of each frame of a video, within one budget for all of them.
 
@@ -157,6 +168,7 @@ def levels_of_frames(
         item_idx (`int`): which image or video of the call, for the error message.
         joined (`int`): frames that have what is left of them in common, at every level but the first; without
             `changes`.
+        num_fixed (`int`): tokens of the video besides those of its frames, which always stay.
 
     Raises:
         ValueError: nothing fits; the message names the smallest admissible count.
@@ -165,9 +177,9 @@ def levels_of_frames(
     if budget == "full":
         return [0] * num_frames
     # as `level_within`, of the video as a whole
-    allowed = math.floor(budget * num_frames * reserved + 1e-6) if isinstance(budget, float) else budget
     num_windows = -(-num_frames // joined)
-    totals = [num_frames * reserved, *(num_windows * count for count in levels[1:])]
+    totals = [num_fixed + num_frames * reserved, *(num_fixed + num_windows * count for count in levels[1:])]
+    allowed = math.floor(budget * totals[0] + 1e-6) if isinstance(budget, float) else budget
     if allowed < min(totals):
         raise ValueError(
             f"`vtc_budget` of {budget!r} allows {allowed} visual tokens for video {item_idx} of {num_frames} frames, "
@@ -176,6 +188,7 @@ def levels_of_frames(
         )
     if changes is None or num_frames == 1 or not any(changes[1:]):
         return [level_within(allowed, totals, item_idx)] * num_frames
+    allowed -= num_fixed
     worth = [max(changes[1:]), *changes[1:]]
     shares = _shares(allowed - num_frames * fewest, worth, reserved - fewest)
     # a share that is a whole number may miss it by rounding
@@ -221,9 +234,16 @@ def changes_of_frames(pixel_values_videos: torch.Tensor, video_grid_thw: torch.L
     """
     grids = video_grid_thw.tolist()
     videos = pixel_values_videos.split([frames * rows * columns for frames, rows, columns in grids])
-    changes = []
-    for pixels, (frames, _, _) in zip(videos, grids, strict=True):
-        by_frame = pixels.unflatten(0, (frames, -1)).float()
-        differences = (by_frame[1:] - by_frame[:-1]).abs().mean((1, 2))
-        changes.append(torch.nn.functional.pad(differences, (1, 0)))
-    return torch.cat(changes)
+    by_frame = (pixels.unflatten(0, (frames, -1)) for pixels, (frames, _, _) in zip(videos, grids, strict=True))
+    return torch.cat([F.pad(_differences(pixels), (1, 0)) for pixels in by_frame])
+
+
+def changes_of_tiles(pixel_values_videos: torch.Tensor, newlines: int) -> torch.Tensor:
+    """`changes_of_frames` of videos `(num_videos, frames, 3, S, S)`, with 0 for the `newlines` behind each."""
+    return torch.cat([F.pad(_differences(pixels), (1, newlines)) for pixels in pixel_values_videos])
+
+
+def _differences(frames: torch.Tensor) -> torch.Tensor:
+    """Means of absolute differences of frames `(frames, ...)` to the one before, of all but the first."""
+    frames = frames.flatten(1).float()
+    return (frames[1:] - frames[:-1]).abs().mean(1)

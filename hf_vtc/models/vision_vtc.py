@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_vtc import VtcConfig
-from .grids_vtc import scaled_down, scaled_map
+from .grids_vtc import pooled_frames, scaled_down, scaled_map
 from .host_tower_vtc import bare_parameters_of, build_tower, restore_places, run_grid_tower
 from .host_vtc import FORWARD_ARGUMENTS
 from .layout_vtc import Layout, layout_of_images
@@ -238,26 +238,27 @@ class VtcVision(VtcPreTrainedModel):
 
     def encode_of(self, vision: VisionInputs, layout: Layout) -> Features:
         """`encode` the tiles of a call, which may stand in a block for each image, as those of LLaVA-NeXT do."""
-        tiles = vision.pixel_values if layout.videos is None else self._patches_of(vision, layout)
-        if tiles.ndim == 5:
-            places = places_apart(layout.sizes.num_tiles, tiles.shape[1])
-            (places,) = to_device(tiles.device, places)
-            tiles = tiles.flatten(0, 1).index_select(0, places)
-        return self.encode(tiles, layout)
+        if layout.videos is None:
+            return self.encode(_tiles_of(vision.pixel_values, layout.sizes.num_tiles), layout)
+        return self.encode(self._patches_of(vision, layout), layout)
 
     def _patches_of(self, vision: VisionInputs, layout: Layout) -> torch.Tensor:
-        """Patches of images and of frames of videos in prompt order: towers run once, whatever a batch shows."""
+        """Patches, or tiles, of images and of frames of videos in prompt order: towers run once, whatever a batch
+        shows."""
+        sizes, order, of_videos = layout.sizes, layout.order, vision.pixel_values_videos
+        in_prompts = sizes.num_tiles
+        if in_prompts is None:
+            in_prompts = sizes.image_sizes.prod(-1) // self.config.vision_config.patch_size**2
+        elif of_videos is not None:
+            of_videos = of_videos.flatten(0, 1)
+        as_given = torch.empty_like(in_prompts).index_copy_(0, order, in_prompts)
         if vision.pixel_values is None:
-            patches = vision.pixel_values_videos
-        elif vision.pixel_values_videos is None:
-            patches = vision.pixel_values
+            patches = of_videos
         else:
-            patches = torch.cat([vision.pixel_values, vision.pixel_values_videos.to(vision.pixel_values)])
-        order = layout.order
+            patches = _tiles_of(vision.pixel_values, as_given[: layout.videos.num_images])
+            patches = patches if of_videos is None else torch.cat([patches, of_videos.to(patches)])
         if bool((order.diff() == 1).all()):
             return patches
-        in_prompts = layout.sizes.image_sizes.prod(-1) // self.config.vision_config.patch_size**2
-        as_given = torch.empty_like(in_prompts).index_copy_(0, order, in_prompts)
         firsts, ends = (as_given.cumsum(0) - as_given)[order], in_prompts.cumsum(0)
         source = torch.repeat_interleave(firsts - (ends - in_prompts), in_prompts) + torch.arange(int(ends[-1]))
         (source,) = to_device(patches.device, source)
@@ -282,8 +283,7 @@ class VtcVision(VtcPreTrainedModel):
     def connect(self, features: Features, choice: Choice, layout: Layout, scores: Scores | None) -> VisualTokens:
         """Step: from features to visual tokens. In training every module runs once, in one order."""
         if self.config.grid_base is None:
-            tokens, rows = self.multi_modal_projector(features), None
-            tokens = self.join_tiles({0: tokens}, [0] * layout.num_images, layout)
+            tokens, rows = self._joined(self.multi_modal_projector(features), layout), None
         else:
             tokens, *rows = features.values()
             rows = torch.stack(rows) if rows else None
@@ -294,6 +294,14 @@ class VtcVision(VtcPreTrainedModel):
                 "images."
             )
         return VisualTokens(tokens, layer_rows=rows)
+
+    def _joined(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Visual tokens of tiles, joined to images, and of frames of videos fewer."""
+        if layout.sizes.frames is None:
+            return self.join_tiles({0: tokens}, [0] * layout.num_images, layout)
+        grids, chosen = [self.config.token_grid, self.config.frame_grid], (layout.sizes.frames > 0).long().tolist()
+        bank = {1: pooled_frames(tokens, *grids)}
+        return self.join_tiles(bank if all(chosen) else {0: tokens, **bank}, chosen, layout, grids)
 
     def routes(self, router: nn.Module, asked: bool) -> bool:
         """Whether a router runs: if it is asked, or if it trains, so that every process runs the same modules."""
@@ -375,9 +383,12 @@ class VtcVision(VtcPreTrainedModel):
             return [(grids[idx], num, None, None) for idx, num in zip(chosen, num_tiles, strict=True)]
         # of all images at once, since one alone costs as much
         kept = {idx: layout.sizes.kept(grids[idx], self.config.unpad_rule).tolist() for idx in set(chosen)}
-        tile_grids = layout.sizes.grids.tolist()
+        tile_grids, frames = layout.sizes.grids.tolist(), layout.sizes.frames
+        is_map = [True] * len(chosen) if frames is None else (frames == 0).tolist()
         return [
             (grids[idx], num_tiles[image_idx], tuple(tile_grids[image_idx]), tuple(kept[idx][image_idx]))
+            if is_map[image_idx]
+            else (grids[idx], num_tiles[image_idx], None, None)
             for image_idx, idx in enumerate(chosen)
         ]
 
@@ -385,8 +396,10 @@ class VtcVision(VtcPreTrainedModel):
         """Tokens of images of `lengths`, where maps with too many are scaled down; `shapes` are `_shapes_of_maps`."""
         images, is_scaled = list(joined.split(lengths)), False
         for idx, (token_grid, num_tiles, _, kept) in enumerate(shapes):
+            if num_tiles <= 1:
+                continue
             size = tuple(scaled_down(torch.tensor(kept), token_grid, self.config.max_map_tiles).tolist())
-            if num_tiles > 1 and size != kept:
+            if size != kept:
                 images[idx] = scaled_map(images[idx], token_grid[0] * token_grid[1], kept, size)
                 is_scaled = True
         return torch.cat(images) if is_scaled else joined
@@ -399,10 +412,10 @@ class VtcVision(VtcPreTrainedModel):
         kept: tuple[int, int] | None,
     ) -> torch.LongTensor:
         """Which token of an image stands where, counted in the order of its tiles; -1 = newline. `kept` are (rows,
-        columns) that are left of its map, None where tiles are not joined."""
+        columns) that are left of its map, None where tiles are not joined; no tile is the newline behind a video."""
         per_tile = token_grid[0] * token_grid[1]
         if kept is None:
-            return torch.arange(num_tiles * per_tile)
+            return torch.arange(num_tiles * per_tile) if num_tiles else torch.tensor([-1])
         if num_tiles == 1:
             single = torch.arange(per_tile)
             return nn.functional.pad(single, (0, self.config.single_tile_newlines), value=-1)
@@ -446,6 +459,14 @@ class VtcVision(VtcPreTrainedModel):
             last_hidden_state=next(iter(features.values())) if isinstance(features, dict) else features,
             pooler_output=list(visual.embeds.split(choice.num_entering.tolist())),
         )
+
+
+def _tiles_of(pixel_values: torch.Tensor, num_tiles: torch.LongTensor | None) -> torch.Tensor:
+    """Tiles of images one after the other, which may stand in a block for each."""
+    if pixel_values.ndim != 5:
+        return pixel_values
+    (places,) = to_device(pixel_values.device, places_apart(num_tiles, pixel_values.shape[1]))
+    return pixel_values.flatten(0, 1).index_select(0, places)
 
 
 class VtcVisionHalf(VtcVision):
