@@ -59,7 +59,7 @@ _HONOURED = (
     "max_pixels",
 )
 # settings that say who wrote the file and where it runs, or speak of steps that the base's image processor has not
-_WITHOUT_EFFECT = (
+WITHOUT_EFFECT = (
     "auto_map",
     "crop_size",
     "default_to_square",
@@ -240,7 +240,7 @@ def _pixel_settings(
             )
     for name in given:
         # names with an underscore are attributes that some versions of transformers wrote by mistake
-        if not name.startswith("_") and name not in {*only, *_HONOURED, *_WITHOUT_EFFECT}:
+        if not name.startswith("_") and name not in {*only, *_HONOURED, *WITHOUT_EFFECT}:
             raise ValueError(
                 f"`{name}` of the {kind} processor is not known to be without effect, and ours has no such setting. "
                 "Remove it from its file if it changes nothing."

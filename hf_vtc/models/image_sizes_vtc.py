@@ -1,6 +1,7 @@
 """How large the images of a prompt are, from what a processor said of them, or from the prompt where it said less."""
 
 import itertools
+import math
 
 import torch
 
@@ -145,6 +146,48 @@ def check_patches(name: str, name_of_grids: str, pixels: torch.Tensor | None, gr
             f"`{name}` must have a row for each patch of `{name_of_grids}`, {expected}, got {given}. Pass both of the "
             "same call of the processor."
         )
+
+
+def check_tiled_videos(config: VtcConfig, vision: VisionInputs) -> None:
+    """Raise for videos whose frames are no tiles, or beside which something is said that nobody reads."""
+    for name in ("second_per_grid_ts", "image_features"):
+        if getattr(vision, name) is not None:
+            raise ValueError(f"`{name}` is of no use beside videos whose frames are tiles. Leave it out.")
+    pixels, side = vision.pixel_values_videos, config.tile_size
+    shape = None if pixels is None else tuple(pixels.shape)
+    num_axes = 5 if vision.video_grid_thw is None else 4
+    if pixels is None or len(shape) != num_axes or shape[-3:] != (config.vision_config.num_channels, side, side):
+        raise ValueError(
+            f"`pixel_values_videos` must be (videos, frames, 3, {side}, {side}), or with `video_grid_thw` the frames "
+            f"of all videos, (frames, 3, {side}, {side}), got shape {shape}. Pass what the processor returned."
+        )
+
+
+def frames_of_videos(pixel_values_videos: torch.Tensor, grids: torch.Tensor | None) -> list[int]:
+    """Frames of each video that is shown as tiles.
+
+    Args:
+        grids (`torch.LongTensor` of shape `(num_videos, 3)`, *optional*): tiles of each in time, height and width, on
+            the CPU; None where the pixels say it.
+
+    Raises:
+        ValueError: a video has no frame, or the pixels are those of other videos.
+    """
+    given = len(pixel_values_videos)
+    num_frames = [pixel_values_videos.shape[1]] * given if grids is None else grids[:, 0].tolist()
+    if min(num_frames) < 1 or grids is not None and (sum(num_frames) != given or bool((grids[:, 1:] != 1).any())):
+        raise ValueError(
+            f"`pixel_values_videos` must hold the frames of all videos, at least one of each, got {given} for "
+            f"{num_frames} frames; `video_grid_thw` are frames, 1 and 1. Pass both of the same call of the processor."
+        )
+    return num_frames
+
+
+def sizes_of_tiled_videos(config: VtcConfig, num_frames: list[int]) -> ImageSizes:
+    """Sizes of the frames of videos, each a tile, and of the newline behind each video, which is none."""
+    tiles = torch.tensor([tile for frames in num_frames for tile in (*[1] * frames, 0)])
+    sides, ones = torch.full((len(tiles), 2), config.tile_size), torch.ones(len(tiles), 2, dtype=torch.long)
+    return ImageSizes(tiles, sides, ones, frames=torch.where(tiles > 0, math.prod(config.frame_grid), 1))
 
 
 def _own_sizes(image_sizes: torch.Tensor | None, vision: VisionInputs) -> torch.Tensor:

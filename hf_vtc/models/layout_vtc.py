@@ -1,6 +1,5 @@
 """Where the images of one call are: made once, on the host, before the tower runs."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,7 +8,15 @@ import torch
 
 from .configuration_vtc import VtcConfig
 from .host_vtc import counts_seconds
-from .image_sizes_vtc import STREAM_ADVICE, check_patches, placeholder_runs, sizes_of_images
+from .image_sizes_vtc import (
+    STREAM_ADVICE,
+    check_patches,
+    check_tiled_videos,
+    frames_of_videos,
+    placeholder_runs,
+    sizes_of_images,
+    sizes_of_tiled_videos,
+)
 from .packing_vtc import to_host
 from .prompt_vtc import BY_SCORES, VisionInputs, budgets_per_image, chosen_levels
 from .tiling_vtc import ImageSizes
@@ -152,7 +159,9 @@ def layout_of_prompt(
     else:
         _check_mask(mask, placeholder_mask)
     if vision.has_videos and config.grid_base is None:
-        sizes, videos = _pictures_of_tiles(config, placeholder_mask, num_tiles, image_sizes, of_videos[2], vision)
+        grids, _, videos_at = of_videos
+        told = num_tiles, image_sizes, grids
+        sizes, videos = _pictures_of_tiles(config, placeholder_mask, *told, videos_at, vision)
     elif vision.has_videos:
         sizes, videos = _pictures(config, image_sizes, *of_videos, vision)
     else:
@@ -213,9 +222,8 @@ def _told_of_videos(
             "checkpoint again, or set it to the id of the placeholder of videos."
         )
     if config.grid_base is None:
-        _check_tiles(config, vision)
-        seconds = None
-    else:
+        check_tiled_videos(config, vision)
+    if config.grid_base is not None or vision.video_grid_thw is not None:
         _check_grids("video_grid_thw", "video", vision.video_grid_thw)
     if seconds is not None and not counts_seconds(config.grid_base):
         raise ValueError(
@@ -263,45 +271,31 @@ def _pictures(
     return sizes, Videos(counts, len(image_grids), seconds, mask, changes, config.frames_joined)
 
 
-def _check_tiles(config: VtcConfig, vision: VisionInputs) -> None:
-    """Raise for videos that are no tiles, or beside which something is said that nobody reads."""
-    for name in ("video_grid_thw", "second_per_grid_ts", "image_features"):
-        if getattr(vision, name) is not None:
-            raise ValueError(f"`{name}` is of no use beside videos whose frames are tiles. Leave it out.")
-    shape, side = tuple(vision.pixel_values_videos.shape), config.tile_size
-    if len(shape) != 5 or shape[1] < 1 or shape[2:] != (config.vision_config.num_channels, side, side):
-        raise ValueError(
-            f"`pixel_values_videos` must be (videos, frames, 3, {side}, {side}), got shape {shape}. Pass what the "
-            "processor returned."
-        )
-
-
 def _pictures_of_tiles(
     config: VtcConfig,
     placeholder_mask: torch.Tensor,
     num_tiles: torch.Tensor | None,
     image_sizes: torch.Tensor | None,
+    grids: torch.Tensor | None,
     mask: torch.Tensor,
     vision: VisionInputs,
 ) -> tuple[ImageSizes, Videos]:
     """Images, frames of videos that are a tile each, and a newline behind each video, as the tensors stand."""
-    num_videos, num_frames = vision.pixel_values_videos.shape[:2]
-    tiles = torch.tensor([*[1] * num_frames, 0]).repeat(num_videos)
-    frames = torch.where(tiles > 0, math.prod(config.frame_grid), 1)
-    fields = [tiles, torch.full((len(tiles), 2), config.tile_size), torch.ones(len(tiles), 2, dtype=torch.long)]
-    num_images = 0
+    pixels = vision.pixel_values_videos
+    num_frames = frames_of_videos(pixels, grids)
+    sizes, num_images = sizes_of_tiled_videos(config, num_frames), 0
     if vision.pixel_values is not None:
         if image_sizes is None:
             raise ValueError("Images beside videos need `image_sizes`. Pass what the processor returned.")
         images = sizes_of_images(config, placeholder_mask & ~mask, num_tiles, image_sizes, vision)
         num_images = len(images)
-        fields = [torch.cat(pair) for pair in zip((images.num_tiles, images.image_sizes, images.grids), fields)]
-        frames = torch.cat([torch.zeros(num_images, dtype=torch.long), frames])
+        images = ImageSizes(*images[:-1], torch.zeros(num_images, dtype=torch.long))
+        sizes = ImageSizes(*(None if pair[0] is None else torch.cat(pair) for pair in zip(images, sizes)))
     changes = None
     if _splits_by_change(config, vision):
-        (changes,) = to_host(changes_of_tiles(vision.pixel_values_videos, 1))
-    counts = [1] * num_images + [num_frames + 1] * num_videos
-    return ImageSizes(*fields, frames=frames), Videos(counts, num_images, None, mask, changes, newlines=1)
+        (changes,) = to_host(changes_of_tiles(pixels if grids is None else pixels.split(num_frames), 1))
+    counts = [1] * num_images + [frames + 1 for frames in num_frames]
+    return sizes, Videos(counts, num_images, None, mask, changes, newlines=1)
 
 
 def _splits_by_change(config: VtcConfig, vision: VisionInputs) -> bool:

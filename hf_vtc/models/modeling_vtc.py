@@ -305,9 +305,11 @@ class VtcModel(PromptPlaceholders, VtcVision):
             image_features: output of `encode` for these tiles, in place of `pixel_values`.
             image_grid_thw (`(num_images, 3)`): patches in time, height and width, for towers that see grids; then
                 `pixel_values` are their patches, as the processor of such a model returns both.
-            pixel_values_videos (`(patches, C)`), video_grid_thw (`(num_videos, 3)`): the same of videos. Budgets and
-                `num_visual_tokens` are those of images first, then of videos; a router decides for each frame, and
-                `router_decisions` are those of images and frames in prompt order.
+            pixel_values_videos (`(patches, C)`), video_grid_thw (`(num_videos, 3)`): the same of videos; of
+                LLaVA-OneVision frames `(total_frames, 3, S, S)`, each a patch, or without grids those of each video,
+                `(num_videos, frames, 3, S, S)`. Budgets and `num_visual_tokens` are those of images first, then of
+                videos; a router decides for each frame, and `router_decisions` are those of images and frames in
+                prompt order.
             second_per_grid_ts (`(num_videos,)`): seconds between frames of each video, where positions tell them.
             past_key_values, cache: two names of one argument, on every version of transformers.
 

@@ -125,8 +125,12 @@ class VtcProcessor(VideoPrompts, ProcessorBase):
             if token is not None:
                 self._known_id(name, token)
         if self.video is not None:
-            if image_processor.tiling != "patches":
-                raise ValueError(f"`video` needs `tiling='patches'` of images, got {image_processor.tiling!r}.")
+            needed = "anyres" if VideoSettings.from_dict(self.video).as_tiles else "patches"
+            if image_processor.tiling != needed:
+                raise ValueError(
+                    f"`video` needs `tiling={needed!r}` of images for {self.video['base']}, got "
+                    f"{image_processor.tiling!r}."
+                )
             # under the names by which transformers looks for them
             self.video_token = self.video["token"]
             self.video_token_id = self._known_id("token of `video`", self.video_token)

@@ -27,6 +27,8 @@ logger = logging.get_logger(__name__)
 
 # frames per second of a video about which nothing is said
 _FPS_UNSAID = 24.0
+# the base whose frames are tiles, all of one size
+_TILED = "llava_onevision"
 _METADATA = ("fps", "total_num_frames", "frames_indices", "duration", "width", "height", "video_backend")
 
 
@@ -36,10 +38,11 @@ class VideoSettings:
 
     Args:
         base (`str`): `"qwen2_5_vl"`, whose limits in pixels are those of a frame, and whose positions know the time;
-            or `"qwen3_vl"`, whose limits are those of all frames together, and whose prompts say the time.
+            `"qwen3_vl"`, whose limits are those of all frames together, and whose prompts say the time; or
+            `"llava_onevision"`, whose frames are tiles, and of whose time nobody knows.
         token (`str`): the placeholder of a video.
         start_token, end_token (`str`): around a video, and around each frame where prompts say the time.
-        min_pixels, max_pixels (`int`): between which the size is left alone.
+        min_pixels, max_pixels (`int`): between which the size is left alone; None where frames are tiles.
         do_sample_frames (`bool`): whether frames are sampled, or all shown.
         fps (`float`, *optional*): frames to sample of each second.
         num_frames (`int`, *optional*): frames to sample, in place of `fps`.
@@ -50,8 +53,8 @@ class VideoSettings:
     """
 
     base: str
-    min_pixels: int
-    max_pixels: int
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     token: str = "<|video_pad|>"
     start_token: str = "<|vision_start|>"
     end_token: str = "<|vision_end|>"
@@ -62,12 +65,18 @@ class VideoSettings:
     max_frames: int = 768
 
     def __post_init__(self) -> None:
-        if self.base not in GRID_BASES:
-            raise ValueError(f"`base` of `video` must be one of {', '.join(GRID_BASES)}, got {self.base!r}.")
-        if not 1 <= self.min_pixels <= self.max_pixels:
+        if self.base not in (*GRID_BASES, _TILED):
             raise ValueError(
-                f"`video` must have 1 <= min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}."
+                f"`base` of `video` must be one of {', '.join((*GRID_BASES, _TILED))}, got {self.base!r}."
             )
+        limits = self.min_pixels, self.max_pixels
+        if self.as_tiles:
+            fields = type(self).__dataclass_fields__
+            for name in ("min_pixels", "max_pixels", "min_frames", "max_frames"):
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(f"`{name}` of `video` is of no use for {self.base}. Leave it out.")
+        elif None in limits or not 1 <= self.min_pixels <= self.max_pixels:
+            raise ValueError(f"`video` must have 1 <= min_pixels <= max_pixels, got {limits[0]} and {limits[1]}.")
         if not 1 <= self.min_frames <= self.max_frames:
             raise ValueError(
                 f"`video` must have 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}."
@@ -82,7 +91,17 @@ class VideoSettings:
     @property
     def writes_time(self) -> bool:
         """Whether prompts say the time of each frame, each in its own run of placeholders."""
-        return not counts_seconds(self.base)
+        return not self.as_tiles and not counts_seconds(self.base)
+
+    @property
+    def as_tiles(self) -> bool:
+        """Whether every frame is a tile."""
+        return self.base == _TILED
+
+    @property
+    def frames_of_patch(self) -> int:
+        """Pictures that one frame of the model shows."""
+        return 1 if self.as_tiles else FRAMES_OF_PATCH
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "VideoSettings":
@@ -127,8 +146,9 @@ class VideoSettings:
         return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
     def _stepped(self, total: int, fps: float | None) -> list[int]:
-        """Frames at equal steps from the first one, as many as fill patches, as Qwen2.5-VL samples them."""
-        patch = FRAMES_OF_PATCH
+        """Frames at equal steps from the first one, as many as fill patches, as Qwen2.5-VL samples them, or any number
+        of tiles."""
+        patch = self.frames_of_patch
         if self.num_frames is not None:
             count = round(self.num_frames / patch) * patch
         elif fps is None:
@@ -136,19 +156,26 @@ class VideoSettings:
                 "`fps` frames cannot be sampled of a video that does not say how many it has in a second. Give "
                 "`video_metadata` with its `fps`, or `num_frames`."
             )
+        elif self.as_tiles:
+            count = max(1, int(total / fps * self.fps))
         else:
             most = math.floor(min(self.max_frames, total) / patch) * patch
             count = math.floor(min(max(total / fps * self.fps, self.min_frames), most, total) / patch) * patch
         if not 0 < count <= total:
             raise ValueError(
-                f"`num_frames` cannot be {count} of a video of {total} frames. Ask for {FRAMES_OF_PATCH} to {total}, "
-                "or give more frames."
+                f"`num_frames` cannot be {count} of a video of {total} frames. Ask for {patch} to {total}, or give "
+                "more frames."
             )
+        if self.as_tiles:
+            return [idx * total // count for idx in range(count)]
         # steps in the precision of the source
         return torch.arange(0, total, total / count).int().tolist()
 
     def frame_size(self, num_frames: int, height: int, width: int, stride: int) -> tuple[int, int]:
-        """(height, width) in pixels to which frames are resized, multiples of `stride`, the side of a visual token."""
+        """(height, width) in pixels to which frames are resized, multiples of `stride`, the side of a visual token, or
+        of a tile."""
+        if self.as_tiles:
+            return stride, stride
         if not self.writes_time:
             return size_of_grid(height, width, stride, self.min_pixels, self.max_pixels)
         if num_frames < FRAMES_OF_PATCH:
@@ -274,12 +301,12 @@ def clip_of(num_frames: int, metadata: Mapping[str, Any], settings: VideoSetting
         ValueError: frames are not those that the metadata speak of, or cannot be sampled.
     """
     fps, indices = metadata.get("fps"), metadata.get("frames_indices")
-    if fps is None:
+    if fps is None and not settings.as_tiles:
         logger.warning_once(
             f"Nobody says how many frames a second of a video has, and {_FPS_UNSAID:.0f} are assumed, by which the "
             "model knows the time of each. Give `video_metadata` with `fps`."
         )
-    elif not fps > 0:
+    elif fps is not None and not fps > 0:
         raise ValueError(f"`fps` of video {video_idx} must be positive, got {fps}.")
     total = int(metadata.get("total_num_frames", num_frames))
     if indices is not None:
@@ -300,9 +327,11 @@ def patches_of_video(frames: Sequence[Image.Image], size: tuple[int, int], pixel
     """Normalised patches of the frames that are shown, at `size`, (height, width) in pixels.
 
     Args:
-        pixels ([`TilingSettings`]): of the image processor, with `tiling="patches"`.
+        pixels ([`TilingSettings`]): of the image processor; where its `tiling` is not `"patches"`, frames are tiles.
     """
     shown = [resized(frame, size[::-1], pixels.resample) for frame in frames]
+    if pixels.tiling != "patches":
+        return normalized(shown, pixels)
     shown += shown[-1:] * (-len(shown) % FRAMES_OF_PATCH)
     return patches_of_frames(normalized(shown, pixels), pixels.patch_size, pixels.token_stride // pixels.patch_size)
 
@@ -312,7 +341,7 @@ def placeholders_of_clip(times: Sequence[float], num_written: Sequence[int], set
 
     Args:
         times (`Sequence[float]`): seconds of each frame, a patch in time.
-        num_written (`Sequence[int]`): placeholders of each.
+        num_written (`Sequence[int]`): placeholders of each, and of what stands behind them.
     """
     if not settings.writes_time:
         return settings.start_token + settings.token * sum(num_written) + settings.end_token

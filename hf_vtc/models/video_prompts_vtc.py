@@ -1,5 +1,6 @@
 """Prompts with videos: the part of the processor that writes their placeholders, see `processing_vtc.py`."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from transformers import BatchFeature
 
 from .grids_vtc import FRAMES_OF_PATCH
+from .host_vtc import counts_seconds
+from .image_sizes_vtc import sizes_of_tiled_videos
 from .prompt_vtc import BY_SCORES, budgets_per_image
 from .tiling_vtc import refuse_unknown
 from .video_processing_vtc import (
@@ -120,7 +123,7 @@ class VideoPrompts:
             "pixel_values_videos": np.concatenate(patches),
             "video_grid_thw": np.array(grids, dtype=np.int64),
         }
-        if not VideoSettings.from_dict(self.video).writes_time:
+        if counts_seconds(self.video["base"]):
             inputs["second_per_grid_ts"] = [clip.seconds_between_patches for clip in clips]
         return inputs, replacements
 
@@ -135,7 +138,7 @@ class VideoPrompts:
         """
         metadata = metadata_of_videos(asked.pop("video_metadata", None), len(shapes))
         settings = VideoSettings.from_dict(self.video).asked(asked)
-        stride = self.image_processor.token_stride
+        stride = self.image_processor.settings().tile_size if settings.as_tiles else self.image_processor.token_stride
         clips, sizes, written = [], [], []
         for idx, ((num_frames, height, width), own) in enumerate(zip(shapes, metadata)):
             clip = clip_of(num_frames, own, settings, idx)
@@ -148,17 +151,17 @@ class VideoPrompts:
         return clips, sizes, written
 
     def _grid_of_video(self, clip: Clip, size: tuple[int, int]) -> list[int]:
+        if VideoSettings.from_dict(self.video).as_tiles:
+            return [len(clip.shown), 1, 1]
         return [-(-len(clip.shown) // FRAMES_OF_PATCH), *(side // self.image_processor.patch_size for side in size)]
 
     def _written_video(self, clip: Clip, grid: list[int], settings: VideoSettings, video_idx: int, budget: Any) -> str:
         """What a video of this grid becomes in a prompt, with the tokens around it."""
-        num_frames, height, width = grid
-        per_token = (self.image_processor.token_stride // self.image_processor.patch_size) ** 2
-        written = [height * width // per_token] * num_frames
+        num_frames, newlines = grid[0], [1] * settings.as_tiles
+        written = [self._tokens_of_frame(grid, settings)] * num_frames
         if budget is not None:
-            config, patch_size = self.model_config, self.image_processor.patch_size
-            size = torch.tensor([[height * patch_size, width * patch_size]])
-            (counts,) = config.levels(config.sizes_of(None, size))
+            config = self.model_config
+            counts = self._levels_of_frame(grid, written[0], settings)
             if config.frame_split != "uniform" and budget not in ("auto", "full"):
                 raise ValueError(
                     f"`frame_split={config.frame_split!r}` looks at the frames of a video to split a number of "
@@ -167,7 +170,9 @@ class VideoPrompts:
             if budget == "auto":
                 levels = [config.own_level(counts, video_idx)] * num_frames
             else:
-                levels = levels_of_frames(budget, counts, num_frames, None, video_idx, config.frames_joined)
+                levels = levels_of_frames(
+                    budget, counts, num_frames, None, video_idx, config.frames_joined, len(newlines)
+                )
             if BY_SCORES in levels:
                 raise ValueError(
                     f"`vtc_budget='auto'` lets {config.model_type} decide from the pixels of video {video_idx}, which "
@@ -177,7 +182,33 @@ class VideoPrompts:
             if any(levels):
                 config.check_exact()
             written = [counts[config.level_entering(level)] for level in levels]
-        return placeholders_of_clip(clip.times, written, settings)
+        return placeholders_of_clip(clip.times, written + newlines, settings)
+
+    def _tokens_of_frame(self, grid: list[int], settings: VideoSettings) -> int:
+        """Visual tokens of a frame without compression."""
+        if settings.as_tiles:
+            return (-(-math.isqrt(self.image_seq_length) // 2)) ** 2
+        return grid[1] * grid[2] // (self.image_processor.token_stride // self.image_processor.patch_size) ** 2
+
+    def _levels_of_frame(self, grid: list[int], reserved: int, settings: VideoSettings) -> Sequence[int]:
+        """`levels` of the model for a frame of `reserved` tokens.
+
+        Raises:
+            ValueError: the model is another one, whose frames have other tokens.
+        """
+        config = self.model_config
+        if settings.as_tiles:
+            sizes = sizes_of_tiled_videos(config, [1])
+        else:
+            sizes = config.sizes_of(None, torch.tensor([grid[1:]]) * self.image_processor.patch_size)
+        counts = config.levels(sizes)[0]
+        if counts[0] != reserved:
+            raise ValueError(
+                f"The model of `model_config` needs {counts[0]} placeholders for a frame without compression, but "
+                f"this processor reserves {reserved}: they belong to different models. Set `processor.model_config = "
+                "model.config` of the model that is run."
+            )
+        return counts
 
     def with_written_videos(self, sample: str, replacements: Iterator[str]) -> str:
         """A text in which each placeholder of a video, with the tokens around it, is the next of `replacements`."""

@@ -6,7 +6,7 @@ What makes a video of them is here: how one budget is shared out, where its fram
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -238,9 +238,9 @@ def changes_of_frames(pixel_values_videos: torch.Tensor, video_grid_thw: torch.L
     return torch.cat([F.pad(_differences(pixels), (1, 0)) for pixels in by_frame])
 
 
-def changes_of_tiles(pixel_values_videos: torch.Tensor, newlines: int) -> torch.Tensor:
-    """`changes_of_frames` of videos `(num_videos, frames, 3, S, S)`, with 0 for the `newlines` behind each."""
-    return torch.cat([F.pad(_differences(pixels), (1, newlines)) for pixels in pixel_values_videos])
+def changes_of_tiles(videos: Iterable[torch.Tensor], newlines: int) -> torch.Tensor:
+    """`changes_of_frames` of videos `(frames, 3, S, S)`, with 0 for the `newlines` behind each."""
+    return torch.cat([F.pad(_differences(pixels), (1, newlines)) for pixels in videos])
 
 
 def _differences(frames: torch.Tensor) -> torch.Tensor:

@@ -249,7 +249,7 @@ class VtcVision(VtcPreTrainedModel):
         in_prompts = sizes.num_tiles
         if in_prompts is None:
             in_prompts = sizes.image_sizes.prod(-1) // self.config.vision_config.patch_size**2
-        elif of_videos is not None:
+        elif of_videos is not None and of_videos.ndim == 5:
             of_videos = of_videos.flatten(0, 1)
         as_given = torch.empty_like(in_prompts).index_copy_(0, order, in_prompts)
         if vision.pixel_values is None:

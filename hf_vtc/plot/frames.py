@@ -39,6 +39,8 @@ def frames_with_tokens(
     if processor.video is None or output.num_visual_tokens is None or len(output.num_visual_tokens) != 1:
         raise ValueError("A filmstrip needs the output of one prompt that shows a single video, and its processor.")
     frames, settings = frames_of(video, 0), VideoSettings.from_dict(processor.video)
+    if settings.as_tiles:
+        raise ValueError(f"A filmstrip draws grids of patches, which frames of {settings.base} are not.")
     stride, (height, width) = processor.image_processor.token_stride, (frames[0].height, frames[0].width)
     size = settings.frame_size(len(frames), height, width, stride)
     grid, num_patches = (size[0] // stride, size[1] // stride), -(-len(frames) // FRAMES_OF_PATCH)
