@@ -230,13 +230,9 @@ def test_a_limit_that_means_nothing_is_refused(fields):
         VtcImageProcessor("dynamic", 32, max_map_tiles=9)
 
 
-def test_videos_and_wrong_tiles_are_refused(converted):
+def test_wrong_tiles_are_refused(converted):
     stock, model, processor, _ = converted
     theirs, ours = both(processor, rows_of([SIZES[1]], [SIZES[3], SIZES[2]]))
-    with pytest.raises(ValueError, match="pixel_values_videos` are of no use for siglip"):
-        model(**ours, pixel_values_videos=ours["pixel_values"][None])
-    with pytest.raises(ValueError, match="videos"):
-        processor(text=["<video>"], videos=[[picture(20, 20)] * 2])
     with pytest.raises(ValueError, match="do not match"):
         # as if each were cut
         model(**{**ours, "num_tiles": torch.tensor([13, 2, 4])})

@@ -113,6 +113,11 @@ class LlavoltaConfig(VtcConfig):
                 f"`compress_frames` ({frames}) is for videos, which need a `video_token_id`. Give one, or leave the "
                 "other out."
             )
+        if self.grid_base is None:
+            raise ValueError(
+                f"`compress_frames` ({frames}) needs a tower that sees grids, at whose places frames are averaged, got "
+                f"{self.vision_config.model_type}. Leave it out: each frame is compressed by itself."
+            )
         if self.compressor not in WINDOWS:
             raise ValueError(
                 f"`compress_frames` ({frames}) needs a `compressor` that takes means of windows, one of "

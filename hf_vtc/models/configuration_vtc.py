@@ -43,8 +43,8 @@ class VtcConfig(PretrainedConfig):
         text_config (`dict` or `PretrainedConfig`): the decoder; a dict needs `model_type`. Default: Qwen3.
         image_token_id (`int`): id of the placeholder token in `input_ids`. It may lie beyond the vocabulary, which
             then has no row for it.
-        video_token_id (`int`, *optional*): id of the placeholder of videos, for a tower that sees grids; None where
-            videos are not taken.
+        video_token_id (`int`, *optional*): id of the placeholder of videos, for a tower that sees grids or frames of
+            LLaVA-OneVision, which not every method takes; None where videos are not taken.
         frame_split (`str`): how the budget of a video is split over its frames: `"uniform"`, as many tokens of each,
             or `"change"`, more of those that differ more from the frame before.
         image_seq_length (`int`, *optional*): reserved placeholders per tile, derived from the tower if not given:
