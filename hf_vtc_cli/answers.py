@@ -32,6 +32,7 @@ __all__ = [
     "is_compressing",
     "load",
     "model_inputs",
+    "processor_of",
     "with_pictures",
     "working_with",
 ]
@@ -110,6 +111,18 @@ def load(path: str, device: str | None = None, dtype: str | None = None) -> tupl
     if dtype is None:
         # 16-bit arithmetic is slow or inexact on most CPUs
         dtype = "float32" if place.type == "cpu" else "auto"
+    processor = processor_of(path)
+    model = load_model(path, "auto" if dtype == "auto" else getattr(torch, dtype))
+    return model.to(place).eval(), processor
+
+
+def processor_of(path: str) -> ProcessorMixin:
+    """Processor of a model of hf_vtc.
+
+    Raises:
+        ValueError: this is another model.
+        OSError: nothing can be read from `path`.
+    """
     if not is_compressing(config_of(path)):
         raise ValueError(
             f"{path} is no model of hf_vtc. Convert it first: hf-vtc convert {path} FOLDER, then use --model FOLDER."
@@ -117,9 +130,7 @@ def load(path: str, device: str | None = None, dtype: str | None = None) -> tupl
     if Path(path).is_dir():
         # a download is worth a progress bar, reading a file is not
         logging.disable_progress_bar()
-    processor = load_processor(path)
-    model = load_model(path, "auto" if dtype == "auto" else getattr(torch, dtype))
-    return model.to(place).eval(), processor
+    return load_processor(path)
 
 
 def find_device(name: str | None) -> torch.device:

@@ -58,7 +58,8 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="With --tasks: a folder of tasks of one's own.")
     ] = None,
     image_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where paths of images start. Default: where the data is.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where paths of images and videos start. Default: beside the data."),
     ] = None,
     budgets: Annotated[
         str | None, typer.Option(help="Such as full,auto,0.5,64. Default: auto and three shares, where images admit.")
@@ -77,13 +78,15 @@ def evaluate(
     group_by: Annotated[str, typer.Option(metavar="FIELD", help="Field whose values are reported apart.")] = "kind",
     turns: Annotated[str, typer.Option(help="Ask for the last answer of a conversation, or all.")] = "last",
     limit: Annotated[int | None, typer.Option(min=1, help="Ask so many questions, drawn from all.")] = None,
-    clip: Annotated[bool, typer.Option("--clip", help="Give images more where they admit no less.")] = False,
+    clip: Annotated[
+        bool, typer.Option("--clip", help="Give images and videos more where they admit no less.")
+    ] = False,
     holdout: Annotated[
         bool | None,
         typer.Option("--holdout/--no-holdout", help="Choose on one half, vouch by the other. Default: from 1,000 on."),
     ] = None,
     train_data: Annotated[
-        Path | None, typer.Option(help="Training records; a question about one of their images is an error.")
+        Path | None, typer.Option(help="Training records; a question about one of their pictures is an error.")
     ] = None,
     train_image_folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where paths of training images start.")
@@ -134,16 +137,17 @@ def evaluate(
     from hf_vtc.evaluation import evaluate as measure
     from hf_vtc.evaluation import records_to_ask
 
-    from .answers import find_device, load, working_with
+    from .answers import find_device, load, processor_of, working_with
 
     find_device(device)
     on_error = "skip" if skip_bad else "raise"
     with status("Reading records ..."):
+        videos = {"takes_videos": processor_of(path).video is not None}
         try:
-            records = records_to_ask(data, image_folder, group_by, on_error=on_error)
+            records = records_to_ask(data, image_folder, group_by, on_error=on_error, **videos)
         except ValueError as error:
             raise ValueError(str(error).replace("`on_error='skip'`", "`--skip-bad`")) from error
-        trained = None if train_data is None else records_to_ask(train_data, train_image_folder, group_by)
+        trained = None if train_data is None else records_to_ask(train_data, train_image_folder, group_by, **videos)
     with status(f"Loading {path} ..."):
         loaded, processor = load(path, device, dtype)
     with working_with(path):

@@ -145,6 +145,13 @@ def video_of(source: Any, reader: ImageReader | None = None) -> Video:
     return Video(frames if reader is None else [reader.read(frame) for frame in frames], metadata)
 
 
+def telling_frames(video: Video) -> list[Any]:
+    """The decoded frames by which a video is known: those of one colour, with which many begin and end, say nothing
+    of which video it is, unless there are no others."""
+    telling = [frame for frame in video.frames if any(low != high for low, high in frame.getextrema())]
+    return telling or list(video.frames)
+
+
 def metadata_of(videos: Sequence[Video]) -> list[dict[str, Any]]:
     """What processors take as `video_metadata`."""
     return [dict(video.metadata) for video in videos]

@@ -27,11 +27,11 @@ from .running import Answer, Asker, Batch
 
 NAMES = ("random", "pool", "smaller", "subset", "fixed", *COMPARATORS)
 # why not with a base whose tower sees grids
-_NO_PLACES = "a prompt of embeddings alone does not say where in an image its visual tokens stand"
+_NO_PLACES = "a prompt of embeddings alone does not say where in an image or video its visual tokens stand"
 _NOT_ON_GRIDS = {
     "subset": _NO_PLACES,
     "pool": _NO_PLACES,
-    "smaller": "images of this base have no tiles of which there could be fewer",
+    "smaller": "images and frames of this base have no tiles of which there could be fewer",
 }
 
 
@@ -48,9 +48,9 @@ def baseline_points(
             raise ValueError(f"`baselines` must be of {', '.join(NAMES)}, got {name!r}.")
     config, notes, found = asker.config, [], []
     methods = [point for point in points if point.budget != "full"]
-    images = [size for question in questions for size in question.image_sizes]
-    if not images or not methods or not names:
+    if not any(question.num_shown for question in questions) or not methods or not names:
         return [], []
+    images = [size for question in questions for size in question.image_sizes]
     own = record_of(config).need("baselines", "`evaluate(..., baselines=...)`")
     for name in dict.fromkeys(names):
         if name == "fixed":
@@ -150,6 +150,7 @@ class Rival:
         return Met(
             self.asker.config,
             batch.num_tiles,
+            batch.items,
             batch.counts,
             found.choice.num_kept.tolist(),
             None if decisions is None else decisions.cpu(),
@@ -179,15 +180,11 @@ class Rival:
         self, batch: Batch, point: Point, choose: Callable[[Met, list[torch.Tensor]], list[torch.Tensor]]
     ) -> tuple[list[Answer], float]:
         """Visual tokens of full length, of which `choose` makes fewer, given to the language model as they are."""
-        base, inputs = self.asker.head.model, batch.inputs
         met, full = self._met(batch, point), self.asker.compressed(batch, "full").visual.embeds
         reserved = [counts[0] for counts in batch.counts]
         tokens = choose(met, list(full.split(reserved)))
         kept = [len(each) for each in tokens]
-        embeds, mask = base.find_placeholders(inputs["input_ids"], None)
-        layout = base.layout_of(
-            mask, inputs["attention_mask"], VisionInputs(None, batch.features, **batch.sizes, vtc_budget="full")
-        )
+        embeds, layout = self.asker.layout_of(batch, VisionInputs(**batch.vision, vtc_budget="full"))
         places = layout.positions_of(first_slots(torch.tensor(reserved), torch.tensor(kept)))
         keep = kept_positions(layout.placeholder_mask, places)
         embeds = filled(embeds, places.to(embeds.device), torch.cat(tokens))

@@ -161,7 +161,10 @@ class HfVtc(lmms):
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         images, videos, audios = messages.extract_media()
         if videos or audios:
-            raise ValueError(f"Task {task}, document {doc_id} shows videos or sounds, of which hf_vtc knows nothing.")
+            raise ValueError(
+                f"Task {task}, document {doc_id} shows videos or sounds, but as a model of lmms-eval hf_vtc shows images "
+                "alone. Records of videos are asked by `hf-vtc eval --data`."
+            )
         prompt = [
             {
                 "role": each["role"],

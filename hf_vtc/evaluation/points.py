@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
-from ..models.prompt_vtc import Budget, budgets_per_image, chosen_levels
+from ..data import RecordError
+from ..models.prompt_vtc import Budget, budgets_per_image
+from ..models.videos_vtc import levels_of_frames
 from .questions import Question
 
 # shares that a sweep tries if nobody says what is wanted
@@ -34,18 +36,58 @@ class Point:
     draw: int = 0
 
 
-def levels_of(processor: Any, config: PretrainedConfig, questions: Sequence[Question]) -> list[Sequence[int]]:
-    """Visual tokens of each image of some questions, at each of its levels, all of them first."""
+class Frames(NamedTuple):
+    """An image, or a video, whose frames are images of one size to the model: visual tokens of a frame at each of its
+    levels, all of them first, and how many frames there are."""
+
+    levels: Sequence[int]
+    num_frames: int = 1
+
+    @property
+    def whole(self) -> Sequence[int]:
+        """Visual tokens of all frames at each level."""
+        return self.levels if self.num_frames == 1 else [self.num_frames * count for count in self.levels]
+
+
+def frames_of(processor: Any, config: PretrainedConfig, questions: Sequence[Question]) -> list[Frames]:
+    """What each image and each video of some questions can become.
+
+    Raises:
+        RecordError: a video cannot be shown by this processor; the message names the record.
+    """
     cutter = processor.image_processor
     placed = [(*size, len(each.image_sizes) == 1) for each in questions for size in each.image_sizes]
     num_tiles = [cutter.get_tile_layout(*place).num_tiles for place in placed]
     told = [cutter.get_model_size(height, width) for height, width, _ in placed]
     sizes = config.sizes_of(torch.tensor(num_tiles, dtype=torch.long), torch.tensor(told).reshape(-1, 2))
-    return config.levels(sizes)
+    return [*map(Frames, config.levels(sizes)), *_frames_of_videos(processor, config, questions)]
+
+
+def _frames_of_videos(processor: Any, config: PretrainedConfig, questions: Sequence[Question]) -> list[Frames]:
+    found = []
+    for question in questions:
+        if not question.num_videos:
+            continue
+        if processor.video is None:
+            raise RecordError(f"{question.origin}: the record shows a video, which this model does not take.")
+        try:
+            clips, sizes, _ = processor.written_videos(
+                question.video_shapes, video_metadata=list(question.video_metadata)
+            )
+        except ValueError as error:
+            raise RecordError(f"{question.origin}: {error}") from error
+        levels = config.levels(config.sizes_of(None, torch.tensor(sizes)))
+        found += [Frames(own, len(clip.times)) for own, clip in zip(levels, clips, strict=True)]
+    return found
+
+
+def levels_of(processor: Any, config: PretrainedConfig, questions: Sequence[Question]) -> list[Sequence[int]]:
+    """Visual tokens of each image and each whole video of some questions, at each level, all of them first."""
+    return [each.whole for each in frames_of(processor, config, questions)]
 
 
 def clipped_budget(budget: Budget, counts: Sequence[int]) -> tuple[Budget, bool]:
-    """A budget that an image admits, and whether it had to be changed."""
+    """A budget that an image or video admits, whose tokens at each level are `counts`, and whether it was changed."""
     (checked,) = budgets_per_image(budget, 1)
     if isinstance(checked, str):
         return checked, False
@@ -70,9 +112,9 @@ def method_points(
     Raises:
         ValueError: a budget cannot be met by every image; the message says which can.
     """
-    levels = levels_of(processor, config, questions)
+    frames = frames_of(processor, config, questions)
     if budgets is None:
-        return _default_points(config, levels)
+        return _default_points(config, frames)
     given = list(budgets)
     if not given:
         raise ValueError("`budgets` must name at least one budget, such as ('full', 'auto', 0.5).")
@@ -80,7 +122,7 @@ def method_points(
     for budget in given:
         budgets_per_image(budget, 1)
         if not clip:
-            _refuse_unmet(budget, levels)
+            _refuse_unmet(budget, [each.whole for each in frames])
         name = "auto" if budget is None else str(budget)
         if name not in [point.name for point in points]:
             points.append(Point(name, budget="auto" if budget is None else budget))
@@ -95,19 +137,26 @@ def _refuse_unmet(budget: Budget, levels: Sequence[Sequence[int]]) -> None:
     share = max(min(counts) / counts[0] for counts in levels)
     share = math.ceil(share * 1e4) / 1e4
     raise ValueError(
-        f"`budgets` has {budget!r}, which is too small for {unmet} of {len(levels)} images. All of them admit shares "
-        f"from {share} or numbers of tokens from {least}. Choose such a one, or give `clip=True` for the smallest "
-        "that each image admits."
+        f"`budgets` has {budget!r}, which is too small for {unmet} of {len(levels)} images and videos. All of them "
+        f"admit shares from {share} or numbers of tokens from {least}. Choose such a one, or give `clip=True` for the "
+        "smallest that each admits."
     )
 
 
-def _default_points(config: PretrainedConfig, levels: Sequence[Sequence[int]]) -> list[Point]:
+def _default_points(config: PretrainedConfig, frames: Sequence[Frames]) -> list[Point]:
     points, seen = [], []
     for budget in ("full", "auto", *_SHARES):
-        if any(clipped_budget(budget, counts)[1] for counts in levels):
+        if any(clipped_budget(budget, each.whole)[1] for each in frames):
             continue
-        chosen = chosen_levels(budget, levels, config.own_level)
-        if chosen not in seen:
+        chosen = [
+            [config.own_level(levels, idx)] * num_frames
+            if budget == "auto"
+            else levels_of_frames(budget, levels, num_frames)
+            for idx, (levels, num_frames) in enumerate(frames)
+        ]
+        # frames that change get more of another share, which pixels alone tell
+        is_told = config.frame_split == "uniform" or isinstance(budget, str)
+        if chosen not in seen or not is_told:
             seen.append(chosen)
             points.append(Point(str(budget), budget=budget))
     return points

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..data import ChatRecords, RecordError, load_records
+from ..data.videos import Video, metadata_of, telling_frames
 from .scores import METRICS, Metric, find_metric, number_in, option_in
 
 FIELDS = ("answers", "kind", "choices", "metric")
@@ -24,8 +25,9 @@ _ENOUGH_FOR_VQA = 3
 class Question:
     """One question: a prompt of messages, and the references that its answer is scored by, of which there may be none.
 
-    `key` is its name in files; `record_idx` and `num_images` say which images the prompt shows: the first ones of that
-    record. `image` is what questions about the same pictures share, and what a picture is known by elsewhere.
+    `key` is its name in files; `record_idx`, `num_images` and `num_videos` say which images and videos the prompt
+    shows: the first ones of that record. `image` is what questions about the same pictures share, and what a picture
+    is known by elsewhere. `video_shapes` are (frames, height, width), `video_metadata` what is known of their time.
     """
 
     key: str
@@ -39,6 +41,14 @@ class Question:
     metric: Metric | None = None
     image: str = ""
     image_sizes: tuple[tuple[int, int], ...] = ()
+    num_videos: int = 0
+    video_shapes: tuple[tuple[int, int, int], ...] = ()
+    video_metadata: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def num_shown(self) -> int:
+        """Images and videos, a whole video being one."""
+        return self.num_images + self.num_videos
 
     @property
     def text(self) -> str:
@@ -116,13 +126,12 @@ def _questions_of(
     name, kind = next((str(fields[key]) for key in ("id", "question_id") if fields.get(key) is not None), ""), ""
     if fields.get(group_by) is not None:
         kind = str(fields[group_by])
-    if item.get("videos"):
-        raise ValueError("The record shows a video, and an evaluation shows images alone. Leave it out.")
-    images = item["images"]
     questions = []
     for place in places:
         prompt = messages[:place]
-        shown = sum(part["type"] == "image" for each in prompt for part in _parts(each["content"]))
+        types = [part["type"] for each in prompt for part in _parts(each["content"])]
+        images, videos = item["images"][: types.count("image")], item.get("videos", [])[: types.count("video")]
+        pictures = [*images, *(frame for video in videos for frame in video.frames)]
         references = answers
         if not references and place < len(messages):
             references = (_text_of(messages[place]["content"]),)
@@ -133,14 +142,17 @@ def _questions_of(
                 key=f"{name or f'record {idx}'}" + (f", turn {place}" if len(places) > 1 else ""),
                 origin=item["origin"],
                 record_idx=idx,
-                num_images=shown,
+                num_images=len(images),
                 messages=[{"role": each["role"], "content": each["content"]} for each in prompt],
                 references=references,
                 choices=choices,
                 kind=kind,
                 metric=None if metric is None else METRICS[metric],
-                image=fingerprint(images[:shown]) if shown else f"text {idx}",
-                image_sizes=tuple((image.height, image.width) for image in images[:shown]),
+                image=fingerprint(pictures) if pictures else f"text {idx}",
+                image_sizes=tuple((image.height, image.width) for image in images),
+                num_videos=len(videos),
+                video_shapes=tuple((len(each.frames), each.frames[0].height, each.frames[0].width) for each in videos),
+                video_metadata=tuple(metadata_of(videos)),
             )
         )
     return questions
@@ -204,8 +216,12 @@ def fingerprint(images: Sequence[Image.Image]) -> str:
     return digest.hexdigest()[:32]
 
 
+def _telling_pictures(images: Sequence[Image.Image], videos: Sequence[Video]) -> list[Image.Image]:
+    return [*images, *(frame for video in videos for frame in telling_frames(video))]
+
+
 def refuse_training_images(records: ChatRecords, questions: Sequence[Question], train_records: ChatRecords) -> None:
-    """Raise if a picture of these questions is one that was trained on.
+    """Raise if a picture of these questions, or a frame of their videos that tells which it is, was trained on.
 
     Raises:
         RecordError: naming the records on both sides.
@@ -213,13 +229,14 @@ def refuse_training_images(records: ChatRecords, questions: Sequence[Question], 
     trained: dict[str, str] = {}
     for idx in range(len(train_records)):
         item = train_records[idx]
-        frames = [frame for video in item.get("videos", ()) for frame in video.frames]
-        for image in [*item["images"], *frames]:
-            trained.setdefault(fingerprint([image]), item["origin"])
+        for picture in _telling_pictures(item["images"], item.get("videos", [])):
+            trained.setdefault(fingerprint([picture]), item["origin"])
     leaked = []
     for question in questions:
-        images = records[question.record_idx]["images"][: question.num_images]
-        found = [trained[known] for known in (fingerprint([image]) for image in images) if known in trained]
+        item = records[question.record_idx]
+        shown = item["images"][: question.num_images], item.get("videos", [])[: question.num_videos]
+        known = map(fingerprint, ([picture] for picture in _telling_pictures(*shown)))
+        found = [trained[digest] for digest in known if digest in trained]
         if found:
             leaked.append(f"{question.origin} shows the image of {found[0]}")
     if leaked:

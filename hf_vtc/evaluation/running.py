@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data import ChatRecords
+from ..data.videos import Video, metadata_of
 from ..methods import record_of
+from ..models.layout_vtc import Layout
 from ..models.prompt_vtc import VisionInputs
 from ..models.vision_vtc import Choice, VisualTokens
-from .points import Point, clipped_budget
+from .points import Frames, Point, clipped_budget
 from .questions import Question
 
 logger = logging.get_logger(__name__)
@@ -32,8 +35,9 @@ RUN_FILE = "run.json"
 
 @dataclass
 class Answer:
-    """What one point answered to one question: text, score, visual tokens kept and reserved, images, those of them
-    that got more than the budget, whether the answer is cut off, and the prompt's tokens that are not visual."""
+    """What one point answered to one question: text, score, visual tokens kept and reserved, images and videos, those
+    of them that got more than the budget, whether the answer is cut off, and the prompt's tokens that are not
+    visual."""
 
     key: str
     point: str
@@ -145,7 +149,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 @dataclass
 class Compressed:
-    """Images of a batch at one point of the method: what was chosen, and the visual tokens."""
+    """Pictures of a batch at one point of the method: what was chosen, and the visual tokens."""
 
     choice: Choice
     visual: VisualTokens
@@ -153,12 +157,17 @@ class Compressed:
 
 @dataclass
 class Batch:
-    """Some questions as model inputs, their images through the tower."""
+    """Some questions as model inputs, their images and videos through the tower.
+
+    A picture is an image, or a frame of a video; `rows`, `counts` and `num_tiles` are those of each in prompt order.
+    `items` are the pictures of each image and each video, in the order of budgets.
+    """
 
     questions: list[Question]
     inputs: dict[str, torch.Tensor]
     rows: list[int] = field(default_factory=list)
     counts: list[Sequence[int]] = field(default_factory=list)
+    items: list[list[int]] = field(default_factory=list)
     num_tiles: list[int] = field(default_factory=list)
     text_tokens: list[int] = field(default_factory=list)
     features: Any = None
@@ -167,10 +176,15 @@ class Batch:
     found: dict[str, Compressed] = field(default_factory=dict)
 
     @property
-    def sizes(self) -> dict[str, torch.Tensor]:
-        """What says which tiles and pixels are whose."""
-        names = ("num_tiles", "image_sizes", "image_grid_thw")
-        return {name: self.inputs[name] for name in names if name in self.inputs}
+    def vision(self) -> dict[str, Any]:
+        """Pixels, unless they have been through the tower, and what says whose they are."""
+        told = {name: self.inputs[name] for name in VisionInputs.__dataclass_fields__ if name in self.inputs}
+        return told if self.features is None else {**told, "image_features": self.features}
+
+    @cached_property
+    def levels(self) -> list[Sequence[int]]:
+        """Visual tokens of each image and each whole video at each of its levels, in the order of budgets."""
+        return [Frames(self.counts[pictures[0]], len(pictures)).whole for pictures in self.items]
 
     @property
     def num_reserved(self) -> list[int]:
@@ -178,10 +192,17 @@ class Batch:
         return self.per_question([counts[0] for counts in self.counts])
 
     def per_question(self, values: Sequence[int]) -> list[int]:
-        """Sums over the images of each question."""
+        """Sums over the pictures of each question."""
         sums = [0] * len(self.questions)
         for row, value in zip(self.rows, values, strict=True):
             sums[row] += int(value)
+        return sums
+
+    def num_clipped(self, budget: Any) -> list[int]:
+        """Images and videos of each question that get more than a budget, since they admit no less."""
+        sums = [0] * len(self.questions)
+        for pictures, counts in zip(self.items, self.levels, strict=True):
+            sums[self.rows[pictures[0]]] += int(clipped_budget(budget, counts)[1])
         return sums
 
 
@@ -191,7 +212,7 @@ class Asker:
     Args:
         model (`PreTrainedModel`): of hf_vtc, or with adapters of PEFT around it.
         processor (`VtcProcessor`): of this model.
-        records ([`ChatRecords`], *optional*): that hold the images of the questions.
+        records ([`ChatRecords`], *optional*): that hold the images and videos of the questions.
         max_new_tokens (`int`): longest answer.
     """
 
@@ -202,9 +223,18 @@ class Asker:
         self.config = self.head.config
 
     def inputs_of(
-        self, questions: Sequence[Question], images: Sequence[Sequence[Any]], **image_options: Any
+        self,
+        questions: Sequence[Question],
+        images: Sequence[Sequence[Any]],
+        videos: Sequence[Sequence[Video]] = (),
+        **options: Any,
     ) -> dict[str, torch.Tensor]:
-        """Model inputs of some prompts, padded, on the model's device."""
+        """Model inputs of some prompts, padded, on the model's device.
+
+        Args:
+            images, videos (`Sequence[Sequence]`): of each prompt.
+            **options: of the processor.
+        """
         texts = [
             self.processor.apply_chat_template(
                 [{"role": each["role"], "content": _with_parts(each["content"])} for each in question.messages],
@@ -216,52 +246,62 @@ class Asker:
         tokenizer = self.processor.tokenizer
         # as `apply_chat_template(tokenize=True)` does: no first token twice
         if tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token):
-            image_options["add_special_tokens"] = False
+            options["add_special_tokens"] = False
+        if any(videos):
+            options["videos"] = [[video.frames for video in row] for row in videos]
+            options["video_metadata"] = metadata_of([video for row in videos for video in row])
         inputs = self.processor(
             text=texts,
             images=[list(each) for each in images] if any(images) else None,
             padding=True,
             padding_side="left",
             return_tensors="pt",
-            **image_options,
+            **options,
         )
         return dict(inputs.to(self.model.device))
 
-    def images_of(self, questions: Sequence[Question]) -> list[list[Any]]:
-        """The images of each question's prompt, decoded."""
-        return [self.records[each.record_idx]["images"][: each.num_images] for each in questions]
+    def media_of(self, questions: Sequence[Question]) -> tuple[list[list[Any]], list[list[Video]]]:
+        """The images and the videos of each question's prompt, decoded."""
+        items = [self.records[each.record_idx] for each in questions]
+        images = [item["images"][: each.num_images] for item, each in zip(items, questions)]
+        return images, [item.get("videos", [])[: each.num_videos] for item, each in zip(items, questions)]
 
     @torch.no_grad()
     def batch_of(self, questions: Sequence[Question], budgets: Sequence[Any], **image_options: Any) -> Batch:
-        """Questions as inputs, and their images through the tower, once for all points that show these pixels.
+        """Questions as inputs, and their pictures through the tower, once for all points that show these pixels.
 
         Args:
             budgets: of all points: what the tower must do is decided by the first that compresses.
             **image_options: fields of the image processor for this call.
         """
-        batch = Batch(list(questions), self.inputs_of(questions, self.images_of(questions), **image_options))
-        real = batch.inputs["attention_mask"].bool() & (batch.inputs["input_ids"] != self.config.image_token_id)
-        batch.text_tokens = real.sum(1).tolist()
-        if "pixel_values" not in batch.inputs:
+        batch = Batch(list(questions), self.inputs_of(questions, *self.media_of(questions), **image_options))
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+        batch.text_tokens = (mask & ~torch.isin(ids, ids.new_tensor(self.config.placeholder_ids))).sum(1).tolist()
+        if not VisionInputs(**batch.vision).given:
             return batch
         wanted = next((budget for budget in budgets if budget != "full"), "full")
-        _, layout = self._layout(batch, VisionInputs(batch.inputs["pixel_values"], **batch.sizes, vtc_budget="full"))
-        batch.rows, batch.counts = layout.rows, layout.counts
+        _, layout = self.layout_of(batch, VisionInputs(**batch.vision, vtc_budget="full"))
+        batch.rows, batch.counts, batch.items = layout.rows, layout.counts, _items_of(layout)
         # images that are encoded whole have no tiles
         whole = layout.sizes.num_tiles is None
         batch.num_tiles = [1] * len(batch.rows) if whole else layout.sizes.num_tiles.tolist()
-        vision = VisionInputs(batch.inputs["pixel_values"], **batch.sizes, vtc_budget=admitted(batch, wanted))
-        _, layout = self._layout(batch, vision)
+        vision = VisionInputs(**batch.vision, vtc_budget=admitted(batch, wanted))
+        _, layout = self.layout_of(batch, vision)
         start = self._now()
-        batch.features = self._encoded(batch.inputs.pop("pixel_values"), layout, batch)
+        batch.features = self._encoded(vision, layout, batch)
         batch.seconds = self._now() - start
+        batch.inputs.pop("pixel_values", None)
+        if self.config.frame_split == "uniform":
+            # a budget that is split by how much frames change looks at them each time
+            batch.inputs.pop("pixel_values_videos", None)
         return batch
 
-    def _encoded(self, pixel_values: torch.Tensor, layout: Any, batch: Batch) -> Any:
-        """Features of all images, of which those that several questions show run through the tower once."""
+    def _encoded(self, vision: VisionInputs, layout: Layout, batch: Batch) -> Any:
+        """Features of all pictures, of which images that several questions show run through the tower once."""
         shown = [(question.image, place) for question in batch.questions for place in range(question.num_images)]
         if len(set(shown)) == len(shown) or not self.config.sees_tiles:
-            return self.head.model.encode(pixel_values, layout)
+            return self.head.model.encode_of(vision, layout)
+        pixel_values = vision.pixel_values
         tiles = torch.arange(len(pixel_values)).split(batch.num_tiles)
         firsts = dict(reversed(list(zip(shown, range(len(shown))))))
         once = torch.cat([tiles[idx] for idx in sorted(firsts.values())])
@@ -273,14 +313,17 @@ class Asker:
             return {name: each.index_select(0, repeated) for name, each in features.items()}
         return features.index_select(0, repeated)
 
-    def _layout(self, batch: Batch, vision: VisionInputs) -> Any:
-        base = self.head.model
-        embeds, mask = base.find_placeholders(batch.inputs["input_ids"], None)
-        return embeds, base.layout_of(mask, batch.inputs.get("attention_mask"), vision)
+    def layout_of(self, batch: Batch, vision: VisionInputs) -> tuple[torch.Tensor, Layout]:
+        """Embeddings of the prompts of a batch, and where its pictures are."""
+        base, ids = self.head.model, batch.inputs["input_ids"]
+        embeds, mask = base.find_placeholders(ids, None)
+        return embeds, base.layout_of(
+            mask, batch.inputs.get("attention_mask"), vision, video_mask=base.find_videos(ids, None)
+        )
 
     @torch.no_grad()
     def compressed(self, batch: Batch, budget: Any) -> Compressed:
-        """What the method makes of the images of a batch within a budget, found once."""
+        """What the method makes of the pictures of a batch within a budget, found once."""
         if str(budget) not in batch.found:
             batch.found[str(budget)] = self.compress(batch, budget)
         return batch.found[str(budget)]
@@ -288,8 +331,8 @@ class Asker:
     @torch.no_grad()
     def compress(self, batch: Batch, budget: Any) -> Compressed:
         """The same, found anew."""
-        vision = VisionInputs(None, batch.features, **batch.sizes, vtc_budget=admitted(batch, budget))
-        embeds, layout = self._layout(batch, vision)
+        vision = VisionInputs(**batch.vision, vtc_budget=admitted(batch, budget))
+        embeds, layout = self.layout_of(batch, vision)
         return Compressed(*self.head.model.compress(vision, layout, embeds))
 
     def answer(self, batch: Batch, point: Point) -> tuple[list[Answer], float]:
@@ -302,7 +345,7 @@ class Asker:
         inputs = {**batch.inputs, "image_features": batch.features, "vtc_budget": budget}
         texts, truncated, seconds = self.generate(inputs)
         kept = batch.per_question(found.choice.num_kept.tolist())
-        clipped = batch.per_question([int(clipped_budget(point.budget, counts)[1]) for counts in batch.counts])
+        clipped = batch.num_clipped(point.budget)
         answers = self.as_answers(batch, point, texts, truncated, kept, batch.num_reserved, clipped)
         return answers, seconds + batch.seconds
 
@@ -350,7 +393,7 @@ class Asker:
                 question.score(text),
                 tokens,
                 most,
-                question.num_images,
+                question.num_shown,
                 changed,
                 cut,
                 length,
@@ -367,9 +410,20 @@ class Asker:
 
 
 def admitted(batch: Batch, budget: Any) -> Any:
-    """What is given as `vtc_budget`: the budget, or one for each image where some admit no less than another."""
-    each = [clipped_budget(budget, counts) for counts in batch.counts]
+    """What is given as `vtc_budget`: the budget, or one for each image and video where some admit no less than
+    another."""
+    each = [clipped_budget(budget, counts) for counts in batch.levels]
     return [own for own, _ in each] if any(changed for _, changed in each) else budget
+
+
+def _items_of(layout: Layout) -> list[list[int]]:
+    """Pictures of each image and each video: images first and then videos, as budgets name them."""
+    if layout.videos is None:
+        return [[idx] for idx in range(layout.num_images)]
+    items: list[list[int]] = [[] for _ in layout.videos.frames]
+    for picture_idx, item_idx in enumerate(layout.videos.items[layout.order].tolist()):
+        items[item_idx].append(picture_idx)
+    return items
 
 
 def _with_parts(content: Any) -> list[dict[str, Any]]:

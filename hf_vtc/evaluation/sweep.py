@@ -66,7 +66,8 @@ def evaluate(
     Args:
         model (`PreTrainedModel`): of hf_vtc, on its device, or with adapters of PEFT around it.
         processor (`VtcProcessor`): of this model.
-        records: whatever `load_records` reads, or what `records_to_ask` gave. Fields `answers`, `kind`, `choices` and
+        records: whatever `load_records` reads, or what `records_to_ask` gave; with videos where the processor takes
+            them. Fields `answers`, `kind`, `choices` and
             `metric` are read too.
         image_folder: where paths of images start, see `load_records`.
         budgets: `vtc_budget` of each point; full length is always measured. Default: auto and three shares, as far as
@@ -81,11 +82,12 @@ def evaluate(
         group_by (`str`): field of records whose values are reported apart.
         turns (`str`): `"last"` or `"all"`, see `read_questions`.
         limit (`int`, *optional*): ask so many questions, drawn from all.
-        clip (`bool`): whether a budget that is too small for an image becomes the smallest that it admits.
+        clip (`bool`): whether a budget that is too small for an image or a whole video becomes the smallest that it
+            admits.
         holdout (`bool`, *optional*): see `recommend`.
         batch_size (`int`): questions in a batch.
         max_new_tokens (`int`, *optional*): longest answer. Default: that of the longest reference and 8 more.
-        train_records: what the model was trained on; a question about one of its images is an error.
+        train_records: what the model was trained on; a question about one of its images or videos is an error.
         time (`bool`): whether to time some questions afterwards, alone and in a batch: tower, choice, first token and
             answer at each point of the method.
         price_per_hour (`float`, *optional*): of the machine, with `time`: what is saved is given in money too.
@@ -103,10 +105,12 @@ def evaluate(
     _check_price(price_per_hour, time)
     # now, and not after the last answer
     scipy_stats()
-    records = records_to_ask(records, image_folder, group_by)
+    takes_videos = processor.video is not None
+    records = records_to_ask(records, image_folder, group_by, takes_videos=takes_videos)
     questions = read_questions(records, metric, group_by, turns)
     if train_records is not None:
-        refuse_training_images(records, questions, records_to_ask(train_records, image_folder, group_by))
+        trained = records_to_ask(train_records, image_folder, group_by, takes_videos=takes_videos)
+        refuse_training_images(records, questions, trained)
     questions = _drawn(questions, limit, seed)
     max_new_tokens = max_new_tokens or _longest_answer(processor, questions)
     asker = Asker(model, processor, records, max_new_tokens)
@@ -324,5 +328,8 @@ def data_digest(questions: Sequence[Question]) -> str:
             question.metric.name,
             question.image,
         ]
+        if question.num_videos:
+            # by which prompts say the time of frames, or positions do
+            fields += [question.video_shapes, question.video_metadata]
         digest.update(json.dumps(fields, sort_keys=True).encode())
     return digest.hexdigest()

@@ -52,7 +52,7 @@ class Times:
 def measure_times(
     asker: Asker, questions: Sequence[Question], points: Sequence[Point], price_per_hour: float | None = None
 ) -> list[Times]:
-    """Time the first questions that show an image, alone and in a batch.
+    """Time the first questions that show an image or a video, alone and in a batch.
 
     Args:
         asker ([`Asker`]): that answers.
@@ -61,11 +61,13 @@ def measure_times(
         price_per_hour (`float`, *optional*): of the machine.
 
     Raises:
-        ValueError: no question shows an image.
+        ValueError: no question shows an image or a video.
     """
-    shown = [question for question in questions if question.num_images]
+    shown = [question for question in questions if question.num_shown]
     if not shown:
-        raise ValueError("`time` is measured on questions that show images, but there are none. Leave it out.")
+        raise ValueError(
+            "`time` is measured on questions that show images or videos, but there are none. Leave it out."
+        )
     sizes = sorted({min(size, len(shown)) for size in BATCH_SIZES})
     return [each for size in sizes for each in _at_batch_size(asker, shown[:size], points, price_per_hour)]
 
@@ -74,7 +76,7 @@ def measure_times(
 def _at_batch_size(
     asker: Asker, questions: Sequence[Question], points: Sequence[Point], price_per_hour: float | None
 ) -> list[Times]:
-    inputs = asker.inputs_of(questions, asker.images_of(questions))
+    inputs = asker.inputs_of(questions, *asker.media_of(questions))
     batch = asker.batch_of(questions, [point.budget for point in points])
     variants = {("", "tower"): plain_features(asker.head.model, inputs)}
     for point in points:

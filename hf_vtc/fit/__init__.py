@@ -140,15 +140,13 @@ class _Run:
             on_error=self.request.on_error,
             collator=collator,
             ignore_fields=FIELDS,
-            # the measurements before and after show images alone
-            takes_videos=False,
         )
         split = split_records(records, self.request.held_out, self.request.seed)
         write_held_out(records, split, self.folder.held_out)
         split.save(self.folder.split)
         self.report(
             f"{split.num_training:,} records train; {len(split.held_out):,} are kept aside with their "
-            f"{len(split.images):,} images; {len(split.left_out):,} cannot be used"
+            f"{len(split.images):,} pictures; {len(split.left_out):,} cannot be used"
         )
 
     def measure_before(self) -> None:

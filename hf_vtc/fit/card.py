@@ -52,6 +52,6 @@ def _measured(measured: Measured | None, split: Split) -> str:
     (before,) = (row for row in measured.before["rows"] if row["point"] == "full")
     return (
         f"## Measured\n\nOn records that were kept aside before training ({len(split.held_out):,}, with all their "
-        f"images, {len(split.images):,}), which no stage has seen. Before training, with all visual tokens: "
+        f"pictures, {len(split.images):,}), which no stage has seen. Before training, with all visual tokens: "
         f"{score_text(before)}. After it:\n\n{table.strip()}"
     )

@@ -55,14 +55,14 @@ def progress_bars(wanted: bool) -> Iterator[None]:
 
 
 def check_budgets(model_folder: Path, questions: Path, image_folder: Path, budgets: Sequence[Budget] | None) -> None:
-    """Refuse budgets that some image does not admit before they are asked for, which is after training.
+    """Refuse budgets that some image or video does not admit before they are asked for, which is after training.
 
     Raises:
         ValueError: naming one, and what all images admit.
     """
-    config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
-    asked = read_questions(records_to_ask(questions, image_folder))
-    method_points(load_processor(model_folder), config, asked, budgets)
+    config, processor = AutoConfig.from_pretrained(model_folder, trust_remote_code=False), load_processor(model_folder)
+    asked = read_questions(records_to_ask(questions, image_folder, takes_videos=processor.video is not None))
+    method_points(processor, config, asked, budgets)
 
 
 def is_measured(folder: Path) -> bool:

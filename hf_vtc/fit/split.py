@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.records import ChatRecords
+from ..data.videos import telling_frames
 from .folder import write_whole
 
 # images of this many records are held in memory at a time
@@ -31,7 +32,8 @@ class Split:
         num_training (`int`): records that train.
         held_out (`list[str]`): where the others come from, as messages name records.
         left_out (`list[str]`): records that cannot be used, and neither train nor are kept aside.
-        images (`list[str]`): SHA-256 of the pixels of the images that are kept aside.
+        images (`list[str]`): SHA-256 of the pixels of the images that are kept aside, and of the frames that tell
+            which videos are.
     """
 
     seed: int
@@ -76,8 +78,9 @@ def check_held_out(held_out: float | int | None) -> None:
 def split_records(records: ChatRecords, held_out: float | int | None, seed: int) -> Split:
     """Choose what is kept aside.
 
-    Records that show the same image belong together, however they name it: what counts are its pixels. Text alone
-    always trains, since no budget changes its answer. Whether a record is kept aside depends on the seed and on what
+    Records that show the same image belong together, however they name it: what counts are its pixels. So do records
+    whose videos share a frame, but for those of one colour. Text alone always trains, since no budget changes its
+    answer. Whether a record is kept aside depends on the seed and on what
     it shows, hardly on the other records: added data moves few of the others.
 
     Args:
@@ -86,7 +89,7 @@ def split_records(records: ChatRecords, held_out: float | int | None, seed: int)
         seed (`int`): of the choice.
 
     Raises:
-        ValueError: there are no two images that could be parted.
+        ValueError: there are no two images or videos that could be parted.
     """
     with ThreadPoolExecutor(min(_NUM_THREADS, cpu_count() or 1)) as pool:
         digests = list(pool.map(lambda idx: _digests(records[idx]), range(len(records))))
@@ -95,8 +98,8 @@ def split_records(records: ChatRecords, held_out: float | int | None, seed: int)
     pictured = [group for group in groups if not group.startswith(_TEXT)]
     if wanted and len(set(pictured)) < 2:
         raise ValueError(
-            "`held_out` keeps whole images aside, but there are no two that could be parted, one to train on and one "
-            "to ask about. Set it to 0, which leaves the evaluation out."
+            "`held_out` keeps whole images and videos aside, but there are no two that could be parted, one to train "
+            "on and one to ask about. Set it to 0, which leaves the evaluation out."
         )
     chosen = _choose(pictured, wanted, seed)
     aside = [idx for idx, group in enumerate(groups) if group in chosen]
@@ -123,7 +126,8 @@ def image_digest(image: Any) -> str:
 
 def _digests(record: Mapping[str, Any]) -> list[str]:
     """What a record shows; of text alone, a mark and where it is from."""
-    return [image_digest(image) for image in record["images"]] or [_TEXT + record["origin"]]
+    frames = [frame for video in record.get("videos", []) for frame in telling_frames(video)]
+    return [image_digest(picture) for picture in (*record["images"], *frames)] or [_TEXT + record["origin"]]
 
 
 def _groups_of(digests: Sequence[Sequence[str]]) -> list[str]:

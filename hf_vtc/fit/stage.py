@@ -74,10 +74,10 @@ class Data:
     image_folder: Path
     split: Split
 
-    def training_records(self) -> Subset:
+    def training_records(self, takes_videos: bool) -> Subset:
         """What is not kept aside. The images were decoded when the data was split, so that headers do here."""
         checked = {"on_error": "skip", "check_images": "header", "ignore_fields": FIELDS}
-        records = load_records(self.source, self.image_folder, **checked)
+        records = load_records(self.source, self.image_folder, takes_videos=takes_videos, **checked)
         return Subset(records, self.split.training_indices(records))
 
 
@@ -96,7 +96,7 @@ def run_stage(stage: Stage, data: Data, run: RunOptions, report: Report) -> None
     # before any model, which DeepSpeed would load in parts
     arguments = training_arguments(stage.recipe, run, state.num_processes)
     set_seed(run.seed)
-    processor = load_processor(stage.start)
+    collator = VtcCollator(load_processor(stage.start), max_length=stage.recipe.get("max_length"))
     model = _load(stage.start, torch.bfloat16 if stage.lora and arguments.bf16 else torch.float32)
     uses_cache = [(config, config.use_cache) for config in _configs_with_cache(model)]
     trainer = build_trainer(
@@ -105,8 +105,8 @@ def run_stage(stage: Stage, data: Data, run: RunOptions, report: Report) -> None
         arguments,
         _load(stage.reference, torch.bfloat16 if arguments.bf16 else torch.float32),
         lora=stage.lora,
-        train_dataset=data.training_records(),
-        data_collator=VtcCollator(processor, max_length=stage.recipe.get("max_length")),
+        train_dataset=data.training_records(collator.takes_videos),
+        data_collator=collator,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -128,7 +128,7 @@ def run_stage(stage: Stage, data: Data, run: RunOptions, report: Report) -> None
         return
     if stage.lora:
         _fold_in(stage, saving)
-    processor.save_pretrained(saving, save_code=False)
+    collator.processor.save_pretrained(saving, save_code=False)
     write_whole(stage.log, json.dumps(history, indent=1) + "\n")
     os.rename(saving, stage.model)
     # as large as the model and its optimizer, and of no use any more

@@ -14,19 +14,21 @@ from ..models.configuration_vtc import VtcConfig
 
 @dataclass(frozen=True)
 class Met:
-    """Images of a batch at the point of the method beside which a baseline stands.
+    """Pictures of a batch, images and frames of videos, at the point of the method beside which a baseline stands.
 
     Args:
         config ([`VtcConfig`]): of the model.
-        num_tiles (`list[int]`): of each image.
-        counts (`list[Sequence[int]]`): of each image, the visual tokens of each of its levels.
-        num_kept (`list[int]`): visual tokens that the point leaves of each image.
+        num_tiles (`list[int]`): of each picture.
+        items (`list[list[int]]`): pictures of each image and each video, in the order of budgets.
+        counts (`list[Sequence[int]]`): of each picture, the visual tokens of each of its levels.
+        num_kept (`list[int]`): visual tokens that the point leaves of each picture.
         decisions (`torch.Tensor`, *optional*): the point's `router_decisions`, on the CPU.
         generator (`torch.Generator`): all chance.
     """
 
     config: VtcConfig
     num_tiles: list[int]
+    items: list[list[int]]
     counts: list[Sequence[int]]
     num_kept: list[int]
     decisions: torch.Tensor | None
@@ -36,7 +38,7 @@ class Met:
 @dataclass(frozen=True)
 class Instead:
     """What is asked of the model in place of the point: arguments of the call, fields of its configuration while it
-    lasts, and how many visual tokens each image keeps then."""
+    lasts, and how many visual tokens each picture keeps then."""
 
     num_kept: list[int]
     arguments: dict[str, Any]

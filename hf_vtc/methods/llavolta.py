@@ -115,12 +115,16 @@ def official_fields(config: Mapping[str, Any], num_layers: int) -> dict[str, Any
 
 def by_random_tokens(met: Met) -> Instead:
     """As many tokens of each image as its compressor leaves, at the same layer, whichever they are; of the two nearest
-    numbers that a lot can leave by lot, where windows of a grid leave another one."""
-    kept = []
-    for counts, wanted in zip(met.counts, met.num_kept, strict=True):
-        options = sorted({counts[0] // stride for stride in range(1, counts[0] + 1)})
-        kept.append(between(wanted, options, met.generator))
-    return Instead(kept, {"vtc_budget": list(kept)}, {"compressor": "random"})
+    numbers that a lot can leave by lot, where windows of a grid leave another one. Frames of a video share equally."""
+    kept, budgets = [0] * len(met.counts), []
+    for pictures in met.items:
+        reserved, num_frames = met.counts[pictures[0]][0], len(pictures)
+        options = sorted({num_frames * (reserved // stride) for stride in range(1, reserved + 1)})
+        wanted = sum(met.num_kept[idx] for idx in pictures)
+        budgets.append(between(wanted, options, met.generator))
+        for idx in pictures:
+            kept[idx] = budgets[-1] // num_frames
+    return Instead(kept, {"vtc_budget": budgets}, {"compressor": "random", "frame_split": "uniform"})
 
 
 def by_windows(met: Met) -> Instead:

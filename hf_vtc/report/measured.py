@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Group
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from ..methods.costs import GridTowerShape, TowerShape, config_dict, decoder_of, sub_config, tower_of
 from ..methods.record import record_of
@@ -49,7 +49,8 @@ class BenchReport:
         full, measured, oracle (`Timing`): uncompressed, compressed by the model, and as if routing and packing were
             free.
         ideal_speedup (`float`): FLOPs of tower and prefill, full / compressed, over the real tokens of each row.
-        num_reserved, num_kept (`list[int]`): visual tokens per image.
+        num_tiles (`int`): of all images; where images are seen whole, images and frames of videos.
+        num_reserved, num_kept (`list[int]`): visual tokens per image, and of each whole video.
         num_text_tokens (`int`): tokens of the batch that are neither visual nor padding.
         environment (`dict[str, Any]`): device, dtype, attention, versions, threads, warm-up and rounds.
     """
@@ -163,7 +164,7 @@ def bench(
 
     Args:
         model: a model of hf_vtc in eval mode.
-        inputs (`Mapping`): what the processor gives, with at least one image.
+        inputs (`Mapping`): what the processor gives, with at least one image or video.
         vtc_budget: as in `forward`.
         repeats (`int`): rounds; each runs every variant once, in rotating order.
         warmup (`int`): rounds before, not counted.
@@ -176,8 +177,8 @@ def bench(
         on_round (`Callable`, *optional*): called with the number of rounds that are done, those of the warm-up too.
 
     Raises:
-        ValueError: there is no image, no oracle is known for this model or `entry`, the model is in training mode, or
-            a number is too small.
+        ValueError: there is no image or video, no oracle is known for this model or `entry`, the model is in training
+            mode, or a number is too small.
     """
     for part in ("oracle", "costs"):
         record_of(model.config).need(part, "`bench`")
@@ -189,10 +190,11 @@ def bench(
         raise ValueError(f"`repeats` must be at least 1 and `warmup` at least 0, got {repeats} and {warmup}.")
     if entry not in ("generate", "forward", None):
         raise ValueError(f"`entry` must be 'generate' or 'forward', got {entry!r}.")
-    if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("`bench` measures prompts with images, and these show a video. Give its frames as images.")
-    if inputs.get("pixel_values") is None:
-        raise ValueError("`inputs` must hold `pixel_values`. Build them from a prompt with an image.")
+    if inputs.get("pixel_values") is None and inputs.get("pixel_values_videos") is None:
+        raise ValueError(
+            "`inputs` must hold `pixel_values`, or `pixel_values_videos`. Build them from a prompt with an image or a "
+            "video."
+        )
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     oracle = Oracle(model, inputs, vtc_budget)
     if entry == "generate" and oracle.replay is not None:
@@ -217,13 +219,22 @@ def bench(
         ideal_speedup=oracle.ideal_speedup(),
         vtc_budget=vtc_budget,
         batch_size=oracle.kept_mask.shape[0],
-        num_tiles=len(inputs.get("image_grid_thw", inputs["pixel_values"])),
+        num_tiles=_num_tiles(inputs),
         num_reserved=oracle.num_reserved,
         num_kept=oracle.num_kept,
         num_text_tokens=int((oracle.kept_mask & ~oracle.placeholders).sum()),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         environment={"entry": entry, "rounds": repeats, "warm-up": warmup, **_environment(model)},
     )
+
+
+_GRIDS = ("image_grid_thw", "video_grid_thw")
+
+
+def _num_tiles(inputs: Mapping[str, torch.Tensor]) -> int:
+    """Tiles of all images; of a tower that sees grids, images and frames of videos."""
+    grids = [inputs[name] for name in _GRIDS if name in inputs]
+    return int(torch.cat(grids)[:, 0].sum()) if grids else len(inputs["pixel_values"])
 
 
 ONE_TOKEN = {"max_new_tokens": 1, "do_sample": False}
@@ -255,7 +266,7 @@ class Oracle:
         mask = inputs.get("attention_mask")
         self.real = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).bool().cpu()
         self.kept_mask = out.kept_mask.cpu()
-        self.placeholders = inputs["input_ids"].cpu() == model.config.image_token_id
+        self.placeholders = _placeholders(model.config, inputs["input_ids"].cpu())
         self.tower_flops = _tower_flops(self.config, inputs)
         self.encode = plain_features(model.model, inputs)
         self.connect = record_of(model.config).need("oracle", "`bench`")(model.model, out)
@@ -375,20 +386,32 @@ class _Replay:
 
 def plain_features(base: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
     """A function that runs the tower without anything that a method adds to it; sizes are on the host before."""
-    names = ("num_tiles", "image_sizes", "image_grid_thw")
-    vision = VisionInputs(inputs["pixel_values"], vtc_budget="full", **{name: inputs.get(name) for name in names})
-    placeholder_mask = inputs["input_ids"] == base.config.image_token_id
-    layout = layout_of_prompt(base.config, placeholder_mask, inputs.get("attention_mask"), vision)
-    return lambda: base.encode(inputs["pixel_values"], layout)
+    told = {name: inputs[name] for name in VisionInputs.__dataclass_fields__ if name in inputs}
+    vision = VisionInputs(**{**told, "router_decisions": None, "vtc_budget": "full"})
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    video_mask = base.find_videos(ids, None) if vision.has_videos else None
+    layout = layout_of_prompt(base.config, _placeholders(base.config, ids), mask, vision, video_mask=video_mask)
+    return lambda: base.encode_of(vision, layout)
+
+
+def _placeholders(config: PretrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
+    """Where a prompt has placeholders, of images and of videos."""
+    return torch.isin(input_ids, input_ids.new_tensor(config.placeholder_ids))
 
 
 def _tower_flops(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) -> float:
-    pixel_values, tower = inputs["pixel_values"], tower_of(config)
+    tower = tower_of(config)
+    if isinstance(tower, GridTowerShape):
+        patch_size = sub_config(config, "vision_config")["patch_size"]
+        grids = [grid for name in _GRIDS if name in inputs for grid in inputs[name].tolist()]
+        # a frame of a video is to the tower what an image is
+        return sum(
+            frames * tower_of(config, (rows * patch_size, columns * patch_size)).flops()
+            for frames, rows, columns in grids
+        )
+    pixel_values = inputs["pixel_values"]
     if isinstance(tower, TowerShape):
         return pixel_values.shape[0] * tower.flops()
-    if isinstance(tower, GridTowerShape):
-        sizes = inputs["image_grid_thw"][:, 1:] * sub_config(config, "vision_config")["patch_size"]
-        return sum(tower_of(config, tuple(size)).flops() for size in sizes.tolist())
     sizes = inputs.get("image_sizes")
     sizes = [pixel_values.shape[-2:]] * pixel_values.shape[0] if sizes is None else sizes.tolist()
     return sum(tower_of(config, tuple(size)).flops() for size in sizes)
