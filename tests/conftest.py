@@ -23,6 +23,8 @@ from hf_vtc.methods import RECORDS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD_NAMES = tuple(record.name for record in RECORDS.values())
+# a method on each base that takes videos
+ON_VIDEOS = ("llavolta on qwen3_vl", "avg_llava on qwen2_5_vl")
 # of a copy of the package that has a sixth method, see test_sixth_method.py
 collect_ignore = ["sixth_method"]
 HIDE_PACKAGE = 'import sys; sys.modules["hf_vtc"] = None\n'
@@ -53,10 +55,11 @@ def every_saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def save_tiny(method: str, parent: Path) -> Path:
-    folder = parent / f"{method}-tiny"
+    folder = parent / f"{method.replace(' ', '_')}-tiny"
     torch.manual_seed(0)
-    factories.tiny_model(method).save_pretrained(folder)
-    factories.tiny_processor(method).save_pretrained(folder)
+    model, processor = factories.tiny_pair(method)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

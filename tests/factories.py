@@ -127,6 +127,24 @@ def tiny_model(method: str, seed: int = 0, **overrides):
     return model
 
 
+def video_processor(method: str, **fields: Any) -> VtcProcessor:
+    """Processor of a tiny model such as `"llavolta on qwen3_vl"` that takes videos; `fields` are of their settings.
+
+    The tiny tokenizer knows no placeholder of videos: a token that no text of the tests has stands for it.
+    """
+    tokens = {"token": "<|im_start|>", "start_token": "<img>", "end_token": "</img>"}
+    video = {"base": method.partition(" on ")[2], "min_pixels": 128, "max_pixels": 2048, **tokens} | fields
+    return tiny_processor(method, video=video, image_start_token=None, image_end_token=None)
+
+
+def tiny_pair(method: str, **overrides: Any) -> tuple[nn.Module, VtcProcessor]:
+    """A tiny model and its processor, which take videos where the base does; `overrides` are fields of its config."""
+    if "video_token_id" not in TINY[method].config:
+        return tiny_model(method, **overrides), tiny_processor(method)
+    processor = video_processor(method)
+    return tiny_model(method, video_token_id=processor.video_token_id, **overrides), processor
+
+
 def uncompressed(model):
     """The stock transformers model with the same weights."""
     return _tiny_of(model.config).stock(model).eval()
@@ -322,7 +340,7 @@ if "qwen3_5" in CONFIG_MAPPING:
         {**_QWEN3_5, "compress_layer_idx": 0, "compress_stride": 4}, _PATCHES, stock_qwen, (0.5, 0.75), GridImages()
     )
 TINY |= {
-    f"cdpruner on {base}": Tiny(fields, {}, stock_qwen, (0.5, 0.75), GridImages(), ("auto", "some"))
+    f"cdpruner on {base}": Tiny(fields, _PATCHES, stock_qwen, (0.5, 0.75), GridImages(), ("auto", "some"))
     for base, fields in {"qwen3_vl": _QWEN3_VL, "qwen2_5_vl": _QWEN2_5_VL}.items()
 }
 TINY["cdpruner on llava_next"] = Tiny(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHOD_NAMES
+from conftest import METHOD_NAMES, ON_VIDEOS, save_tiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -19,6 +19,7 @@ from hf_vtc.auto import REMOTE_CODE_FROM_FOLDER
 needs_remote_code_from_folder = pytest.mark.skipif(
     not REMOTE_CODE_FROM_FOLDER, reason="remote code from a local folder needs transformers >= 5.11"
 )
+NAMES = (*METHOD_NAMES, *ON_VIDEOS)
 needs_other_python = pytest.mark.skipif(
     "HF_VTC_OTHER_PYTHON" not in os.environ,
     reason="HF_VTC_OTHER_PYTHON names no interpreter with another transformers",
@@ -26,19 +27,24 @@ needs_other_python = pytest.mark.skipif(
 
 
 def encoded(processor) -> dict[str, torch.Tensor]:
-    """A prompt with two small images as the processor writes it."""
+    """A prompt with two small images, and a video where there may be one, as the processor writes it."""
     pixels = bytes(index * index // 97 % 256 for index in range(40 * 60 * 3))
     images = [Image.frombytes("RGB", (60, 40), pixels), Image.frombytes("RGB", (40, 60), pixels)]
-    text = f"{processor.image_token} and {processor.image_token}\nWhat is different?"
-    return dict(processor(images=images, text=[text], return_tensors="pt"))
+    text, video = f"{processor.image_token} and {processor.image_token}\nWhat is different?", {}
+    if processor.video is not None:
+        frames = [Image.frombytes("RGB", (60, 40), pixels[idx:] + pixels[:idx]) for idx in range(0, 400, 80)]
+        text, video = text + processor.video_token, {"videos": [frames], "video_metadata": {"fps": 2}}
+    return dict(processor(images=images, text=[text], return_tensors="pt", **video))
 
 
 def answers(model, inputs) -> dict[str, torch.Tensor]:
-    """Logits at full length for each budget."""
+    """Logits at full length for each budget, and ids of an answer."""
     # ConvLLaVA has one count, all of the tokens
     budgets = {"auto": "auto", "full": "full", "share": 1.0 if model.config.model_type == "vtc_convllava" else 0.5}
     with torch.no_grad():
-        return {f"logits {name}": model(**inputs, vtc_budget=budget).logits for name, budget in budgets.items()}
+        logits = {f"logits {name}": model(**inputs, vtc_budget=budget).logits for name, budget in budgets.items()}
+    ids = model.generate(**inputs, vtc_budget=budgets["share"], max_new_tokens=4, do_sample=False)
+    return logits | {"ids": ids}
 
 
 # both functions travel as text into processes that cannot import this file; each process takes all methods, since
@@ -116,6 +122,12 @@ Answers = dict[str, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
+def every_saved(every_saved, tmp_path_factory) -> list[Path]:
+    """A folder for each method, and for methods that take videos."""
+    return every_saved + [save_tiny(name, tmp_path_factory.mktemp("on_videos")) for name in ON_VIDEOS]
+
+
+@pytest.fixture(scope="module")
 def answer(run_python, inputs, tmp_path_factory):
     """Load folders in a new process, and give by their names what processors and models make of fixed inputs."""
 
@@ -145,8 +157,9 @@ def inputs(every_saved, tmp_path_factory) -> Path:
     parent = tmp_path_factory.mktemp("inputs")
     for folder in every_saved:
         values = encoded(AutoProcessor.from_pretrained(folder))
-        noise = torch.randn(values["pixel_values"].shape, generator=torch.Generator().manual_seed(0))
-        values["pixel_values"] = values["pixel_values"] + noise
+        for name in {"pixel_values", "pixel_values_videos"} & {*values}:
+            noise = torch.randn(values[name].shape, generator=torch.Generator().manual_seed(0))
+            values[name] = values[name] + noise
         contiguous = {name: value.contiguous() for name, value in values.items()}
         save_file(contiguous, parent / f"{folder.name}.safetensors")
     return parent
@@ -162,7 +175,7 @@ def expected(every_saved, answer) -> Answers:
 def other_saved(run_python, tmp_path_factory) -> list[Path]:
     """The tiny models as the other transformers saves them."""
     parent = tmp_path_factory.mktemp("other")
-    run_python(SAVE_TINY, parent, *METHOD_NAMES, installed=True, python=os.environ["HF_VTC_OTHER_PYTHON"])
+    run_python(SAVE_TINY, parent, *NAMES, installed=True, python=os.environ["HF_VTC_OTHER_PYTHON"])
     return sorted(parent.iterdir())
 
 
@@ -173,7 +186,7 @@ def other_expected(other_saved, answer) -> Answers:
 
 
 def assert_same(results: Answers, expected: Answers) -> None:
-    assert results.keys() == expected.keys() and len(results) == len(METHOD_NAMES)
+    assert results.keys() == expected.keys() and len(results) == len(NAMES)
     for name, values in expected.items():
         assert results[name].keys() == values.keys(), name
         assert not [key for key, value in values.items() if not torch.equal(results[name][key], value)], name
@@ -181,7 +194,7 @@ def assert_same(results: Answers, expected: Answers) -> None:
 
 def assert_close(results: Answers, expected: Answers) -> None:
     """Equal within 1e-5 wherever both have a value: a processor may return more keys on one transformers."""
-    assert results.keys() == expected.keys() and len(results) == len(METHOD_NAMES)
+    assert results.keys() == expected.keys() and len(results) == len(NAMES)
     for name in expected:
         shared = results[name].keys() & expected[name].keys()
         assert {"input_ids", "attention_mask", "pixel_values", "logits auto", "logits full", "logits share"} <= shared

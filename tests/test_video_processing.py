@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from factories import tiny_model, tiny_processor
+from factories import tiny_model, tiny_processor, video_processor
 from PIL import Image
 from qwen_models import BASES, model_of
 from transformers import AutoProcessor
@@ -29,12 +29,7 @@ def settings_of(base, **fields):
 
 
 def processor_of(base, method="llavolta", **fields):
-    # the tiny tokenizer knows no placeholder of videos: a token that no text here has stands for it
-    video = settings_of(base, token="<|im_start|>", start_token="<img>", end_token="</img>", **fields)
-    processor = tiny_processor(
-        f"{method} on {base}", video=video.to_dict(), image_start_token=None, image_end_token=None
-    )
-    return processor
+    return video_processor(f"{method} on {base}", **fields)
 
 
 def frames(num, size=(24, 16), seed=0):

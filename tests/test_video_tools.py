@@ -220,8 +220,7 @@ def test_eval_by_the_command(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "base", "lora"),
-    [("llavolta", "qwen3_vl", False), ("llavolta", "qwen2_5_vl", True)]
-    + [("avg_llava", "qwen3_vl", True), ("avg_llava", "qwen2_5_vl", False)],
+    [("llavolta", "qwen3_vl", True), ("avg_llava", "qwen2_5_vl", False)],
 )
 def test_fit_of_videos(method, base, lora, monkeypatch, tmp_path):
     data, seen, call = write_records(tmp_path / "data"), set(), VtcCollator.__call__

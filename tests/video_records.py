@@ -3,16 +3,16 @@
 import json
 
 import torch
-from factories import tiny_model
+from factories import tiny_pair
 from PIL import Image
 from test_data_videos import processor, turns
 from test_video_processing import frames
 
 
 def pair_of(method, base, **fields):
-    """A tiny model and a processor, both of which take videos."""
-    own = processor(base)
-    return tiny_model(f"{method} on {base}", video_token_id=own.video_token_id, **fields), own
+    """A tiny model and a processor with a template of chats, both of which take videos."""
+    model, _ = tiny_pair(f"{method} on {base}", **fields)
+    return model, processor(base)
 
 
 def write_pair(method, base, folder):

@@ -162,8 +162,8 @@ class HfVtc(lmms):
         images, videos, audios = messages.extract_media()
         if videos or audios:
             raise ValueError(
-                f"Task {task}, document {doc_id} shows videos or sounds, but as a model of lmms-eval hf_vtc shows images "
-                "alone. Records of videos are asked by `hf-vtc eval --data`."
+                f"Task {task}, document {doc_id} shows videos or sounds, but for lmms-eval hf_vtc shows images alone. "
+                "Ask records of videos by `hf-vtc eval --data`."
             )
         prompt = [
             {

@@ -43,8 +43,9 @@ def check(folder: str | os.PathLike, timeout: float | None = None) -> None:
     """Prove that a folder is complete: without hf_vtc its own code computes what the installed classes compute.
 
     A new process, in which hf_vtc cannot be imported and the Hub is offline, loads model and processor with
-    `trust_remote_code=True`, encodes a fixed prompt with two images and computes logits for the budgets `"auto"` and
-    `"full"`. Inputs and logits must be equal bit for bit. Both sides run on the CPU.
+    `trust_remote_code=True`, encodes a fixed prompt with two images, and a video where both take any, and computes
+    logits for the budgets `"auto"` and `"full"`. Inputs and logits must be equal bit for bit. Both sides run on the
+    CPU.
 
     This runs the folder's code. Its process is given a home of its own and no environment variable beside those that
     decide how to compute, so that no access token is within its reach by name; it is no sandbox.
@@ -83,7 +84,7 @@ def check(folder: str | os.PathLike, timeout: float | None = None) -> None:
 
 
 def _probe(folder: str, trust_remote_code: bool) -> dict[str, torch.Tensor]:
-    """Inputs and logits of a fixed prompt with two images; its source also runs alone, so it imports for itself."""
+    """Inputs and logits of a fixed prompt; its source also runs alone, so it imports for itself."""
     import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -100,7 +101,11 @@ def _probe(folder: str, trust_remote_code: bool) -> dict[str, torch.Tensor]:
     pixels = bytes(index * index // 97 % 256 for index in range(64 * 64 * 3))
     images = [Image.frombytes("RGB", (64, 64), pixels), Image.frombytes("RGB", (64, 64), pixels[::-1])]
     text = f"{processor.image_token}\n{processor.image_token}\nWhat is different?"
-    inputs = processor(images=images, text=[text], return_tensors="pt").to(model.dtype)
+    shown = {}
+    if processor.video is not None and model.config.video_token_id is not None:
+        text += processor.video_token
+        shown = {"videos": [images * 2], "video_metadata": [{"fps": 2}], "do_sample_frames": False}
+    inputs = processor(images=images, text=[text], return_tensors="pt", **shown).to(model.dtype)
     results = {name: value.contiguous() for name, value in inputs.items()}
     for budget in ("auto", "full"):
         with torch.no_grad():
