@@ -1,7 +1,8 @@
 """Questions asked of a checkpoint: load it, answer uncompressed and compressed, time the first token, draw what stays.
 
-A page is a dictionary as in `examples/images/pages.json`: "image" is a path or URL, "questions" a list of dictionaries
-with "question" and, where they are known, "answer" and "kind"; "picture" is the decoded image.
+A page is a dictionary as in `examples/images/pages.json`: "image" is a path or URL, or "video" the path of a file,
+"questions" a list of dictionaries with "question" and, where they are known, "answer" and "kind"; "picture" is the
+decoded image or video.
 """
 
 import itertools
@@ -16,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from hf_vtc.data import read_video
 from hf_vtc.demo.prompts import Prompt, model_inputs
 from hf_vtc.files import blaming
 from hf_vtc.hub.source import load_model, load_processor
@@ -45,10 +47,8 @@ _UNREAD_FORMATS = {
     ".svg": "SVG",
     ".pdf": "PDF",
     ".dng": "a raw photograph",
-    ".mp4": "a video",
-    ".mov": "a video",
-    ".webm": "a video",
 }
+_VIDEOS = (".mp4", ".mov", ".webm")
 
 
 def config_of(path: str) -> PretrainedConfig | dict[str, Any]:
@@ -156,18 +156,24 @@ def find_device(name: str | None) -> torch.device:
 
 
 def with_pictures(pages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Pages with their images decoded, each once.
+    """Pages with their images and videos decoded, each once.
 
     Raises:
         ValueError: one cannot be decoded, or is far too large.
         OSError: one cannot be read.
+        ImportError: a video is to be decoded, and PyAV is not installed.
     """
     read, pictures = VtcImageProcessor().fetch_images, []
     for page in pages:
+        if "video" in page:
+            pictures.append(read_video(page["video"]))
+            continue
         try:
             pictures.append(read(page["image"]))
         except (OSError, ValueError) as error:
             suffix = Path(page["image"]).suffix.lower()
+            if suffix in _VIDEOS:
+                raise ValueError(f"Image {page['image']!r} is a video. Give it as `video`.") from error
             if isinstance(error.__cause__, UnidentifiedImageError) and suffix in _UNREAD_FORMATS:
                 raise ValueError(
                     f"Image {page['image']!r} is {_UNREAD_FORMATS[suffix]}, a format that is not read here. Convert "
@@ -210,7 +216,8 @@ def interview(
     """
     results, pictures, model_name = [], [], Path(model.config.name_or_path).name
     for page in pages:
-        picture, name = page["picture"], Path(page["image"]).name
+        picture, kind = page["picture"], "video" if "video" in page else "image"
+        name = Path(page[kind]).name
         prompts = [Prompt(model, processor, picture, asked["question"]) for asked in page["questions"]]
         if not results:
             for budget in budgets:
@@ -219,7 +226,7 @@ def interview(
         answers = []
         for asked, prompt in zip(page["questions"], prompts):
             runs = [prompt.answer(budget, max_new_tokens) for budget in budgets]
-            answers.append(marked({"image": page["image"], **asked, "runs": runs}))
+            answers.append(marked({kind: page[kind], **asked, "runs": runs}))
         results += answers
         pictures.append(_pictures(prompts, answers, f"{model_name}, {name}"))
         if on_page is not None:

@@ -15,6 +15,7 @@ from .options import (
     ModelOption,
     ProgressBar,
     QuestionOption,
+    VideosOption,
     check_dtype,
     parse_budget,
     print_json,
@@ -25,6 +26,7 @@ from .package import checkpoint_path, pages_of
 
 def bench(
     image: ImagesOption = None,
+    video: VideosOption = None,
     question: QuestionOption = None,
     model: ModelOption = None,
     random_weights: Annotated[
@@ -42,17 +44,17 @@ def bench(
     dtype: DtypeOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Measure the time to the first token, beside what was possible. Several images form one prompt.
+    """Measure the time to the first token, beside what was possible. Several images and videos form one prompt.
 
     Every budget is measured at every batch size. Default budget: auto, or 0.5 where auto depends on the pixels or
     keeps all although it need not.
     """
     budgets, batch_sizes = [parse_budget(each) for each in budget or ()], batch_size or [1]
     check_dtype(dtype)
-    if random_weights is not None and (model or image or question):
+    if random_weights is not None and (model or image or video or question):
         raise ValueError(
-            "`--random-weights` brings model, image and text of its own: leave `--model`, `--image` and `--question` "
-            "out."
+            "`--random-weights` brings model, image and text of its own: leave `--model`, `--image`, `--video` and "
+            "`--question` out."
         )
     source = checkpoint_path(model) if random_weights is None else random_weights
 
@@ -64,7 +66,7 @@ def bench(
 
     find_device(device)
     if random_weights is None:
-        loaded, inputs_of = _from_checkpoint(source, image, question, device, dtype)
+        loaded, inputs_of = _from_checkpoint(source, image, video, question, device, dtype)
     else:
         loaded, inputs_of = _from_shape(source, device, dtype)
     budgets = budgets or [default_budget(loaded.config)]
@@ -87,13 +89,18 @@ def bench(
 
 
 def _from_checkpoint(
-    path: str, images: list[str] | None, question: str | None, device: str | None, dtype: str | None
+    path: str,
+    images: list[str] | None,
+    videos: list[str] | None,
+    question: str | None,
+    device: str | None,
+    dtype: str | None,
 ) -> tuple[Any, Any]:
     """A model, and what makes its inputs of a batch size."""
     from .answers import load, model_inputs, with_pictures
 
-    pages = pages_of(images, question)
-    pages = pages if images else pages[:1]
+    pages = pages_of(images, question, videos)
+    pages = pages if images or videos else pages[:1]
     pictures = [page["picture"] for page in with_pictures(pages)]
     with status("Loading the model ..."):
         loaded, processor = load(path, device, dtype)

@@ -23,7 +23,10 @@ ImagesOption = Annotated[
     list[str] | None,
     typer.Option("--image", metavar="PATH_OR_URL", help="Image, may be repeated. Default: the shipped pages."),
 ]
-QuestionOption = Annotated[str | None, typer.Option("--question", help="Asked about every image.")]
+VideosOption = Annotated[
+    list[str] | None, typer.Option("--video", metavar="PATH", help="File of a video, may be repeated; needs PyAV.")
+]
+QuestionOption = Annotated[str | None, typer.Option("--question", help="Asked about every image and video.")]
 BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", help="Share of visual tokens (0.5 or 50%), tokens per image (256), auto, or full."),

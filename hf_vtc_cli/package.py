@@ -15,7 +15,7 @@ _SHIPPED = PACKAGE / "_shipped" if (PACKAGE / "_shipped").is_dir() else PACKAGE.
 SHIPPED_MODELS = _SHIPPED / "model_cards"
 SHIPPED_PAGES = _SHIPPED / "examples" / "images" / "pages.json"
 _DEFAULT_MODEL = "vico-tiny"
-_QUESTION = "Describe the image."
+_QUESTION = {"image": "Describe the image.", "video": "Describe the video."}
 # of a model that has seen nothing but what examples/digit_forms draws
 NOTE_ON_TINY_MODELS = (
     "This model reads drawn forms only: pages of coloured boxes with handwritten digits, as in examples/images. What "
@@ -69,10 +69,13 @@ def is_shipped(path: str) -> bool:
     return Path(path).resolve().parent == SHIPPED_MODELS.resolve()
 
 
-def pages_of(images: Sequence[str] | None, question: str | None) -> list[dict[str, Any]]:
-    """The images of the command line with its question, or the shipped pages with theirs."""
-    if images:
-        return [{"image": image, "questions": [{"question": question or _QUESTION}]} for image in images]
+def pages_of(
+    images: Sequence[str] | None, question: str | None, videos: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """The images and videos of the command line with its question, or the shipped pages with theirs."""
+    if images or videos:
+        shown = [*(("image", image) for image in images or ()), *(("video", video) for video in videos or ())]
+        return [{kind: path, "questions": [{"question": question or _QUESTION[kind]}]} for kind, path in shown]
     if not SHIPPED_PAGES.is_file():
         raise FileNotFoundError(
             f"The pages that come with hf_vtc are not here ({SHIPPED_PAGES}). Name a picture with --image, or {_CLONE}"

@@ -1,4 +1,4 @@
-"""`hf-vtc run`: questions about images, uncompressed and compressed."""
+"""`hf-vtc run`: questions about images and videos, uncompressed and compressed."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from .options import (
     ModelOption,
     ProgressBar,
     QuestionOption,
+    VideosOption,
     check_dtype,
     parse_budget,
     print_json,
@@ -28,6 +29,7 @@ from .package import NOTE_ON_TINY_MODELS, checkpoint_path, is_shipped, pages_of,
 
 def run(
     image: ImagesOption = None,
+    video: VideosOption = None,
     question: QuestionOption = None,
     model: ModelOption = None,
     compare: Annotated[bool, typer.Option("--all", help="Every shipped model side by side.")] = False,
@@ -43,7 +45,7 @@ def run(
     dtype: DtypeOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Answer questions about images, uncompressed and compressed, draw what was kept, and measure the gain.
+    """Answer questions about images and videos, uncompressed and compressed, draw what was kept, and measure the gain.
 
     Without options: questions about pages of real handwriting, answered by the checkpoint that comes with hf_vtc, with
     budget auto and, where the method can, 0.5.
@@ -54,7 +56,7 @@ def run(
     if compare and model is not None:
         raise ValueError("Give `--all` or `--model`, not both: `--all` runs the models that come with hf_vtc.")
     paths = shipped_models() if compare else [checkpoint_path(model)]
-    pages = pages_of(image, question)
+    pages = pages_of(image, question, video)
 
     from hf_vtc.plot import stack
 
@@ -79,7 +81,7 @@ def run(
         console.print(table)
     console.print(Text(f"What was kept: {save}"))
     measured, reason = _gain_or_reason(loaded, gain, compare)
-    notes = [NOTE_ON_TINY_MODELS] if image and any(map(is_shipped, paths)) else []
+    notes = [NOTE_ON_TINY_MODELS] if (image or video) and any(map(is_shipped, paths)) else []
     notes += [reason] if reason else []
     for line in [*(tables.gain_lines(measured) if measured else ()), *map(Text, notes)]:
         console.print(line)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from factories import tiny_processor
+from factories import tiny_pair, tiny_processor
 from fit_samples import differing, small_request, weights_of, write_model, write_records
 from PIL import Image
 from qwen_models import BASES, model_of
@@ -16,7 +16,7 @@ from hf_vtc import bench, estimate
 from hf_vtc.auto import REMOTE_CODE_FROM_FOLDER
 from hf_vtc.data import Conversation, VtcCollator
 from hf_vtc.fit import fit
-from hf_vtc.hub import export
+from hf_vtc.hub import export, proof
 from hf_vtc.methods import record_of
 from hf_vtc.methods.costs import config_dict, tower_of
 from hf_vtc.methods.drawing import Kept
@@ -111,7 +111,8 @@ def test_bench_and_overlay_reach(base):
 @pytest.mark.skipif(not REMOTE_CODE_FROM_FOLDER, reason="remote code from a local folder needs transformers >= 5.11")
 def test_exported_folders_compute_the_same_without_the_package(base, tmp_path):
     """Model and processor, in a process that has no hf_vtc: the proof is that of `export`."""
-    folder = export(model_of(base), processor_of(base), tmp_path / "folder")
+    folder = export(*tiny_pair(f"llavolta on {base}"), tmp_path / "folder")
+    assert "video_grid_thw" in proof._probe(str(folder), trust_remote_code=False)
     assert "image_grid_thw" in AutoProcessor.from_pretrained(folder).image_processor.model_input_names
     assert "visual tokens" in (folder / "README.md").read_text(encoding="utf-8")
 

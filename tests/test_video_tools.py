@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from factories import tiny_model, tiny_processor
 from fit_samples import differing, small_request, weights_of
 from PIL import Image
 from qwen_models import BASES
-from test_data_videos import turns
+from test_data_videos import turns, video_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from video_records import clip, mixed_records, pair_of, write_pair, write_record
 
 import hf_vtc
 from hf_vtc import bench
-from hf_vtc.data import RecordError, VtcCollator
+from hf_vtc.data import RecordError, Video, VtcCollator
 from hf_vtc.data.videos import metadata_of
 from hf_vtc.evaluation import read_questions, records_to_ask, running
 from hf_vtc.evaluation.baselines import NAMES
@@ -25,6 +26,7 @@ from hf_vtc.fit import fit
 from hf_vtc.fit.split import Split, image_digest
 from hf_vtc.methods.costs import config_dict, tower_of
 from hf_vtc.report.measured import Oracle, _tower_flops, plain_features
+from hf_vtc_cli import answers
 from hf_vtc_cli.app import app
 
 pytestmark = pytest.mark.window
@@ -279,3 +281,67 @@ def test_bench_measures_videos(pair):
     towers = [(frames, tower_of(config, (rows * patch_size, columns * patch_size))) for frames, rows, columns in sides]
     connectors = sum(frames * tower.connector_flops(tower.num_patches) for frames, tower in towers)
     assert _tower_flops(config, inputs) == counter.get_total_flops() - connectors
+
+
+# run and bench by the command
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """Videos that need no library: a file of any name has these frames."""
+    video = Video(clip(5, 0)["frames"], {"fps": 10.0, "total_num_frames": 30, "frames_indices": [0, 7, 15, 22, 29]})
+    monkeypatch.setattr(answers, "read_video", lambda path: video)
+
+
+def run(command, folder, *arguments):
+    return CliRunner().invoke(app, [command, "--model", str(folder), *map(str, arguments)])
+
+
+@pytest.mark.parametrize(("method", "base"), [(METHODS[0], BASES[0]), (METHODS[1], BASES[1]), (METHODS[2], BASES[0])])
+def test_run_asks_about_videos(method, base, files, tmp_path):
+    folder = write_pair(method, base, tmp_path / "model")
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "a.png")
+    asked = ["--video", "clip.mp4", "--image", tmp_path / "a.png", "--question", "what?", "--max-new-tokens", 2]
+    found = run("run", folder, *asked, "--save", tmp_path / "kept.png", "--no-gain", "--json")
+    assert found.exit_code == 0, found.output
+    results = json.loads(found.stdout)["results"]
+    assert [sorted({"image", "video"} & {*result}) for result in results] == [["image"], ["video"]]
+    for each in results[1]["runs"]:
+        # three patches in time
+        assert each["num_reserved"] % 3 == 0 and each["num_kept"] <= each["num_reserved"]
+        assert (each["num_kept"] == each["num_reserved"]) == (each["budget"] == "full")
+    assert Image.open(tmp_path / "kept.png").height > 100
+
+
+def test_bench_by_the_command(files, tmp_path):
+    folder = write_pair("llavolta", "qwen2_5_vl", tmp_path / "model")
+    given = ["--video", "clip.mp4", "--video", "other.mp4", "--repeats", 1, "--warmup", 0, "--batch-size", 2, "--json"]
+    found = run("bench", folder, *given)
+    assert found.exit_code == 0, found.output
+    (report,) = json.loads(found.stdout)["reports"]
+    assert report["num_tiles"] == 12 and len(report["num_kept"]) == 4
+
+
+@pytest.mark.parametrize("command", ("run", "bench"))
+def test_commands_name_what_cannot_be(command, files, tmp_path):
+    folder = tmp_path / "model"
+    tiny_model("vico").save_pretrained(folder, save_code=False)
+    tiny_processor("vico").save_pretrained(folder, save_code=False)
+    found = run(command, folder, "--video", "clip.mp4")
+    assert found.exit_code == 2 and "This model takes no videos" in found.stderr
+    (tmp_path / "clip.mp4").write_bytes(b"no image")
+    found = run(command, folder, "--image", tmp_path / "clip.mp4")
+    assert found.exit_code == 2 and "is a video. Give it as `--video`" in " ".join(found.stderr.split())
+    found = CliRunner().invoke(app, ["bench", "--random-weights", "vico-8b", "--video", "clip.mp4"])
+    assert found.exit_code == 2 and "`--random-weights` brings model" in " ".join(found.stderr.split())
+
+
+def test_a_file_is_asked_about(tmp_path):
+    video_file(tmp_path / "clip.mp4")
+    folder = write_pair("llavolta", "qwen3_vl", tmp_path / "model")
+    asked = ["--video", tmp_path / "clip.mp4", "--max-new-tokens", 1, "--save", tmp_path / "kept.png", "--no-gain"]
+    assert run("run", folder, *asked).exit_code == 0 and (tmp_path / "kept.png").is_file()
+    record = {"id": "v", "conversations": turns(), "video": "clip.mp4"}
+    (tmp_path / "records.json").write_text(json.dumps([record]), encoding="utf-8")
+    found = CliRunner().invoke(app, ["eval", str(folder), "--data", str(tmp_path / "records.json"), "--json"])
+    assert found.exit_code == 0 and json.loads(found.stdout)["rows"][0]["tokens"] > 0

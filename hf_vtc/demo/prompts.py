@@ -1,4 +1,5 @@
-"""A question about an image, asked with several budgets: answer, visual tokens, time to the first token, picture."""
+"""A question about an image or a video, asked with several budgets: answer, visual tokens, time to the first token,
+picture."""
 
 import statistics
 import time
@@ -9,8 +10,9 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from ..data.videos import Video, metadata_of
 from ..models.prompt_vtc import Budget
-from ..plot import overlay
+from ..plot import filmstrip, overlay
 
 __all__ = ["Prompt", "model_inputs"]
 
@@ -20,26 +22,42 @@ _PICTURE_SIDE = 448
 _FIRST_TOKEN_RUNS = 3
 
 
-def model_inputs(processor: Any, pictures: Sequence[Image.Image], question: str, batch_size: int = 1) -> Any:
-    """Model inputs of one question about some images, `batch_size` times."""
-    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
+def model_inputs(processor: Any, shown: Sequence[Image.Image | Video], question: str, batch_size: int = 1) -> Any:
+    """Model inputs of one question about some images and videos, `batch_size` times.
+
+    Raises:
+        ValueError: there are videos, and the model takes none.
+    """
+    videos = [each for each in shown if isinstance(each, Video)]
+    if videos and processor.video is None:
+        raise ValueError(
+            "This model takes no videos, which need a tower that sees grids, as Qwen3-VL's does. Give frames as "
+            "images."
+        )
+    content = [
+        {"type": "video", "video": each.frames} if isinstance(each, Video) else {"type": "image", "image": each}
+        for each in shown
+    ]
+    more = {"processor_kwargs": {"video_metadata": metadata_of(videos) * batch_size}} if videos else {}
     # in one step: a first token that the template writes would come twice if the text were tokenized afterwards
     return processor.apply_chat_template(
-        [[{"role": "user", "content": content}]] * batch_size,
+        [[{"role": "user", "content": [*content, {"type": "text", "text": question}]}]] * batch_size,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        **more,
     )
 
 
 class Prompt:
-    """One question about one image, ready to be asked with several budgets."""
+    """One question about one image or video, ready to be asked with several budgets."""
 
-    def __init__(self, model: PreTrainedModel, processor: Any, picture: Image.Image, question: str):
+    def __init__(self, model: PreTrainedModel, processor: Any, picture: Image.Image | Video, question: str):
         self.model, self.processor, self.picture = model, processor, picture
         self.inputs = model_inputs(processor, [picture], question).to(model.device)
-        self.num_reserved = int((self.inputs["input_ids"] == model.config.image_token_id).sum())
+        ids = self.inputs["input_ids"]
+        self.num_reserved = int(torch.isin(ids, ids.new_tensor(model.config.placeholder_ids)).sum())
 
     def count(self, budget: Budget) -> int:
         """Visual tokens that the model keeps."""
@@ -71,9 +89,15 @@ class Prompt:
         }
 
     def overlay(self, budget: Budget, title: str | None = None, caption: Sequence[str] = ()) -> Image.Image:
-        """Picture of what is kept."""
+        """Picture of what is kept, of a video without `title` and `caption`."""
         with torch.no_grad():
             output = self.model(**self.inputs, vtc_budget=budget, logits_to_keep=1)
+        if isinstance(self.picture, Video):
+            frames = self.picture.frames
+            shape = (len(frames), frames[0].height, frames[0].width)
+            (clip,), _, _ = self.processor.written_videos([shape], video_metadata=metadata_of([self.picture]))
+            shown = [frames[idx] for idx in clip.shown]
+            return filmstrip(shown, output, self.inputs["input_ids"], self.processor, config=self.model.config)
         return overlay(
             self.picture,
             output,
