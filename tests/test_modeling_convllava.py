@@ -11,6 +11,7 @@ from factories import images_of, random_batch, tiny_config, tiny_model, tiny_pro
 from torch import nn
 from transformers import AutoModelForImageTextToText, ConvNextConfig, ConvNextModel
 
+from hf_vtc.models import modeling_convllava
 from hf_vtc.models.configuration_convllava import ConvllavaConfig
 from hf_vtc.models.modeling_convllava import ConvNextTower, DropPath, encode_sizes
 from hf_vtc.models.tiling_vtc import ImageSizes
@@ -59,6 +60,30 @@ def test_encode_sizes_runs_equal_sizes_together(model):
     # one call, whatever the number of sizes: sharded training needs that
     assert batches == [[(3, 3, 48, 48), (1, 3, 16, 80), (2, 3, 37, 21), (1, 3, 80, 16)]]
     assert [tuple(part.shape) for part in features] == [(n, 32) for n in (9, 5, 2, 9, 5, 2, 9)]
+
+
+def test_encode_sizes_bounds_what_runs_at_a_time(model, monkeypatch):
+    """Without a graph; the tower is called once, and images are what they were."""
+    tower, batches = copy.deepcopy(model.model.vision_tower).double(), []
+    images = padded(*[torch.randn(3, height, width) for height, width in SIZES])
+    given = images["pixel_values"].double(), images["image_sizes"].tolist()
+    with torch.no_grad():
+        expected = encode_sizes(tower, *given)
+    handle = tower.register_forward_pre_hook(lambda _, args: batches.append([len(batch) for batch in args]))
+    monkeypatch.setattr(modeling_convllava, "_PIXELS_AT_ONCE_ON_CPU", 2 * 48 * 48)
+    try:
+        with torch.no_grad():
+            bounded = encode_sizes(tower, *given)
+        trained = encode_sizes(tower, *given)
+        monkeypatch.setattr(modeling_convllava, "_PIXELS_AT_ONCE_ON_CPU", 1)
+        with torch.no_grad():
+            alone = encode_sizes(tower, *given)
+    finally:
+        handle.remove()
+    assert batches == [[2, 1, 1, 2, 1], [3, 1, 2, 1], [1] * 7]
+    for found in (bounded, trained, alone):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_features_are_in_reading_order(model):

@@ -8,9 +8,9 @@ As upstream: the raw map of the last stage goes row by row through LLaVA's proje
 token or a thumbnail; every LayerNorm has eps 1e-6, whatever the configuration says. Parameters have the names of
 `ConvNextModel`, whose pooled `layernorm` is not used and not here.
 
-Ours: images of different sizes in one batch, each encoded at its own size (upstream stops at a list of images);
-gradient checkpointing by stage; a layer scale that can be folded into weights for inference. Where we differ: a
-text-only row takes no image of the batch.
+Ours: images of different sizes in one batch, each encoded at its own size (upstream stops at a list of images), as
+many at a time as are fast and bounded in memory; gradient checkpointing by stage; a layer scale that can be folded
+into weights for inference. Where we differ: a text-only row takes no image of the batch.
 """
 
 import torch
@@ -27,6 +27,11 @@ from .vision_vtc import VtcVisionHalf
 
 # hard-coded upstream; `layer_norm_eps` of published configurations (1e-12) concerns a norm that is not used
 LAYER_NORM_EPS = 1e-6
+# pixels that run through a stage at a time where no graph is built. A block's widest map has four times its channels:
+# what leaves the caches of a CPU is slow, and eight images of 768 x 768 one by one took 0.63 of their time together,
+# though images of 256 x 256 are faster in fours than alone. Elsewhere many pixels keep a device busy, and the bound is
+# for memory: a choice, not measured
+_PIXELS_AT_ONCE_ON_CPU, _PIXELS_AT_ONCE = 512 * 512, 8 * 768 * 768
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -197,8 +202,11 @@ class ConvNextTower(nn.Module):
 def encode_sizes(tower: nn.Module, pixel_values: torch.Tensor, image_sizes: list[list[int]]) -> list[torch.Tensor]:
     """Run a tower on images of different sizes, each at its own size, those of one size together.
 
+    Without a graph a size may make several batches, so that the memory of a stage does not grow with the images. The
+    tower is called once in any case. What trains keeps the maps of all images anyway, and sums its gradients as ever.
+
     Args:
-        tower (`nn.Module`): takes one batch of pixels per size, gives one batch of maps per size.
+        tower (`nn.Module`): takes batches of pixels, each of one size, gives as many batches of maps.
         pixel_values (`torch.Tensor` of shape `(num_images, 3, H_max, W_max)`): padded on the right and at the bottom.
         image_sizes (`list[list[int]]`): (height, width) in pixels of each image, without padding.
 
@@ -209,17 +217,20 @@ def encode_sizes(tower: nn.Module, pixel_values: torch.Tensor, image_sizes: list
     for image_idx, (height, width) in enumerate(image_sizes):
         images_of_size.setdefault((height, width), []).append(image_idx)
     whole = tuple(pixel_values.shape[-2:])
-    if list(images_of_size) == [whole]:
-        batches = [pixel_values]
-    else:
-        batches = [
-            torch.stack([pixel_values[image_idx, :, :height, :width] for image_idx in images])
-            for (height, width), images in images_of_size.items()
-        ]
-    features = {}
-    for images, maps in zip(images_of_size.values(), tower(*batches), strict=True):
-        features.update(zip(images, maps.flatten(2).transpose(1, 2), strict=True))
+    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
+    batches = []
+    for (height, width), images in images_of_size.items():
+        same = len(images_of_size) == 1 and (height, width) == whole
+        pixels = pixel_values if same else torch.stack([pixel_values[idx, :, :height, :width] for idx in images])
+        batches += [pixels] if trains else pixels.split(_images_at_once(height * width, pixels.device))
+    found = (features for maps in tower(*batches) for features in maps.flatten(2).transpose(1, 2))
+    order = [image_idx for images in images_of_size.values() for image_idx in images]
+    features = dict(zip(order, found, strict=True))
     return [features[image_idx] for image_idx in range(len(image_sizes))]
+
+
+def _images_at_once(num_pixels: int, device: torch.device) -> int:
+    return max(1, (_PIXELS_AT_ONCE_ON_CPU if device.type == "cpu" else _PIXELS_AT_ONCE) // num_pixels)
 
 
 class ConvllavaSteps:
