@@ -1,15 +1,17 @@
 """Seconds and memory of one optimizer step: each trainer, the same next-token step under LoRA, an oracle, and plain.
 
-The oracle of a step has images packed already and runs nothing in vain: the tower once, without gradients, the
-connectors that were needed, the embeddings of text, the stock language model once for each time that the objective
-needs it, the head on supervised tokens alone. Plain transformers sees all visual tokens and makes logits of every
-position, as its `Trainer` lets it. All take the same optimizer step, of SGD, which has no states and is a small part
-of the whole.
+The oracle of a step has images packed already and runs nothing in vain: the tower once, with gradients where it
+trains, the connectors that were needed, the embeddings of text, the stock language model once for each time that the
+objective needs it, the head on supervised tokens alone; a reference model with its own tower where the objective has
+one; and the matrix products of what the objective demands beside these (`demanded.py`): those of AVG-LLaVA's router
+where it chooses, as released, and of VisToG's semantic tokens, whose vectors train. Plain transformers sees all visual
+tokens and makes logits of every position, as its `Trainer` lets it. All take the same optimizer step, of SGD, which
+has no states and is a small part of the whole.
 """
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_vtc.lora import default_lora_config
+from hf_vtc.methods import record_of
+from hf_vtc.methods.shapes import Shape
 from hf_vtc.report.measured import Oracle
 from hf_vtc.trainers import (
     AvgLlavaGranularityTrainer,
@@ -29,10 +33,12 @@ from hf_vtc.trainers import (
     VistogTrainer,
     VtcTrainer,
 )
+from hf_vtc.trainers.losses import consistency_kl
 from hf_vtc.trainers.schedule import Stage
 
 from .cases import build, inputs_of_plain, labelled, plain_of, prompts, shape_of, takes
-from .first_token import require_equal
+from .demanded import semantic_products
+from .first_token import released_products, require_equal
 from .rounds import Limits, peak_bytes, take_turns
 
 NUM_ANSWER_TOKENS = 16
@@ -40,6 +46,9 @@ NUM_ANSWER_TOKENS = 16
 _TOLERANCE = 1e-4
 _CACHE_NAMES = ("past_key_value", "past_key_values", "cache")
 _RANK = 16
+FULL = {"vtc_budget": "full"}
+# or a router would choose otherwise from step to step
+_NOTHING_DRAWN = {"vico": {"connector_dropout": 0.0}, "avg_llava": {"router_dropout": 0.0}}
 
 
 class NextTokenTrainer(VtcTrainer):
@@ -105,8 +114,8 @@ class OraclePass:
             self.gradients[key] = 1e-3 * torch.randn_like(states)
         return _Handed.apply(states, given, self.gradients[key])
 
-    def loss(self, features: Any) -> torch.Tensor:
-        """The next-token loss, with its graph."""
+    def logits(self, features: Any) -> torch.Tensor:
+        """Logits `(B * answers, V)` of the supervised tokens, with their graph."""
         oracle, connected = self.oracle, self.oracle.connect(features)
         pieces = connected if isinstance(connected, list) else [connected]
         # whoever trains embeddings looks them up and makes their gradients
@@ -121,7 +130,11 @@ class OraclePass:
         else:
             states = self._replayed(embeds)
         rows = states[:, -NUM_ANSWER_TOKENS - 1 : -1].flatten(0, 1)
-        return F.cross_entropy(self.model.lm_head(rows).float(), self.targets)
+        return self.model.lm_head(rows)
+
+    def loss(self, features: Any) -> torch.Tensor:
+        """The next-token loss, with its graph."""
+        return F.cross_entropy(self.logits(features).float(), self.targets)
 
     def _replayed(self, embeds: torch.Tensor) -> torch.Tensor:
         decoder, replay, states = self.model.model.language_model, self.oracle.replay, embeds
@@ -144,7 +157,7 @@ class Step:
         name (`str`): of the trainer.
         trainer (`(model, arguments) -> Trainer`): which also says what trains.
         asked (`(model, batch, budget) -> list`): what each pass of the language model with gradients is asked for.
-        references (`int`): passes at full length without gradients before it.
+        references (`bool`): whether the loss is the divergence from a frozen model, which sees all visual tokens.
         lora (`bool`): whether adapters train, and the compressor.
         budgets (`tuple`): at which it is measured; `"auto"` is the trainer's own way.
     """
@@ -154,7 +167,7 @@ class Step:
     asked: Callable[[PreTrainedModel, dict, Any], list[dict[str, Any]]] = lambda model, batch, budget: [
         {"vtc_budget": budget}
     ]
-    references: int = 0
+    references: bool = False
     lora: bool = False
     budgets: tuple = ("auto",)
 
@@ -190,7 +203,7 @@ def _next_token(model: nn.Module, arguments: TrainingArguments) -> Trainer:
 
 
 _TRAINERS = {
-    "vico": Step("VicoConsistencyTrainer", _Alternating, _half_of_the_tiles, references=1),
+    "vico": Step("VicoConsistencyTrainer", _Alternating, _half_of_the_tiles, references=True),
     "avg_llava": Step("AvgLlavaGranularityTrainer", AvgLlavaGranularityTrainer, _every_granularity),
     "vistog": Step("VistogTrainer, stage 2", lambda model, given: VistogTrainer(model, given, stage=2)),
     "llavolta": Step("LlavoltaTrainer", lambda model, given: LlavoltaTrainer(model, given, stages=[Stage(2, 8, 1.0)])),
@@ -226,22 +239,42 @@ def step_by(trainer: Trainer, model: nn.Module, batch: dict) -> Callable[[], tor
 
 
 def oracle_step(
-    model: PreTrainedModel, trained: nn.Module, passes: list[OraclePass], references: list[OraclePass]
+    model: PreTrainedModel,
+    trained: nn.Module,
+    passes: list[OraclePass],
+    reference: OraclePass | None = None,
+    beside: Callable[[], None] = lambda: None,
 ) -> Callable[[], None]:
-    """One optimizer step of the oracle; its passes share one run of the tower."""
+    """One optimizer step of the oracle; its passes share one run of the tower.
+
+    Args:
+        model, trained: ours, and ours with adapters where it has any.
+        passes (`list[OraclePass]`): with gradients; the loss is their mean.
+        reference ([`OraclePass`], *optional*): of the frozen model from which the loss is the divergence.
+        beside (`Callable`): what else the objective demands.
+    """
     optimizer = optimizer_of(trained)
+    tower_trains = any(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
 
     def step() -> None:
+        expected = None
+        if reference is not None:
+            with torch.no_grad():
+                expected = reference.logits(reference.oracle.encode())
         model.train()
-        with torch.no_grad():
-            # the plain tower: in training a method may run more beside it, whatever is asked
-            model.model.training = False
+        # the plain tower: in training a method may run more beside it, whatever is asked
+        model.model.training = False
+        with torch.set_grad_enabled(tower_trains):
             features = passes[0].oracle.encode()
-            model.model.training = True
-            for each in references:
-                each.loss(features)
+        model.model.training = True
+        beside()
+        # the passes leave their gradients here, and the tower goes back once
+        leaf = features.detach().requires_grad_() if tower_trains else features
         for each in passes:
-            (each.loss(features) / len(passes)).backward()
+            loss = each.loss(leaf) if expected is None else consistency_kl(expected, each.logits(leaf))
+            (loss / len(passes)).backward()
+        if tower_trains:
+            features.backward(leaf.grad)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -292,6 +325,69 @@ def passes_of(model: PreTrainedModel, batch: dict, asked: list[dict[str, Any]]) 
     return passes
 
 
+def demanded(model: PreTrainedModel, inputs: dict, asked: list[dict[str, Any]]) -> Callable[[], None]:
+    """What an objective demands beside tower, connectors and language model; see the file."""
+    budgets = [each["vtc_budget"] for each in asked if each.get("vtc_budget", "full") != "full"]
+    if "auto" in budgets and model.model.routes_by_text:
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            run = torch.no_grad()(released_products(model, inputs))
+        model.train(was_training)
+        return run
+    if budgets and record_of(model.config).name == "vistog":
+        return semantic_products(model, len(inputs["pixel_values"]))
+    return lambda: None
+
+
+class Prepared:
+    """A step of one kind, its oracle and plain transformers, float32.
+
+    `variants`: what takes turns, by name; `oracle BUDGET` beside `BUDGET`. `kept`: visual tokens at each budget that
+    the model can meet, the mean over passes.
+
+    Raises:
+        DifferentOutputs: model and oracle do not have the same loss.
+    """
+
+    def __init__(self, kind: Step, method: str, shape: Shape, batch_size: int, device: torch.device):
+        # what is measured must not depend on what is drawn
+        shape = replace(shape, fields={**shape.fields, **_NOTHING_DRAWN.get(method, {})})
+        self.model = model = build(method, shape, torch.float32, device)
+        self.inputs = inputs = prompts(model, shape, batch_size)
+        batch = labelled(inputs, NUM_ANSWER_TOKENS)
+        plain = plain_of(model)
+        own = {**inputs_of_plain(plain, inputs, model), "labels": batch["labels"]}
+        config = default_lora_config(model, r=_RANK, lora_dropout=0.0) if kind.lora else None
+        trained = get_peft_model(model, config) if kind.lora else model
+        self.variants, self.kept = {"plain": plain_step(plain, own, kind.lora)}, {}
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(folder, report_to=[], use_cpu=device.type == "cpu", disable_tqdm=True)
+            trainer = kind.trainer(trained, arguments)
+        (reference,) = passes_of(trainer.reference_model, batch, [FULL]) if kind.references else (None,)
+        for budget in kind.budgets:
+            if not takes(model, inputs, budget):
+                continue
+            asked = kind.asked(model, batch, budget)
+            passes = passes_of(model, batch, asked)
+            if reference is not None:
+                _require_equal_divergence(trainer, trained, batch, reference, passes[0])
+            beside = demanded(model, inputs, asked)
+            self.kept[budget] = sum(each.num_kept for each in passes) // len(passes)
+            self.variants[f"oracle {budget}"] = oracle_step(model, trained, passes, reference, beside)
+            self.variants[str(budget)] = _at(budget, trainer, step_by(trainer, trained, batch))
+
+
+@torch.no_grad()
+def _require_equal_divergence(
+    trainer: Trainer, trained: nn.Module, batch: dict, reference: OraclePass, policy: OraclePass
+) -> None:
+    trained.eval()
+    found = trainer.compute_loss(trained, dict(batch))
+    expected = consistency_kl(reference.logits(reference.features), policy.logits(policy.features))
+    require_equal("divergence and oracle", found, expected, _TOLERANCE)
+
+
 def measure(
     method: str,
     size: str,
@@ -302,31 +398,13 @@ def measure(
     limits: Limits,
 ) -> list[dict[str, Any]]:
     """Rows of the steps of one method at one vocabulary, in full or under LoRA, float32."""
-    shape = shape_of(method, size, vocab_size)
     rows = []
     for kind in steps_of(method, lora, budgets):
-        model = build(method, shape, torch.float32, limits.device)
-        inputs = prompts(model, shape, batch_size)
-        batch = labelled(inputs, NUM_ANSWER_TOKENS)
-        plain = plain_of(model)
-        own = {**inputs_of_plain(plain, inputs, model), "labels": batch["labels"]}
-        config = default_lora_config(model, r=_RANK, lora_dropout=0.0) if lora else None
-        trained = get_peft_model(model, config) if lora else model
-        variants, kept = {"plain": plain_step(plain, own, lora)}, {}
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(folder, report_to=[], use_cpu=limits.device.type == "cpu", disable_tqdm=True)
-            trainer = kind.trainer(trained, arguments)
-            references = passes_of(model, batch, [{"vtc_budget": "full"}] * kind.references)
-            budgets_met = [budget for budget in kind.budgets if takes(model, inputs, budget)]
-            for budget in budgets_met:
-                passes = passes_of(model, batch, kind.asked(model, batch, budget))
-                kept[budget] = sum(each.num_kept for each in passes) // len(passes)
-                variants[f"oracle {budget}"] = oracle_step(model, trained, passes, references)
-                variants[str(budget)] = _at(budget, trainer, step_by(trainer, trained, batch))
-            pairs = [(f"oracle {budget}", str(budget)) for budget in budgets_met]
-            rounds = take_turns(variants, pairs, limits)
-            memory = {name: peak_bytes(variants[name], limits.device) for name in variants}
-        for budget in budgets_met:
+        made = Prepared(kind, method, shape_of(method, size, vocab_size), batch_size, limits.device)
+        pairs = [(f"oracle {budget}", str(budget)) for budget in made.kept]
+        rounds = take_turns(made.variants, pairs, limits)
+        memory = {name: peak_bytes(step, limits.device) for name, step in made.variants.items()}
+        for budget, kept in made.kept.items():
             name, oracle = str(budget), f"oracle {budget}"
             rows.append(
                 {
@@ -336,8 +414,8 @@ def measure(
                     "budget": budget,
                     "batch": batch_size,
                     "vocabulary": vocab_size,
-                    "reserved": int((inputs["input_ids"] == model.config.image_token_id).sum()),
-                    "kept": kept[budget],
+                    "reserved": int((made.inputs["input_ids"] == made.model.config.image_token_id).sum()),
+                    "kept": kept,
                     "rounds": len(rounds.seconds[name]),
                     "seconds": vars(rounds.spread(name)),
                     "oracle_seconds": vars(rounds.spread(oracle)),
