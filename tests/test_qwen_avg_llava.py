@@ -15,6 +15,8 @@ from hf_vtc.convert import from_base
 from hf_vtc.lora import compressor_modules
 from hf_vtc.methods import record_of
 from hf_vtc.methods.drawing import Kept
+from hf_vtc.models import modeling_router_avg_llava
+from hf_vtc.models.modeling_router_avg_llava import RouterLayer
 from hf_vtc.trainers import AvgLlavaGranularityTrainer, AvgLlavaRouterTrainer
 
 pytestmark = pytest.mark.window
@@ -30,6 +32,24 @@ def base(request):
 
 def own_model(base, **fields):
     return tiny_model(f"avg_llava on {base}", **fields)
+
+
+@pytest.mark.parametrize(("lengths", "num_calls"), [([5, 5, 5], 1), ([5, 3, 5], 3), ([4], 1)], ids=str)
+def test_attention_stays_within_images(monkeypatch, lengths, num_calls):
+    """As of each image alone, those of one length in one call; four axes, without which torch fuses nothing."""
+    torch.manual_seed(0)
+    layer = RouterLayer(16, 4, 0.0, across_tiles=False).double().eval()
+    states, attend, axes = torch.randn(sum(lengths), 16).double(), F.scaled_dot_product_attention, []
+    with torch.no_grad():
+        alone = torch.cat([layer.attend(rows[None], torch.zeros(1))[0] for rows in states.split(lengths)])
+        monkeypatch.setattr(
+            modeling_router_avg_llava.F,
+            "scaled_dot_product_attention",
+            lambda query, *rest, **named: axes.append(query.ndim) or attend(query, *rest, **named),
+        )
+        together = layer.attend_in_images(states, lengths)
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+    assert axes == [4] * num_calls
 
 
 @pytest.mark.parametrize("granularity_idx", SAME_WINDOWS)

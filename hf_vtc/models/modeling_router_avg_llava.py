@@ -113,15 +113,21 @@ class RouterLayer(nn.Module):
         return self.out_proj(attended.flatten(2))
 
     def attend_in_images(self, states: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Multi-head self-attention within each image of `(N, D)` states."""
-        queries, keys, values = (
-            project(states).unflatten(-1, (self.num_heads, -1)).transpose(0, 1).split(lengths, 1)
+        """Multi-head self-attention within each image of `(N, D)` states; images of one length in one call."""
+        are_alike = len(set(lengths)) == 1
+        num_images, num_rows = (len(lengths), [len(states)]) if are_alike else (1, lengths)
+        heads = (
+            project(states).unflatten(-1, (self.num_heads, -1)).split(num_rows)  # (rows, heads, D / heads) each
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        dropout = self.dropout.p if self.training else 0.0
+        dropout, attended = self.dropout.p if self.training else 0.0, []
         # none of these has parameters, so that every process makes the same calls of modules
-        attended = [F.scaled_dot_product_attention(*each, dropout_p=dropout) for each in zip(queries, keys, values)]
-        return self.out_proj(torch.cat(attended, 1).transpose(0, 1).flatten(1))
+        for rows in zip(*heads, strict=True):
+            # four axes, since torch fuses no attention of three
+            rows = (each.unflatten(0, (num_images, -1)).transpose(1, 2) for each in rows)
+            mixed = F.scaled_dot_product_attention(*rows, dropout_p=dropout).transpose(1, 2)
+            attended.append(mixed.flatten(2).flatten(0, 1))
+        return self.out_proj(attended[0] if are_alike else torch.cat(attended))
 
 
 class WideLayerNorm(nn.LayerNorm):
