@@ -102,7 +102,9 @@ class ShardedTrainer(CheckpointTrainer):
 
     def unwrap(self, model: nn.Module) -> PreTrainedModel:
         """Our own model inside the wrappers of accelerate and PEFT."""
-        model = self.accelerator.unwrap_model(model)
+        # accelerate looks for compiled ones among all modules, at every call
+        if not isinstance(model, PreTrainedModel | PeftModel):
+            model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
     def place_reference(self, reference_model: PreTrainedModel) -> PreTrainedModel:
