@@ -214,8 +214,9 @@ def match(plan: Plan, stored: Mapping[str, Shape], origin: str, on_disk: bool = 
     if lost:
         raise ValueError(
             f"{origin} has {', '.join(lost)}, for which the projector of {plan.config.model_type!r} at "
-            f"`downsample_ratio` {plan.config.downsample_ratio} has no place: it has a norm only behind a pixel shuffle. "
-            "Left out, visual tokens would not be those of the base. Convert a base whose `downsample_ratio` is below 1."
+            f"`downsample_ratio` {plan.config.downsample_ratio} has no place: it has a norm only behind a pixel "
+            "shuffle. Left out, visual tokens would not be those of the base. Convert a base whose `downsample_ratio` "
+            "is below 1."
         )
     absent = [name for name in expected if name not in claimed]
     in_fresh = [name for name in absent if name.startswith(tuple(f"{module}." for module in plan.fresh_modules))]

@@ -115,8 +115,8 @@ class LlavoltaConfig(VtcConfig):
             )
         if self.grid_base is None:
             raise ValueError(
-                f"`compress_frames` ({frames}) needs a tower that sees grids, at whose places frames are averaged, got "
-                f"{self.vision_config.model_type}. Leave it out: each frame is compressed by itself."
+                f"`compress_frames` ({frames}) needs a tower that sees grids, at whose places frames are averaged, "
+                f"got {self.vision_config.model_type}. Leave it out: each frame is compressed by itself."
             )
         if self.compressor not in WINDOWS:
             raise ValueError(
