@@ -9,9 +9,9 @@ its positions. A pooled token stands where its first member stood, `S` apart, at
 
 Ours: spans from the prompt instead of a constant, left padding, text-only rows, unequal counts per row, beams, static
 caches, every decoder of the Llama, Qwen2, Qwen3 and Mistral families; budgets; compressors other than means; grids of
-Qwen's bases, whose windows end with a row and whose tokens keep their coordinates. Where we differ: positions are
-exact where the original rounds means in float16 (from position 1024 on), unless `float16_positions` asks for that, and
-decoding with K = 0 works.
+Qwen's bases, whose windows end with a row, or span frames of a video, and whose tokens keep their coordinates; frames
+of LLaVA-OneVision's videos, each a span of its own. Where we differ: positions are exact where the original rounds
+means in float16 (from position 1024 on), unless `float16_positions` asks for that, and decoding with K = 0 works.
 
 `modeling_compressors_llavolta.py` makes spans shorter, `host_decoder_vtc.py` runs the layers around that; this file
 says which spans, and by how much.
