@@ -23,7 +23,7 @@ from ..methods import record_of
 from ..models.layout_vtc import Layout
 from ..models.prompt_vtc import VisionInputs
 from ..models.vision_vtc import Choice, VisualTokens
-from .points import Frames, Point, clipped_budget
+from .points import Point, clipped_budget
 from .questions import Question
 
 logger = logging.get_logger(__name__)
@@ -184,7 +184,7 @@ class Batch:
     @cached_property
     def levels(self) -> list[Sequence[int]]:
         """Visual tokens of each image and each whole video at each of its levels, in the order of budgets."""
-        return [Frames(self.counts[pictures[0]], len(pictures)).whole for pictures in self.items]
+        return [_summed([self.counts[idx] for idx in pictures]) for pictures in self.items]
 
     @property
     def num_reserved(self) -> list[int]:
@@ -424,6 +424,13 @@ def _items_of(layout: Layout) -> list[list[int]]:
     for picture_idx, item_idx in enumerate(layout.videos.items[layout.order].tolist()):
         items[item_idx].append(picture_idx)
     return items
+
+
+def _summed(levels: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Sums over pictures at each level, of which a picture with fewer stays at its last one."""
+    if len(levels) == 1:
+        return levels[0]
+    return [sum(own[min(idx, len(own) - 1)] for own in levels) for idx in range(max(map(len, levels)))]
 
 
 def _with_parts(content: Any) -> list[dict[str, Any]]:

@@ -118,12 +118,14 @@ def by_random_tokens(met: Met) -> Instead:
     numbers that a lot can leave by lot, where windows of a grid leave another one. Frames of a video share equally."""
     kept, budgets = [0] * len(met.counts), []
     for pictures in met.items:
-        reserved, num_frames = met.counts[pictures[0]][0], len(pictures)
-        options = sorted({num_frames * (reserved // stride) for stride in range(1, reserved + 1)})
+        reserved = [met.counts[idx][0] for idx in pictures]
+        # of a video, each frame by the same stride
+        shortened = [[max(count // stride, 1) for count in reserved] for stride in range(1, max(reserved) + 1)]
+        options = {sum(counts): counts for counts in shortened}
         wanted = sum(met.num_kept[idx] for idx in pictures)
-        budgets.append(between(wanted, options, met.generator))
-        for idx in pictures:
-            kept[idx] = budgets[-1] // num_frames
+        budgets.append(between(wanted, sorted(options), met.generator))
+        for idx, count in zip(pictures, options[budgets[-1]], strict=True):
+            kept[idx] = count
     return Instead(kept, {"vtc_budget": budgets}, {"compressor": "random", "frame_split": "uniform"})
 
 

@@ -232,9 +232,9 @@ _GRIDS = ("image_grid_thw", "video_grid_thw")
 
 
 def _num_tiles(inputs: Mapping[str, torch.Tensor]) -> int:
-    """Tiles of all images; of a tower that sees grids, images and frames of videos."""
-    grids = [inputs[name] for name in _GRIDS if name in inputs]
-    return int(torch.cat(grids)[:, 0].sum()) if grids else len(inputs["pixel_values"])
+    """Tiles of all images, or images where they are seen whole, and frames of videos."""
+    of_images = inputs.get("image_grid_thw", inputs.get("pixel_values", ()))
+    return len(of_images) + (int(inputs["video_grid_thw"][:, 0].sum()) if "video_grid_thw" in inputs else 0)
 
 
 ONE_TOKEN = {"max_new_tokens": 1, "do_sample": False}
@@ -409,9 +409,9 @@ def _tower_flops(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) 
             frames * tower_of(config, (rows * patch_size, columns * patch_size)).flops()
             for frames, rows, columns in grids
         )
-    pixel_values = inputs["pixel_values"]
     if isinstance(tower, TowerShape):
-        return pixel_values.shape[0] * tower.flops()
+        return _num_tiles(inputs) * tower.flops()
+    pixel_values = inputs["pixel_values"]
     sizes = inputs.get("image_sizes")
     sizes = [pixel_values.shape[-2:]] * pixel_values.shape[0] if sizes is None else sizes.tolist()
     return sum(tower_of(config, tuple(size)).flops() for size in sizes)
