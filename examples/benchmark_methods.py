@@ -38,7 +38,7 @@ from benchmark_parts.writing import environment, table, unsteady, write
 PARTS = ("first-token", "training", "router-step", "tower")
 OUTPUTS_DIFFER, TOO_NOISY = 2, 3
 # decoder layers that give the tower from two thirds to a tenth of a forward pass
-_ROUTER_LAYERS = {"tiny": [2], "small": [3, 6, 16, 40], "100m": [4, 8, 20, 48]}
+_ROUTER_LAYERS = {"tiny": [2], "small": [2, 6, 10, 40], "100m": [4, 8, 20, 48]}
 
 
 def budget(text: str) -> str | float:

@@ -172,6 +172,7 @@ def _row(repeat):
     return {
         **{"part": "router step", "method": "avg_llava", "batch": 1, "layers": 2, "tower_share": 0.3},
         **{"seconds": spread, "straightforward_seconds": spread, "over_straightforward": ratio},
+        "by_products": 1.0,
         **{"bytes": 2**20, "straightforward_bytes": 2**20},
     }
 

@@ -94,6 +94,7 @@ ROUTER_STEP: list[Column] = [
     ("straightforward", lambda row: milliseconds(row["straightforward_seconds"])),
     ("ours", lambda row: milliseconds(row["seconds"])),
     ("times faster", lambda row: times(row["over_straightforward"])),
+    ("by products", lambda row: f"{row['by_products']:.2f}"),
     ("MiB", lambda row: mebibytes(row["bytes"])),
     ("straightforward MiB", lambda row: mebibytes(row["straightforward_bytes"])),
 ]

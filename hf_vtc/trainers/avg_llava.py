@@ -31,6 +31,8 @@ from .responses import Responses
 from .sharding import PIXELS as _PIXELS
 from .sharding import black_tile, shows_images
 
+_VISION = VisionInputs.__dataclass_fields__.keys()
+
 
 def images_in(batch: dict[str, Any]) -> int:
     """Images of a batch from the processor, and frames of its videos, for each of which a router decides."""
@@ -49,7 +51,7 @@ def encoded(base: nn.Module, inputs: dict[str, Any]) -> Features:
 
 def _shown(base: nn.Module, inputs: dict[str, Any]) -> tuple[VisionInputs, Layout]:
     """Images and videos of a batch without compression, and where they are."""
-    undecided = {*VisionInputs.__dataclass_fields__} - {"image_features", "vtc_budget", "router_decisions"}
+    undecided = _VISION - {"image_features", "vtc_budget", "router_decisions"}
     vision = VisionInputs(**{name: inputs.get(name) for name in undecided}, vtc_budget="full")
     prompt = inputs.get("input_ids"), inputs.get("inputs_embeds")
     _, mask = base.find_placeholders(*prompt)
@@ -202,8 +204,8 @@ class AvgLlavaRouterTrainer(VtcTrainer):
     differences between the losses. It reads the instructions, never the answers. Nothing else trains, and everything
     else stays in eval mode. `config.router_select` is switched on.
 
-    Per step the tower runs once and the language model once per granularity, and a last time, at the coarsest, on the
-    instructions, for the router's own pass through the wrappers of distributed training.
+    Per step the tower runs once and the language model once per granularity. Where a wrapper or shards need a forward
+    pass of the model, it runs a last time, at the coarsest, on the instructions, behind the router.
 
     All images of a sample get the ranking of that sample. Samples without an image or without an answer teach nothing;
     upstream gives text a black image, whose equal losses push the router towards the coarsest granularity.
@@ -324,10 +326,17 @@ class AvgLlavaRouterTrainer(VtcTrainer):
         own = self.unwrap(model)
         # in training mode it speaks although its decision is not asked for, and drops out as it should
         own.model.router.train(training)
-        decisions = {"router_decisions": torch.zeros(images_in(inputs), dtype=torch.long)} if training else {}
-        outputs = model(**inputs, **decisions, logits_to_keep=1, use_cache=False)
+        if training:
+            inputs = {**inputs, "router_decisions": torch.zeros(images_in(inputs), dtype=torch.long)}
+        if model is own and not self.is_sharded:
+            # what stands before the language model is enough where nobody waits for a forward pass
+            vision = VisionInputs(**{name: inputs[name] for name in _VISION & inputs.keys()})
+            with self.accelerator.autocast():
+                found = own.model.compress_prompt(inputs["input_ids"], vision, inputs.get("attention_mask"))
+        else:
+            found = model(**inputs, logits_to_keep=1, use_cache=False)
         own.model.router.eval()
-        return outputs.router_logits
+        return found.router_logits
 
     def router_loss(
         self, router_logits: torch.Tensor, losses: torch.Tensor, num_images: torch.Tensor | int | None = None
