@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 # how far two runs may be apart, as a share of a ratio
 AGREEMENT = 0.05
@@ -59,6 +61,10 @@ class Ratio(Spread):
     @property
     def is_steady(self) -> bool:
         return self.repeat <= AGREEMENT
+
+    def over(self, number: float) -> "Ratio":
+        """The same, of all values divided by a number."""
+        return Ratio(self.median / number, self.p10 / number, self.p90 / number, self.repeat)
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,13 @@ def take_turns(variants: Mapping[str, Callable[[], Any]], pairs: Iterable[tuple[
     finally:
         gc.enable()
     return rounds
+
+
+def multiplied(work: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products of a call, those of attention too, which is taken apart for it."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:

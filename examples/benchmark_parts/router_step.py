@@ -6,13 +6,10 @@ can be gained follows from the products of both, which are counted: the smaller 
 """
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 
 from hf_vtc.models.prompt_vtc import VisionInputs
@@ -22,7 +19,7 @@ from hf_vtc.trainers.losses import mean_per_row, token_cross_entropy
 
 from .cases import build, labelled, prompts, shape_of
 from .first_token import require_equal
-from .rounds import Limits, peak_bytes, take_turns
+from .rounds import Limits, multiplied, peak_bytes, take_turns
 
 # fields of ViT-B, by the size of the rest
 _TOWERS = {
@@ -31,13 +28,6 @@ _TOWERS = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
 }
 _TOLERANCE = 1e-5
-
-
-def multiplied(work: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products of a call, of attention too, which is taken apart for it."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def straightforward_step(trainer: AvgLlavaRouterTrainer, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,7 +39,7 @@ from hf_vtc.trainers.schedule import Stage
 from .cases import build, inputs_of_plain, labelled, plain_of, prompts, shape_of, takes
 from .demanded import semantic_products
 from .first_token import released_products, require_equal
-from .rounds import Limits, peak_bytes, take_turns
+from .rounds import Limits, multiplied, peak_bytes, take_turns
 
 NUM_ANSWER_TOKENS = 16
 # of losses, which are sums of other order
@@ -404,6 +404,9 @@ def measure(
         pairs = [(f"oracle {budget}", str(budget)) for budget in made.kept]
         rounds = take_turns(made.variants, pairs, limits)
         memory = {name: peak_bytes(step, limits.device) for name, step in made.variants.items()}
+        # what a budget saves of the step without compression, in products
+        against = [str(budget) for budget in made.kept if "full" in made.kept]
+        products = {name: multiplied(made.variants[name]) for name in against}
         for budget, kept in made.kept.items():
             name, oracle = str(budget), f"oracle {budget}"
             rows.append(
@@ -427,6 +430,10 @@ def measure(
                     "plain_bytes": memory["plain"],
                 }
             )
+            if name in products and name != "full":
+                by_products = products["full"] / products[name]
+                rows[-1]["by_products"] = by_products
+                rows[-1]["of_products"] = vars(rounds.ratio("full", name).over(by_products))
     return rows
 
 

@@ -87,6 +87,9 @@ TRAINING: list[Column] = [
     *_AGAINST_BOTH,
     ("oracle MiB", lambda row: mebibytes(row["oracle_bytes"])),
     ("plain MiB", lambda row: mebibytes(row["plain_bytes"])),
+    # times as fast as without compression, and as a share of that what products alone would give
+    ("by products", lambda row: f"{row['by_products']:.2f}" if "by_products" in row else ""),
+    ("share of it", lambda row: times(row["of_products"]) if "of_products" in row else ""),
 ]
 ROUTER_STEP: list[Column] = [
     ("decoder layers", lambda row: str(row["layers"])),
