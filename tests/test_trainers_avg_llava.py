@@ -236,17 +236,25 @@ def test_router_trainer_measures_what_full_passes_measure(tmp_path):
             torch.testing.assert_close(losses[row, idx], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_router_trainer_routes_by_instructions_as_inference_does(tmp_path):
-    """Answers in the batch do not change what the router says, and without them it is the router of `generate`."""
+@pytest.mark.parametrize("num_behind", [0, 2])
+def test_router_trainer_routes_by_instructions_as_inference_does(tmp_path, num_behind):
+    """Answers in the batch do not change what the router says, and without them it is the router of `generate`.
+
+    Nor does what chat templates write behind the last answer, which nobody has written when a model is asked.
+    """
     model = model_without_dropout("avg_llava")
     trainer = trainer_of(AvgLlavaRouterTrainer, model, tmp_path)
     records = records_of(model, (1, 2))
+    prompt_lengths = [int((record["labels"] == -100).sum()) for record in records]
+    for record in records:
+        behind = torch.full((1, num_behind), 5)
+        record["input_ids"] = torch.cat([record["input_ids"], behind], 1)
+        record["labels"] = torch.cat([record["labels"], torch.full_like(behind, -100)], 1)
     batch = collate(records)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     routed = trainer.route(model.eval(), batch["labels"], dict(inputs), training=True)
     assert routed.requires_grad
-    for record in records:
-        prompt_length = int((record["labels"] == -100).sum())
+    for record, prompt_length in zip(records, prompt_lengths, strict=True):
         record["input_ids"] = record["input_ids"][:, :prompt_length]
         record["labels"] = record["labels"][:, :prompt_length]
     prompts = {name: value for name, value in collate(records).items() if name != "labels"}

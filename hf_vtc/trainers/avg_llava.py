@@ -367,8 +367,12 @@ class AvgLlavaRouterTrainer(VtcTrainer):
 
 
 def without_answers(inputs: dict[str, Any], labels: torch.Tensor, placeholder_ids: tuple[int, ...]) -> dict[str, Any]:
-    """The prompts of a batch without the tokens that `labels` `(B, L)` supervise, padded on the right."""
-    asked = labels == IGNORE_INDEX
+    """The prompts of a batch as a model is asked, padded on the right: without the tokens that `labels` `(B, L)`
+    supervise, and without what a template writes behind the last of them."""
+    supervised = labels != IGNORE_INDEX
+    # counted from the end: more is to come, or nothing is supervised at all
+    more = supervised.flip(1).cumsum(1).flip(1) > 0
+    asked = ~supervised & (more | ~supervised.any(1, keepdim=True))
     if inputs.get("attention_mask") is not None:
         asked = asked & inputs["attention_mask"].bool()
     rows = [ids[kept] for ids, kept in zip(inputs["input_ids"], asked, strict=True)]
