@@ -101,11 +101,19 @@ def _asked(
     quiet: bool,
 ) -> tuple[Any, dict[str, Any], list[list[Any]]]:
     """A model, and what it says of every page, in data and in pictures; each page is printed once it is done."""
+    from hf_vtc.models.video_processing_vtc import VideoSettings
+
     from . import tables
     from .answers import interview, load, working_with
 
     with status(f"Loading {path} ..."):
         loaded = load(path, device, dtype)
+    video = loaded[1].video
+    if video is not None and VideoSettings.from_dict(video).as_tiles and any("video" in page for page in pages):
+        raise ValueError(
+            f"{path} shows frames of a video as tiles, of which what is kept cannot be drawn. `hf-vtc eval` and "
+            "`hf-vtc bench` take such videos."
+        )
     with working_with(path), ProgressBar(f"Asking {Path(path).name}, by page", len(pages)) as bar:
 
         def on_page(num_done: int, name: str, answers: list[dict[str, Any]]) -> None:

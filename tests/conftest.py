@@ -24,7 +24,7 @@ from hf_vtc.methods import RECORDS  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 METHOD_NAMES = tuple(record.name for record in RECORDS.values())
 # a method on each base that takes videos
-ON_VIDEOS = ("llavolta on qwen3_vl", "avg_llava on qwen2_5_vl")
+ON_VIDEOS = ("llavolta on qwen3_vl", "avg_llava on qwen2_5_vl", "cdpruner on llava_onevision")
 # of a copy of the package that has a sixth method, see test_sixth_method.py
 collect_ignore = ["sixth_method"]
 HIDE_PACKAGE = 'import sys; sys.modules["hf_vtc"] = None\n'

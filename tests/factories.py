@@ -133,13 +133,16 @@ def video_processor(method: str, **fields: Any) -> VtcProcessor:
     The tiny tokenizer knows no placeholder of videos: a token that no text of the tests has stands for it.
     """
     tokens = {"token": "<|im_start|>", "start_token": "<img>", "end_token": "</img>"}
-    video = {"base": method.partition(" on ")[2], "min_pixels": 128, "max_pixels": 2048, **tokens} | fields
+    base = method.partition(" on ")[2]
+    # of frames that are tiles there are none
+    limits = {} if base == "llava_onevision" else {"min_pixels": 128, "max_pixels": 2048}
+    video = {"base": base, **limits, **tokens} | fields
     return tiny_processor(method, video=video, image_start_token=None, image_end_token=None)
 
 
 def tiny_pair(method: str, **overrides: Any) -> tuple[nn.Module, VtcProcessor]:
     """A tiny model and its processor, which take videos where the base does; `overrides` are fields of its config."""
-    if "video_token_id" not in TINY[method].config:
+    if not tiny_config(method).takes_videos:
         return tiny_model(method, **overrides), tiny_processor(method)
     processor = video_processor(method)
     return tiny_model(method, video_token_id=processor.video_token_id, **overrides), processor

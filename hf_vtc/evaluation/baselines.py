@@ -50,7 +50,6 @@ def baseline_points(
     methods = [point for point in points if point.budget != "full"]
     if not any(question.num_shown for question in questions) or not methods or not names:
         return [], []
-    images = [size for question in questions for size in question.image_sizes]
     own = record_of(config).need("baselines", "`evaluate(..., baselines=...)`")
     for name in dict.fromkeys(names):
         if name == "fixed":
@@ -58,7 +57,7 @@ def baseline_points(
             if not own.fixed(config):
                 notes.append("No `fixed`: the method takes no decision that could be taken for all images alike.")
             continue
-        problem = _problem(asker, name, images)
+        problem = _problem(asker, name, questions)
         if problem:
             notes.append(f"No `{name}`: {problem}.")
             continue
@@ -79,7 +78,7 @@ def _is_drawn(config: VtcConfig, name: str) -> bool:
     return name == "subset" or name == "random" and own.random is not None and own.random.is_drawn
 
 
-def _problem(asker: Asker, name: str, image_sizes: Sequence[tuple[int, int]]) -> str:
+def _problem(asker: Asker, name: str, questions: Sequence[Question]) -> str:
     """Why a baseline cannot be made with this model, empty if it can."""
     config, own = asker.config, record_of(asker.config).baselines
     if config.grid_base is not None and (name in ("subset", "smaller") or name == "pool" and own.pool is None):
@@ -97,7 +96,10 @@ def _problem(asker: Asker, name: str, image_sizes: Sequence[tuple[int, int]]) ->
             comparator(asker, name)
         except ValueError as error:
             return str(error).removesuffix(".")
-    if name == "smaller" and all(len(smaller_options(asker.processor, [size])) == 1 for size in image_sizes):
+    if name == "smaller" and any(question.num_videos for question in questions):
+        return "frames of videos are cut into no tiles of which there could be fewer"
+    sizes = [size for question in questions for size in question.image_sizes]
+    if name == "smaller" and all(len(smaller_options(asker.processor, [size])) == 1 for size in sizes):
         return "the image processor cuts every image into as many tiles, however small it is"
     return ""
 
@@ -125,7 +127,7 @@ class Rival:
 
     def answer(self, batch: Batch, point: Point) -> tuple[list[Answer], float]:
         """Answers of a baseline's point, and seconds, the tower's included."""
-        if batch.features is None:
+        if not batch.items:
             return self.asker.answer(batch, point)
         if point.family == "smaller":
             return self._smaller(batch, point)
@@ -164,9 +166,7 @@ class Rival:
             for name, value in instead.arguments.items()
         }
         with _changed(self.asker.config, instead.fields):
-            texts, truncated, seconds = self.asker.generate(
-                {**batch.inputs, "image_features": batch.features, **arguments}
-            )
+            texts, truncated, seconds = self.asker.generate({**batch.given, **arguments})
         return self._answers(batch, point, texts, truncated, instead), seconds + batch.seconds
 
     def _answers(
@@ -204,13 +204,15 @@ class Rival:
         asker, wanted = self.comparators[point.family], self._met(batch, point).num_kept
         # any share says that there is something to choose
         part = asker.batch_of(batch.questions, [0.5])
-        kept = [max(tokens, min(counts)) for tokens, counts in zip(wanted, part.counts, strict=True)]
-        inputs = {**part.inputs, "image_features": part.features, "vtc_budget": kept}
-        texts, truncated, seconds = asker.generate(inputs)
-        clipped = batch.per_question([more > tokens for more, tokens in zip(kept, wanted)])
-        answers = self.asker.as_answers(
-            batch, point, texts, truncated, batch.per_question(kept), batch.num_reserved, clipped
-        )
+        asked = [sum(wanted[idx] for idx in pictures) for pictures in batch.items]
+        budgets = [max(tokens, min(counts)) for tokens, counts in zip(asked, part.levels, strict=True)]
+        _, layout = asker.layout_of(part, VisionInputs(**part.vision, vtc_budget=budgets))
+        texts, truncated, seconds = asker.generate({**part.given, "vtc_budget": budgets})
+        clipped = [0] * len(batch.questions)
+        for pictures, tokens, budget in zip(batch.items, asked, budgets, strict=True):
+            clipped[batch.rows[pictures[0]]] += int(budget > tokens)
+        kept = batch.per_question(layout.num_leaving.tolist())
+        answers = self.asker.as_answers(batch, point, texts, truncated, kept, batch.num_reserved, clipped)
         return answers, seconds + part.seconds
 
     def _smaller(self, batch: Batch, point: Point) -> tuple[list[Answer], float]:

@@ -12,6 +12,8 @@ _OF_THE_BASE = (
     "vision_config",
     "text_config",
     "image_token_id",
+    "video_token_id",
+    "frame_split",
     "vision_feature_layer",
     "vision_feature_select_strategy",
     "projector_hidden_act",
@@ -41,7 +43,7 @@ def comparator(asker: Asker, name: str) -> Asker:
     ours, record = asker.config, record_named(name)
     if record_of(ours) is record:
         raise ValueError("it is the method itself")
-    if not ours.sees_tiles:
+    if not ours.sees_tiles and ours.grid_base is None:
         raise ValueError("the tower sees no tiles")
     fields = {field: copy.deepcopy(getattr(ours, field)) for field in _OF_THE_BASE}
     config = record.config(**fields)

@@ -9,7 +9,9 @@ import torch
 from transformers import PretrainedConfig
 
 from ..data import RecordError
+from ..models.image_sizes_vtc import sizes_of_tiled_videos
 from ..models.prompt_vtc import Budget, budgets_per_image
+from ..models.video_processing_vtc import VideoSettings
 from ..models.videos_vtc import levels_of_frames
 from .questions import Question
 
@@ -38,15 +40,22 @@ class Point:
 
 class Frames(NamedTuple):
     """An image, or a video, whose frames are images of one size to the model: visual tokens of a frame at each of its
-    levels, all of them first, and how many frames there are."""
+    levels, all of them first, how many frames there are, how many have tokens in common where they are compressed, and
+    tokens besides, which always stay."""
 
     levels: Sequence[int]
     num_frames: int = 1
+    joined: int = 1
+    num_fixed: int = 0
 
     @property
     def whole(self) -> Sequence[int]:
         """Visual tokens of all frames at each level."""
-        return self.levels if self.num_frames == 1 else [self.num_frames * count for count in self.levels]
+        if self.num_frames == 1 and not self.num_fixed:
+            return self.levels
+        reserved, *others = self.levels
+        num_windows = -(-self.num_frames // self.joined)
+        return [self.num_fixed + self.num_frames * reserved, *(self.num_fixed + num_windows * each for each in others)]
 
 
 def frames_of(processor: Any, config: PretrainedConfig, questions: Sequence[Question]) -> list[Frames]:
@@ -76,8 +85,15 @@ def _frames_of_videos(processor: Any, config: PretrainedConfig, questions: Seque
             )
         except ValueError as error:
             raise RecordError(f"{question.origin}: {error}") from error
-        levels = config.levels(config.sizes_of(None, torch.tensor(sizes)))
-        found += [Frames(own, len(clip.times)) for own, clip in zip(levels, clips, strict=True)]
+        settings = VideoSettings.from_dict(processor.video)
+        if settings.as_tiles:
+            # each frame is one, and behind them stands a newline
+            levels = [config.levels(sizes_of_tiled_videos(config, [1]))[0]] * len(clips)
+        else:
+            levels = config.levels(config.sizes_of(None, torch.tensor(sizes)))
+        for own, clip in zip(levels, clips, strict=True):
+            num_frames = -(-len(clip.shown) // settings.frames_of_patch)
+            found.append(Frames(own, num_frames, config.frames_joined, int(settings.as_tiles)))
     return found
 
 
@@ -149,10 +165,10 @@ def _default_points(config: PretrainedConfig, frames: Sequence[Frames]) -> list[
         if any(clipped_budget(budget, each.whole)[1] for each in frames):
             continue
         chosen = [
-            [config.own_level(levels, idx)] * num_frames
+            [config.own_level(own.levels, idx)] * own.num_frames
             if budget == "auto"
-            else levels_of_frames(budget, levels, num_frames)
-            for idx, (levels, num_frames) in enumerate(frames)
+            else levels_of_frames(budget, own.levels, own.num_frames, None, idx, own.joined, own.num_fixed)
+            for idx, own in enumerate(frames)
         ]
         # frames that change get more of another share, which pixels alone tell
         is_told = config.frame_split == "uniform" or isinstance(budget, str)

@@ -159,8 +159,8 @@ class Compressed:
 class Batch:
     """Some questions as model inputs, their images and videos through the tower.
 
-    A picture is an image, or a frame of a video; `rows`, `counts` and `num_tiles` are those of each in prompt order.
-    `items` are the pictures of each image and each video, in the order of budgets.
+    A picture is an image, a frame of a video, or a newline behind one; `rows`, `counts` and `num_tiles` are those of
+    each in prompt order. `items` are the pictures of each image and each video, in the order of budgets.
     """
 
     questions: list[Question]
@@ -176,10 +176,14 @@ class Batch:
     found: dict[str, Compressed] = field(default_factory=dict)
 
     @property
+    def given(self) -> dict[str, Any]:
+        """Model inputs, with features in place of pixels where all points share them."""
+        return self.inputs if self.features is None else {**self.inputs, "image_features": self.features}
+
+    @property
     def vision(self) -> dict[str, Any]:
         """Pixels, unless they have been through the tower, and what says whose they are."""
-        told = {name: self.inputs[name] for name in VisionInputs.__dataclass_fields__ if name in self.inputs}
-        return told if self.features is None else {**told, "image_features": self.features}
+        return {name: self.given[name] for name in VisionInputs.__dataclass_fields__ if name in self.given}
 
     @cached_property
     def levels(self) -> list[Sequence[int]]:
@@ -285,6 +289,9 @@ class Asker:
         # images that are encoded whole have no tiles
         whole = layout.sizes.num_tiles is None
         batch.num_tiles = [1] * len(batch.rows) if whole else layout.sizes.num_tiles.tolist()
+        if layout.videos is not None and self.config.sees_tiles:
+            # features of frames that are tiles are not taken, so that every point runs the tower
+            return batch
         vision = VisionInputs(**batch.vision, vtc_budget=admitted(batch, wanted))
         _, layout = self.layout_of(batch, vision)
         start = self._now()
@@ -337,12 +344,12 @@ class Asker:
 
     def answer(self, batch: Batch, point: Point) -> tuple[list[Answer], float]:
         """Answers of a point of the method, and seconds, the tower's included."""
-        if batch.features is None:
+        if not batch.items:
             texts, truncated, seconds = self.generate(batch.inputs)
             none = [0] * len(batch.questions)
             return self.as_answers(batch, point, texts, truncated, none, none), seconds
         found, budget = self.compressed(batch, point.budget), admitted(batch, point.budget)
-        inputs = {**batch.inputs, "image_features": batch.features, "vtc_budget": budget}
+        inputs = {**batch.given, "vtc_budget": budget}
         texts, truncated, seconds = self.generate(inputs)
         kept = batch.per_question(found.choice.num_kept.tolist())
         clipped = batch.num_clipped(point.budget)
