@@ -26,7 +26,7 @@ from train_vico import EVALUATION_SEED, PageDataset, build_processor, load, run_
 from transformers import AutoTokenizer, set_seed
 
 import hf_vtc
-from hf_vtc.data import IGNORE_INDEX, VtcCollator
+from hf_vtc.data import VtcCollator
 from hf_vtc.trainers import AvgLlavaGranularityTrainer, AvgLlavaRouterTrainer, VtcTrainer
 
 # pages of the base model's training have seed 0, evaluation has 1234
@@ -98,19 +98,11 @@ def train_router(
 
 
 class RoutedTrainer(VtcTrainer):
-    """Next-token loss at the granularities that the router chooses from the question alone."""
+    """Next-token loss at the granularities that the router chooses from the question alone, as labels tell it."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        own = self.unwrap(model)
         # Trainer switches the whole model to training mode; the router's choice shall be that of inference
-        own.model.router.eval()
-        with torch.no_grad():
-            features = own.model.encode(inputs.pop("pixel_values"))
-            prompt = inputs["attention_mask"] * (inputs["labels"] == IGNORE_INDEX)
-            unanswered = {**inputs, "attention_mask": prompt}
-            unanswered.pop("labels")
-            routed = own.model(**unanswered, image_features=features, use_cache=False)
-        inputs |= {"image_features": features, "router_decisions": routed.router_decisions}
+        self.unwrap(model).model.router.eval()
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 

@@ -350,6 +350,16 @@ def test_batch_in_eval_mode(model, batch):
 
 
 @has_batch
+def test_labels_hide_the_answers_from_the_router_in_training_mode(model, batch):
+    """As in the original, whose router reads the answers in eval mode."""
+    model = copy.deepcopy(model)
+    model.model.router.merger.dropout.p = 0.0
+    with torch.no_grad():
+        out = model.train()(**batch)
+    assert_golden("rglf.router_logits", out.router_logits)
+
+
+@has_batch
 def test_left_padding_equals_single_rows(model, batch):
     left = dict(batch)
     for name, blank in (("input_ids", 0), ("attention_mask", 0)):

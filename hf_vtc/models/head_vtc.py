@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 from .configuration_vtc import VtcConfig
 from .generation_vtc import VtcGenerationMixin
 from .host_vtc import HEAD_TP_PLAN, cache_of, named_cache
-from .prompt_vtc import Budget
+from .prompt_vtc import Budget, supervised_tokens
 from .vision_vtc import Features, VtcPreTrainedModel, VtcVision
 
 
@@ -155,6 +155,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
         second_per_grid_ts: torch.Tensor | None = None,
+        supervised: torch.BoolTensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> VtcCausalLMOutputWithPast:
@@ -162,9 +163,13 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
 
         Args:
             labels (`(B, L)`): ids to predict, -100 = none; placeholders never count. In training mode the head runs on
-                the rows that predict one, and `logits` is None; in eval mode it makes the logits as well.
+                the rows that predict one, and `logits` is None; in eval mode it makes the logits as well. In training
+                mode they also say which tokens are `supervised`, so that a method that chooses by the text chooses as
+                `generate` will; in eval mode labels change no logits, as in the released code of AVG-LLaVA.
             logits_to_keep (`int` or index tensor): logits of the last positions only, 0 = all.
         """
+        if supervised is None and self.training:
+            supervised = supervised_tokens(labels, kwargs.get("shift_labels"))
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -182,6 +187,7 @@ class VtcForConditionalGeneration(VtcGenerationMixin, VtcPreTrainedModel):
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
             second_per_grid_ts=second_per_grid_ts,
+            supervised=supervised,
             **kwargs,
         )
         loss = logits = None

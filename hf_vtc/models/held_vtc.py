@@ -46,7 +46,7 @@ class HeldPrompt:
         """Whether a longer prompt, which pads nothing behind this one, begins with it and its images."""
         if input_ids.shape[0] != len(self.input_ids) or input_ids.shape[1] <= self.length:
             return False
-        if vision.pixel_values is None or vision.has_videos:
+        if vision.pixel_values is None or vision.has_videos or vision.supervised is not None:
             return False
         num_new = len(vision.pixel_values) - len(self.marks)
         # of several rows the images of each follow each other
@@ -117,8 +117,8 @@ def hold(
     plan: DecodePlan | None,
 ) -> None:
     """Leave on a cache what prompt it was filled with, unless features were given instead of pixels."""
-    # a prompt with videos is packed anew
-    if vision.pixel_values is None or vision.has_videos:
+    # a prompt with videos, or with answers that were not to be read, is packed anew
+    if vision.pixel_values is None or vision.has_videos or vision.supervised is not None:
         return
     shape, source = packed.inputs_embeds.shape[:2], packed.source_index
     if source is None:

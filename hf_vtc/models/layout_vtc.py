@@ -18,7 +18,7 @@ from .image_sizes_vtc import (
     sizes_of_tiled_videos,
 )
 from .packing_vtc import to_host
-from .prompt_vtc import BY_SCORES, VisionInputs, budgets_per_image, chosen_levels
+from .prompt_vtc import BY_SCORES, VisionInputs, asked_tokens, budgets_per_image, chosen_levels
 from .tiling_vtc import ImageSizes
 from .videos_vtc import Videos, changes_of_frames, changes_of_tiles
 
@@ -45,6 +45,7 @@ class Layout:
         videos ([`Videos`], *optional*): where there are any, every one of their frames counts as an image here.
         order (`torch.LongTensor` of shape `(num_images,)`, *optional*): with videos, which picture, as the tensors
             stand, is where in the prompts.
+        supervised (`torch.BoolTensor` of shape `(B, L)`, *optional*): which tokens answer what is asked.
     """
 
     placeholder_mask: torch.Tensor
@@ -60,6 +61,7 @@ class Layout:
     positions: torch.LongTensor | None = None
     videos: Videos | None = None
     order: torch.LongTensor | None = None
+    supervised: torch.Tensor | None = None
 
     @property
     def num_images(self) -> int:
@@ -118,8 +120,11 @@ class Layout:
 
     @cached_property
     def text(self) -> torch.LongTensor:
-        """Positions of real text in the flattened prompts, `(num_text,)`."""
-        return (self.attention_mask.bool() & ~self.placeholder_mask).flatten().nonzero().flatten()
+        """Positions of real text in the flattened prompts, `(num_text,)`; of what is asked, if `supervised` tells."""
+        text, known = ~self.placeholder_mask, self.attention_mask.bool()
+        if self.supervised is not None:
+            known = asked_tokens(self.supervised & text, known)
+        return (known & text).flatten().nonzero().flatten()
 
     @cached_property
     def num_leaving(self) -> torch.LongTensor:
@@ -148,10 +153,11 @@ def layout_of_prompt(
             count of visual tokens fits a budget; or several sequences share a row that gets shorter.
     """
     of_videos = _told_of_videos(config, vision, video_mask)
-    optional = (*_told(config, vision), vision.router_decisions, attention_mask, position_ids, *of_videos)
+    of_prompt = (attention_mask, position_ids, vision.supervised)
+    optional = (*_told(config, vision), vision.router_decisions, *of_prompt, *of_videos)
     placeholder_mask, *arrived = to_host(placeholder_mask, *[tensor for tensor in optional if tensor is not None])
     fetched = iter(arrived)
-    num_tiles, image_sizes, decisions, mask, positions, *of_videos = (
+    num_tiles, image_sizes, decisions, mask, positions, supervised, *of_videos = (
         None if tensor is None else next(fetched) for tensor in optional
     )
     if mask is None:
@@ -166,7 +172,12 @@ def layout_of_prompt(
         sizes, videos = _pictures(config, image_sizes, *of_videos, vision)
     else:
         sizes, videos = sizes_of_images(config, placeholder_mask, num_tiles, image_sizes, vision), None
-    layout = _layout(config, placeholder_mask, mask, sizes, vision, decisions, videos)
+    if supervised is not None and supervised.shape != placeholder_mask.shape:
+        raise ValueError(
+            f"Labels must say of each token whether it is supervised, shape {tuple(placeholder_mask.shape)}, got "
+            f"{tuple(supervised.shape)}. Make them as long as the prompts."
+        )
+    layout = replace(_layout(config, placeholder_mask, mask, sizes, vision, decisions, videos), supervised=supervised)
     if positions is not None:
         _check_positions(positions, layout)
     own = config.positions(layout)

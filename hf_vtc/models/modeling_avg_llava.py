@@ -8,7 +8,9 @@ Ours: batches, padding on either side, several images per row, text-only rows, b
 Three peculiarities of the released code are kept as options that the converter switches on, see `AvgLlavaConfig`:
 attention across tiles, padding measured on the distorted grid of tokens, and no text for the later images of a row.
 Where we differ: the text of an image is that of its own row (upstream takes the row whose index is that of the image,
-which is the same where each row has one image); padding never fills up the text rows.
+which is the same where each row has one image); padding never fills up the text rows. As upstream, the router reads
+the answers of a context, but in training mode, where labels tell, the instructions alone; ours then also leaves out
+what a template writes behind the last answer, which nobody has written when a model is asked (`asked_tokens`).
 
 On grids of any size (Qwen's bases) a pyramid is made of windows, and the router, ours, knows no numbered places.
 

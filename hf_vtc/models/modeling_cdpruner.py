@@ -13,9 +13,10 @@ bases, whose tokens keep their coordinates. Where there are more tokens to keep 
 further sets are equally improbable, and the most relevant tokens are taken. Where we differ: the question is the mean
 embedding of the text of the row, in the vocabulary of the language model, on every base. The paper does so for
 InternVL3 and Qwen2.5-VL, but asks CLIP's own text encoder for LLaVA, which no checkpoint of LLaVA has in it: its
-numbers for LLaVA are those of another relevance. Chat template and turns are part of that text, and in training the
-answers are: whatever is added to a prompt can change which tokens stay. `generate` chooses once, for the prompt; to
-compute it again with its answer, or to go on with its cache, give the `router_decisions` that `forward` gave for it.
+numbers for LLaVA are those of another relevance. Chat template and turns are part of that text: whatever is added to a
+prompt can change which tokens stay. In training, what labels supervise is not part of it (`asked_tokens`). `generate`
+chooses once, for the prompt; to compute it again with its answer, or to go on with its cache, give the
+`router_decisions` that `forward` gave for it.
 """
 
 import torch

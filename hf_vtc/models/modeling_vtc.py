@@ -288,6 +288,7 @@ class VtcModel(PromptPlaceholders, VtcVision):
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
         second_per_grid_ts: torch.Tensor | None = None,
+        supervised: torch.BoolTensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> VtcModelOutputWithPast:
@@ -311,6 +312,8 @@ class VtcModel(PromptPlaceholders, VtcVision):
                 videos; a router decides for each frame, and `router_decisions` are those of images and frames in
                 prompt order.
             second_per_grid_ts (`(num_videos,)`): seconds between frames of each video, where positions tell them.
+            supervised (`(B, L)`): True at answers, of which a method that chooses by the text reads nothing, nor of
+                what stands behind the last of them; see `prompt_vtc.asked_tokens`.
             past_key_values, cache: two names of one argument, on every version of transformers.
 
         Raises:
@@ -330,6 +333,7 @@ class VtcModel(PromptPlaceholders, VtcVision):
             pixel_values_videos,
             video_grid_thw,
             second_per_grid_ts,
+            supervised if self.routes_by_text else None,
         )
         if not vision.given:
             return self._forward_text(input_ids, attention_mask, position_ids, cache, inputs_embeds, vision, **kwargs)

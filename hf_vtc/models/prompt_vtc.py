@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 Budget = None | str | float | int
 
@@ -15,7 +16,8 @@ BY_SCORES = -1
 
 @dataclass
 class VisionInputs:
-    """What the caller said about the images of one call; shapes are those of `VtcModel.forward`."""
+    """What the caller said about the images of one call, and which tokens beside them answer what is asked; shapes are
+    those of `VtcModel.forward`."""
 
     pixel_values: torch.Tensor | None = None
     image_features: torch.Tensor | dict[str, torch.Tensor] | None = None
@@ -27,6 +29,7 @@ class VisionInputs:
     pixel_values_videos: torch.Tensor | None = None
     video_grid_thw: torch.Tensor | None = None
     second_per_grid_ts: torch.Tensor | None = None
+    supervised: torch.Tensor | None = None
 
     @property
     def given(self) -> bool:
@@ -64,6 +67,26 @@ class VisionInputs:
             raise ValueError(
                 "Give `router_decisions` or `vtc_budget`, not both: each decides how many visual tokens are kept."
             )
+
+
+def supervised_tokens(labels: torch.Tensor | None, shift_labels: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Where the tokens stand that labels `(B, L)` supervise, None without any; `shift_labels` replace `labels`."""
+    if shift_labels is None:
+        return None if labels is None else labels != -100
+    # what a position predicts stands behind it
+    return F.pad(shift_labels[:, :-1] != -100, (1, 0))
+
+
+def asked_tokens(supervised: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """What is known of each row when it is asked: real tokens before the last supervised one that are not supervised.
+
+    What a template writes behind the last answer is not there yet when a model is asked. Of a row without supervised
+    tokens everything is. Both arguments and the result are bool, `(B, L)`; `real` is False at padding.
+    """
+    # nothing predicts the first token of a row, on whichever side the row is padded
+    supervised = supervised & real & F.pad(real[:, :-1], (1, 0))
+    more_to_come = supervised.flip(1).cumsum(1).flip(1) > 0
+    return real & ~supervised & (more_to_come | ~supervised.any(1, keepdim=True))
 
 
 def budgets_per_image(vtc_budget: Budget | Sequence[Budget], num_images: int) -> list[Budget]:

@@ -16,11 +16,10 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..methods import record_of
 from ..models.layout_vtc import Layout
-from ..models.prompt_vtc import VisionInputs
+from ..models.prompt_vtc import VisionInputs, asked_tokens, supervised_tokens
 from ..models.vision_vtc import Features
 from .base import VtcTrainer, freeze, train_router_alone
 from .losses import (
-    IGNORE_INDEX,
     best_granularity_loss,
     granularity_ranking_loss,
     mean_per_row,
@@ -367,14 +366,12 @@ class AvgLlavaRouterTrainer(VtcTrainer):
 
 
 def without_answers(inputs: dict[str, Any], labels: torch.Tensor, placeholder_ids: tuple[int, ...]) -> dict[str, Any]:
-    """The prompts of a batch as a model is asked, padded on the right: without the tokens that `labels` `(B, L)`
-    supervise, and without what a template writes behind the last of them."""
-    supervised = labels != IGNORE_INDEX
-    # counted from the end: more is to come, or nothing is supervised at all
-    more = supervised.flip(1).cumsum(1).flip(1) > 0
-    asked = ~supervised & (more | ~supervised.any(1, keepdim=True))
-    if inputs.get("attention_mask") is not None:
-        asked = asked & inputs["attention_mask"].bool()
+    """The prompts of a batch as a model is asked, by `asked_tokens` for `labels` `(B, L)`, padded on the right."""
+    mask = inputs.get("attention_mask")
+    real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+    is_placeholder = torch.isin(inputs["input_ids"], torch.tensor(placeholder_ids, device=labels.device))
+    # images stay, wherever they stand
+    asked = asked_tokens(supervised_tokens(labels) & ~is_placeholder, real) | is_placeholder
     rows = [ids[kept] for ids, kept in zip(inputs["input_ids"], asked, strict=True)]
     # padding must not look like an image
     padding = next(token_id for token_id in range(3) if token_id not in placeholder_ids)

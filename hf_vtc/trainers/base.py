@@ -144,7 +144,7 @@ class VtcTrainer(ShardedTrainer):
     def response_logits(
         self, model: nn.Module, responses: Responses, inputs: dict[str, Any]
     ) -> tuple[torch.Tensor, Any]:
-        """Run a model whose head projects only the states that predict supervised tokens.
+        """Run a model whose head projects only the states that predict supervised tokens, and chooses by no answer.
 
         Args:
             model (`nn.Module`): wrapped or not. The wrapper's own `forward` runs, as distributed training requires.
@@ -168,7 +168,7 @@ class VtcTrainer(ShardedTrainer):
         head = own.get_output_embeddings()
         handles = own.model.register_forward_hook(keep_states), head.register_forward_pre_hook(choose_states)
         try:
-            outputs = model(**inputs, logits_to_keep=1, use_cache=False)
+            outputs = model(**inputs, supervised=responses.supervised, logits_to_keep=1, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()

@@ -32,6 +32,11 @@ class Responses:
         return cls(mask, shifted[mask], mask.nonzero()[:, 0])
 
     @property
+    def supervised(self) -> torch.Tensor:
+        """True at the supervised tokens themselves, `(B, L)`."""
+        return torch.nn.functional.pad(self.mask, (1, 0))
+
+    @property
     def num_rows(self) -> int:
         return self.mask.shape[0]
 
