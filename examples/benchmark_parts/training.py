@@ -21,7 +21,6 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_vtc.lora import default_lora_config
-from hf_vtc.methods import record_of
 from hf_vtc.methods.shapes import Shape
 from hf_vtc.report.measured import Oracle
 from hf_vtc.trainers import (
@@ -335,7 +334,7 @@ def demanded(model: PreTrainedModel, inputs: dict, asked: list[dict[str, Any]]) 
             run = torch.no_grad()(released_products(model, inputs))
         model.train(was_training)
         return run
-    if budgets and record_of(model.config).name == "vistog":
+    if budgets and hasattr(model.model, "semantic_tokens"):
         return semantic_products(model, len(inputs["pixel_values"]))
     return lambda: None
 
