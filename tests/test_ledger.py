@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import ledger  # noqa: E402
 from digit_forms import load_split, page_rng  # noqa: E402
+from ledger.base import NAMES  # noqa: E402
 from ledger.dataset import write_dataset  # noqa: E402
-from ledger.fonts import fonts_of, printed_digit  # noqa: E402
+from ledger.fonts import SHAPES, Shape, fonts_of, printed_digit  # noqa: E402
+from ledger.pages import GRIDS, MAX_TILES  # noqa: E402
 from ledger.photos import SUBJECTS, photo_crop, regions_of  # noqa: E402
 from ledger.stages import Conversations, build_processor  # noqa: E402
 from ledger.text import build_tokenizer  # noqa: E402
@@ -41,6 +43,20 @@ def test_fonts_of_hold_out_whole_files_that_look_otherwise():
         # the same bitmaps under another name would be a leak that names hide
         seen = {drawn[font].tobytes() for font in train}
         assert sum(drawn[font].tobytes() in seen for font in test) == 0, digit
+
+
+def test_digits_of_training_differ_in_shape_and_those_of_the_test_are_their_fonts():
+    assert SHAPES["test"] == (Shape(),)
+    plain = printed_digit("DejaVuSans", 40, "7")
+    drawn = [printed_digit("DejaVuSans", 40, "7", shape) for shape in SHAPES["train"]]
+    assert (drawn[0] == plain).all() and len({mask.tobytes() for mask in drawn}) == len(drawn) >= 20
+    ink = {weight: printed_digit("DejaVuSans", 40, "7", Shape(weight=weight)).sum() for weight in (0, 1)}
+    assert ink[1] > 1.05 * ink[0]
+    wide = printed_digit("DejaVuSans", 40, "7", Shape(stretch=1.2))
+    assert wide.shape[1] == pytest.approx(1.2 * plain.shape[1], abs=1.5) and wide.shape[0] == plain.shape[0]
+    slanted = printed_digit("DejaVuSans", 40, "0", Shape(shear=0.25))
+    rows = np.arange(slanted.shape[1]) @ slanted.T / slanted.sum(1)
+    assert rows[:4].mean() - rows[-4:].mean() == pytest.approx(0.25 * (len(rows) - 4), abs=1)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -131,7 +147,8 @@ def test_questions_have_one_answer(pages):
         for question in page.questions:
             if question.topic == "digit":
                 field = page.fields[question.tile]
-                _, colour, cell = question.text.rstrip("?").split()
+                word = question.text.rstrip("?").split()[1]
+                colour, cell = word[:-1], word[-1]
                 assert field.colour == colour and field.kind == "table"
                 assert question.answer == field.text["ABCDEFGHIJKLMNOP".index(cell)]
             elif question.topic == "tables":
@@ -175,6 +192,22 @@ def test_draw_page_of_few_fields_leaves_out_what_does_not_fit(grid, kinds):
     assert {field.kind for page in drawn for field in page.fields} == kinds
     # about two thirds of the pages have a table, which comes first
     assert 15 <= sum(page.num_tables > 0 for page in drawn) <= 38
+
+
+def test_draw_page_has_the_fields_that_are_asked_for():
+    for num_tables, num_boxes, grids in (
+        (1, 0, ((1, 1),)),
+        (2, 0, ((1, 2),)),
+        (0, MAX_TILES, GRIDS),
+    ):
+        page = ledger.draw_page(page_rng(0, "train", 1), "train", num_tables, grids, num_boxes)
+        assert [field.kind for field in page.fields] == ["table"] * num_tables + ["box"] * num_boxes
+
+
+def test_words_of_questions_are_one_token():
+    tokenizer = build_tokenizer()
+    for words in NAMES.values():
+        assert all(len(tokenizer(word, add_special_tokens=False).input_ids) == 1 for word in words)
 
 
 def test_evaluation_set_is_balanced_and_new():

@@ -20,6 +20,7 @@ pytest.importorskip("scipy", reason="intervals by resampling need scipy")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from ledger import PagePool, base, evaluation_set, gates, measure, readout, recipe  # noqa: E402
+from ledger.dataset import KINDS  # noqa: E402
 from ledger.sizes import SIZES  # noqa: E402
 from ledger.stages import build_processor, load  # noqa: E402
 from ledger.text import build_tokenizer  # noqa: E402
@@ -121,7 +122,7 @@ def test_recipe_makes_models_and_figures(made, method):
 
 
 @torch.no_grad()
-def test_avg_llava_at_full_length_is_its_base_though_its_projector_has_no_norm(made):
+def test_avg_llava_at_full_length_is_its_base(made):
     folder = made / "base"
     stock = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     converted = hf_vtc.convert.from_base(folder, "avg_llava", dtype=torch.float32).eval()
@@ -180,8 +181,9 @@ def test_readout_finds_what_means_keep_and_not_what_they_mix():
 def test_connector_reader_learns_the_words_of_what_a_token_shows():
     tokenizer = build_tokenizer()
     # as wide as the vocabulary, so that words can be orthogonal
-    model = base.build_base(replace(SIZES["dry"], width=384), tokenizer)
-    model.get_input_embeddings().weight.data = 5 * torch.eye(len(tokenizer), 384)
+    width = 64 * -(-len(tokenizer) // 64)
+    model = base.build_base(replace(SIZES["dry"], width=width), tokenizer)
+    model.get_input_embeddings().weight.data = 5 * torch.eye(len(tokenizer), width)
     reader = base.ConnectorReader(model, tokenizer)
     assert reader.words["digit"].tolist() == [tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"]
     dataset = base.TileDataset(PagePool(12, "train", 3, patch_size=6), 16, 0)
@@ -194,7 +196,10 @@ def test_connector_reader_learns_the_words_of_what_a_token_shows():
         words = model.get_input_embeddings().weight[reader.words[name]][index.clamp(min=0)]
         return words * (index >= 0)[..., None]
 
-    shown = vectors("cell", 4 * of["row"] + of["column"]) + vectors("paper", of["paper"]) + vectors("kind", of["kind"])
-    shown = shown + vectors("digit", of["digit"] - 1) + vectors("colour", of["colour"] - 1)
+    colour, none = of["colour"] - 1, torch.full_like(of["kind"], -1)
+    is_table, is_box = (of["kind"] == KINDS.index(kind) for kind in ("table", "box"))
+    shown = vectors("cell", torch.where(is_table, 16 * colour + 4 * of["row"] + of["column"], none))
+    shown = shown + vectors("colour", torch.where(is_box, colour, none)) + vectors("digit", of["digit"] - 1)
+    shown = shown + vectors("paper", of["paper"]) + vectors("kind", of["kind"])
     assert reader.naming_loss(shown, labels).item() < 1e-6
     assert reader.naming_loss(shown.roll(1, dims=1), labels).item() > 5

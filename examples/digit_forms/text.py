@@ -27,8 +27,10 @@ def corpus() -> list[str]:
     return texts + [f"assistant\n{answer}" for answer in answers * 20]
 
 
-def build_tokenizer(texts: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
-    """Train the tokenizer: byte-level BPE of 400 entries, which can write any text; merged on `texts`, or `corpus()`.
+def build_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """Train the tokenizer: byte-level BPE of at most `vocab_size` entries, which can write any text.
+
+    It is merged on `texts`, or `corpus()`.
 
     Digits are single tokens. Padding is `<|endoftext|>` on the left, the end of an answer is `<|im_end|>`, and nothing
     is added in front. The same installed `tokenizers` gives the same vocabulary every time.
@@ -39,7 +41,7 @@ def build_tokenizer(texts: Iterable[str] | None = None) -> PreTrainedTokenizerFa
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -4,7 +4,7 @@
 
 Three phases, all plain `transformers.Trainer`: the tower alone on what each patch shows, through linear heads that are
 thrown away; the projector, to name what a token shows in the words of the language model; then the language model on
-questions, about pages of one field, of two, and whole ones. Tower and projector stay as they are from then on: trained
+questions, about pages of tables, of boxes, and whole ones. Tower and projector stay as they are from then on: trained
 further they would pack a tile into few tokens, and nothing would be left to choose.
 """
 
@@ -31,8 +31,8 @@ from transformers import (
     set_seed,
 )
 
-from .dataset import PATCH_LABELS, PagePool
-from .pages import COLOURS, FIELD_SIZE, GRIDS, PAPERS
+from .dataset import KINDS, PATCH_LABELS, PagePool
+from .pages import COLOURS, FIELD_SIZE, GRIDS, MAX_TILES, PAPERS
 from .questions import CELLS, EVALUATED_KINDS, Question
 from .sizes import SIZES, TOKEN_SIDE, Size
 from .text import build_tokenizer
@@ -44,25 +44,27 @@ _OPTIMIZER = OPTIMIZER | {"logging_steps": 25}
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the language model learns on for a share of its steps: `grids` and `num_tables` of its pages, as in
-    `draw_page`, and the kinds of question that it is asked."""
+    """What the language model learns on for a share of its steps: `grids`, `num_tables` and `num_boxes` of its pages,
+    as in `draw_page`, and the kinds of question that it is asked."""
 
     share: float
     grids: Sequence[tuple[int, int]]
     num_tables: int | None
+    num_boxes: int | None
     kinds: Sequence[str]
 
 
-# one table asks for the cell alone, two ask for the colour too. What else can be asked drowns both where they are not
-# known yet: digits are then answered by how often they stand on the page
+# a page that is one table, then two, boxes alone, then all. What else can be asked drowns a look-up that is not known
+# yet: digits are then answered by how often they stand on the page
 LESSONS = (
-    Lesson(0.25, ((1, 1),), 1, ("dense",)),
-    Lesson(0.2, ((1, 2), (2, 1)), 2, ("dense",)),
-    Lesson(0.55, GRIDS, None, EVALUATED_KINDS),
+    Lesson(0.1, ((1, 1),), 1, 0, ("dense",)),
+    Lesson(0.15, ((1, 2), (2, 1)), 2, 0, ("dense",)),
+    Lesson(0.1, GRIDS, 0, MAX_TILES, ("sparse",)),
+    Lesson(0.65, GRIDS, None, None, EVALUATED_KINDS),
 )
 # the words by which visual tokens name what they show: as questions and answers write them
 NAMES = {
-    "cell": [f" {cell}" for cell in CELLS],
+    "cell": [f" {colour}{cell}" for colour in COLOURS for cell in CELLS],
     "digit": list("0123456789"),
     "colour": [f" {colour}" for colour in COLOURS],
     "paper": list(PAPERS),
@@ -227,11 +229,12 @@ class ConnectorReader(nn.Module):
         side = int(labels["row"].shape[1] ** 0.5)
         step = side // self.side
         shown = {name: each.unflatten(1, (side, side))[:, ::step, ::step].flatten() for name, each in labels.items()}
+        colour, cell = shown["colour"] - 1, 4 * shown["row"] + shown["column"]
         targets = {
-            "cell": 4 * shown["row"] + shown["column"],
-            # 0 is none of them
+            # a table is asked for by colour and cell, a box by its colour; -1 is none
+            "cell": torch.where(shown["kind"] == KINDS.index("table"), len(CELLS) * colour + cell, -1),
             "digit": shown["digit"] - 1,
-            "colour": shown["colour"] - 1,
+            "colour": torch.where(shown["kind"] == KINDS.index("box"), colour, -1),
             "paper": shown["paper"],
             "kind": shown["kind"],
         }
@@ -309,7 +312,14 @@ def train_language(
         steps = math.ceil(lesson.share * size.steps)
         pages = min(steps * size.batch, math.ceil(lesson.share * size.pages))
         pool = PagePool(
-            pages, "train", seed + place + 1, size.patch_size, size.workers, lesson.grids, lesson.num_tables
+            pages,
+            "train",
+            seed + place + 1,
+            size.patch_size,
+            size.workers,
+            lesson.grids,
+            lesson.num_tables,
+            lesson.num_boxes,
         )
         args = training_arguments(
             folder,
@@ -323,7 +333,7 @@ def train_language(
             lr_scheduler_type="cosine" if place == len(LESSONS) - 1 else "constant_with_warmup",
             **_OPTIMIZER,
         )
-        console.print(f"lesson {place + 1}: {len(pool)} pages of {lesson.grids}")
+        console.print(f"lesson {place + 1}: {len(pool)} pages")
         run_trainer(
             Trainer(
                 model=model,

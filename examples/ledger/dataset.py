@@ -69,7 +69,8 @@ class PagePool:
     """Pages drawn once and kept as uint8 tiles: page `i` depends on `seed`, `split` and `i` only.
 
     Attributes: `tiles[i]` uint8 `(num_tiles, 48, 48, 3)`, `questions[i]`, `labels[i]` (see `patch_labels`) and
-    `fields[i]`. `grids` and `num_tables` are those of `draw_page`; with `workers` above 1 so many processes draw.
+    `fields[i]`. `grids`, `num_tables` and `num_boxes` are those of `draw_page`; with `workers` above 1 so many
+    processes draw.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class PagePool:
         workers: int = 0,
         grids: Sequence[tuple[int, int]] = GRIDS,
         num_tables: int | None = None,
+        num_boxes: int | None = None,
     ) -> None:
-        draw = functools.partial(_drawn, split, seed, patch_size, grids, num_tables)
+        draw = functools.partial(_drawn, split, seed, patch_size, (num_tables, grids, num_boxes))
         if workers > 1:
             with concurrent.futures.ProcessPoolExecutor(workers) as processes:
                 drawn = list(processes.map(draw, range(num_pages), chunksize=64))
@@ -94,10 +96,8 @@ class PagePool:
         return len(self.tiles)
 
 
-def _drawn(
-    split: str, seed: int, patch_size: int, grids: Sequence[tuple[int, int]], num_tables: int | None, index: int
-) -> tuple:
-    page = draw_page(page_rng(seed, split, index), split, num_tables, grids)
+def _drawn(split: str, seed: int, patch_size: int, drawing: tuple, index: int) -> tuple:
+    page = draw_page(page_rng(seed, split, index), split, *drawing)
     return tile_page(page), page.questions, patch_labels(page, patch_size), page.fields
 
 

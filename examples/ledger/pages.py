@@ -14,7 +14,7 @@ from digit_forms.digits import check_split, load_split, render_digit, samples_by
 from digit_forms.pages import AUGMENTATION, BOX_COLOURS, PAGE_COLOURS, blend, jitter_colour
 from PIL import Image
 
-from .fonts import fonts_of, printed_digit
+from .fonts import SHAPES, fonts_of, printed_digit
 from .photos import SUBJECTS, photo_crop
 from .questions import CELLS, Question, ask
 
@@ -27,7 +27,10 @@ TABLE_SIDE = 4
 # how many boxes a page has, each as likely as the others
 BOX_COUNTS = (1, 2)
 PHOTO_SHARE = 0.5
-HANDWRITTEN_SHARE = 0.1
+# pixels per em of what is printed in a box
+BOX_SIZES = (36, 38, 40, 42, 44, 46)
+# of boxes; more of them in training, since a handwritten digit is harder to learn than a print
+HANDWRITTEN_SHARE = {"train": 0.4, "test": 0.1}
 
 PAPERS, COLOURS = PAGE_COLOURS, BOX_COLOURS
 INK = (20, 20, 28)
@@ -80,7 +83,8 @@ def draw_table(rng: np.random.Generator, canvas: np.ndarray, colour: str, split:
     for row in range(TABLE_SIDE):
         for column in range(TABLE_SIDE):
             text += str(rng.integers(10))
-            alpha = printed_digit(font, size, text[-1])
+            shape = SHAPES[split][rng.integers(len(SHAPES[split]))]
+            alpha = printed_digit(font, size, text[-1], shape)[: pitch - 1, : pitch - 1]
             height, width = alpha.shape
             top = row * pitch + int(rng.integers(1, max(2, pitch - height)))
             left = column * pitch + int(rng.integers(1, max(2, pitch - width)))
@@ -106,10 +110,10 @@ def draw_box(rng: np.random.Generator, canvas: np.ndarray, colour: str, split: s
 
 def _large_digit(rng: np.random.Generator, digit: str, split: str) -> tuple[np.ndarray, str | int]:
     """Mask of a digit, and the font or the handwritten sample that it is made of."""
-    if rng.random() >= HANDWRITTEN_SHARE:
-        fonts = fonts_of(split)
-        font, size = fonts[rng.integers(len(fonts))], int(rng.integers(36, 47))
-        return printed_digit(font, size, digit), font
+    if rng.random() >= HANDWRITTEN_SHARE[split]:
+        fonts, shape = fonts_of(split), SHAPES[split][rng.integers(len(SHAPES[split]))]
+        font, size = fonts[rng.integers(len(fonts))], int(rng.choice(BOX_SIZES))
+        return printed_digit(font, size, digit, shape), font
     images, by_class = load_split(split)[0], samples_by_class(split)
     sample, spread = int(rng.choice(by_class[int(digit)])), AUGMENTATION[split]
     angle, shear = rng.uniform(-1, 1) * spread["angle"], rng.uniform(-1, 1) * spread["shear"]
@@ -118,7 +122,11 @@ def _large_digit(rng: np.random.Generator, digit: str, split: str) -> tuple[np.n
 
 
 def draw_page(
-    rng: np.random.Generator, split: str, num_tables: int | None = None, grids: Sequence[tuple[int, int]] = GRIDS
+    rng: np.random.Generator,
+    split: str,
+    num_tables: int | None = None,
+    grids: Sequence[tuple[int, int]] = GRIDS,
+    num_boxes: int | None = None,
 ) -> Page:
     """Draw one page.
 
@@ -126,6 +134,7 @@ def draw_page(
         rng (`np.random.Generator`): the only source of chance; the same state gives the same page, pixel by pixel.
         split (`str`): `"train"` or `"test"`: fonts, handwriting and regions of photographs that may appear.
         num_tables (`int`, *optional*): 0 to 2; by default each with a chance of a third.
+        num_boxes (`int`, *optional*): 0 to 6; by default one of `BOX_COUNTS`.
         grids (`Sequence[tuple[int, int]]`): rows and columns that the page may have, each as likely.
     """
     check_split(split)
@@ -135,7 +144,8 @@ def draw_page(
     canvas[:] = jitter_colour(rng, PAPERS[paper], 5)
     drawn = int(rng.integers(3))
     kinds = ["table"] * (drawn if num_tables is None else num_tables)
-    kinds += ["box"] * int(rng.choice(BOX_COUNTS))
+    boxes = int(rng.choice(BOX_COUNTS))
+    kinds += ["box"] * (boxes if num_boxes is None else num_boxes)
     if rng.random() < PHOTO_SHARE:
         kinds.append("photo")
     kinds += ["empty"] * (rows * columns - len(kinds))

@@ -1,8 +1,8 @@
 """Questions about a page, each with one exact answer.
 
 coarse: the paper's colour, how many tables, whether there is a photograph. sparse: the digit in a box. dense: one
-digit of a table, by its cell, A to P row by row ("Table red G?"). Texts are short, since a training of minutes pays
-for every token, and colour and cell are one token each: what a question looks for is then said in one place.
+digit of a table, by its cell, A to P row by row ("Table redG?"). Texts are short, since a training of minutes pays for
+every token, and a cell is one word with the colour of its table: what a question looks for is then said in one place.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ TEMPLATES = {
     "tables": ("coarse", "Tables?"),
     "photo": ("coarse", "Photograph?"),
     "number": ("sparse", "Box {colour}?"),
-    "digit": ("dense", "Table {colour} {cell}?"),
+    "digit": ("dense", "Table {colour}{cell}?"),
 }
 
 

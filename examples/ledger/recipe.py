@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gates = ["--gate-questions", "0"] if args.no_gates else []
     base.main(["--output", str(args.output / "base"), *common])
     console.print(f"base: {(time.time() - start) / 60:.1f} min")
-    methods = {"vico": vico, "avg": avg} if SIZES[args.size].router_steps else {"avg": avg}
-    for name, method in methods.items():
+    for name, method in {"vico": vico, "avg": avg}.items():
         folder = args.output / name
         where = ["--base", str(args.output / "base"), "--output", str(folder), "--work", f"{folder}-work"]
         method.main([*where, *common, *gates])

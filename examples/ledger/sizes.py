@@ -11,8 +11,7 @@ class Size:
     """Of base and methods.
 
     Args:
-        patch_size (`int`): of the tower, in pixels: 12, a patch being a visual token, or 6, four of them being one.
-            ViCO, which merges 4 x 4 tokens more, needs the latter.
+        patch_size (`int`): of the tower, in pixels: 6, four patches being a visual token.
         tower_width (`int`), tower_layers (`int`): of the vision tower.
         width (`int`), layers (`int`), feed_forward (`int`): of the language model; `width` a multiple of 96 or 64.
         pages (`int`): drawn before the base learns.
@@ -47,9 +46,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(6, 64, 3, 128, 3, 256, 8000, 1500, 300, 1200, 16, 2e-3, 250, 80, 120, 60, 16),
-    # what was run: see docs/ledger.md
-    "cpu-small": Size(12, 64, 3, 96, 3, 256, 8000, 3000, 300, 700, 8, 3e-3, 0, 0, 100, 80, 8),
+    "cpu": Size(6, 64, 3, 128, 3, 256, 10000, 4000, 400, 4000, 8, 2e-3, 250, 80, 200, 60, 16),
     "gpu": Size(
         6, 128, 4, 384, 8, 1024, 40000, 1000, 300, 1200, 64, 1e-3, 300, 100, 200, 100, 64, bf16=True, workers=12
     ),

@@ -20,5 +20,5 @@ def corpus() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """As that of `digit_forms`, merged on the ledger's texts."""
-    return digit_forms.text.build_tokenizer(corpus())
+    """As that of `digit_forms`, merged on the ledger's texts until every word of them is one token."""
+    return digit_forms.text.build_tokenizer(corpus(), vocab_size=1000)
