@@ -44,7 +44,7 @@ def train_router(model, processor, args: argparse.Namespace, console: Console) -
     num_pages = 2 * size.avg_router_steps * size.method_batch
     trainer = AvgLlavaRouterTrainer(
         model,
-        stage_arguments(args.work, size, size.avg_router_steps, 2e-3, args.seed, batch=2 * size.method_batch),
+        stage_arguments(args.work, size, size.avg_router_steps, 5e-3, args.seed, batch=2 * size.method_batch),
         loss_tolerance=args.tolerance,
         ce_loss_weight=1.0,
         train_dataset=Conversations(num_pages, ROUTER_PAGES_SEED + args.seed, max_questions=1),
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--granularities", type=int, nargs="+", help="tokens per tile, coarse first; default: 1 to 16")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of stage 3")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="nats per token within which losses are equal")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="nats per token within which losses are equal")
     parser.add_argument("--gate-questions", type=int, default=600, help="0: go on without the gates")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
