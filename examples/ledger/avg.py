@@ -70,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_seed(args.seed)
     processor = build_processor(args.base)
     if args.stage_3 is None:
-        fields = {} if args.granularities is None else {"vis_token_granularity": args.granularities}
+        # a router of minutes learns from the first step: with dropout it does not find the question beside the page
+        fields = {"router_dropout": 0.0}
+        if args.granularities is not None:
+            fields["vis_token_granularity"] = args.granularities
         model = hf_vtc.convert.from_base(args.base, "avg_llava", dtype=torch.float32, **fields)
         train_granularities(model, processor, args, console)
         save(model, processor, args.work / "after_stage_3")
