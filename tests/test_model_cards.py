@@ -39,3 +39,22 @@ def test_vico_tiny_answers_held_out_questions():
     assert report.row("full").score > 0.9 and report.row("auto").score > 0.9
     assert report.row("auto").share < 0.5
     assert report.row("auto").tokens_p10 < report.row("auto").tokens_p90
+
+
+@pytest.mark.parametrize("name", ["avg-llava-ledger", "vico-ledger"])
+def test_ledger_models_choose_by_what_is_shown_and_asked(name):
+    pytest.importorskip("sklearn", reason="ledger reads handwriting and photographs from scikit-learn")
+    pytest.importorskip("matplotlib", reason="ledger reads fonts and a photograph from matplotlib")
+    from ledger.dataset import evaluation_set, records_of
+    from ledger.stages import load
+
+    model, processor = load(ROOT / "model_cards" / name)
+    # a seed that neither training nor gates nor the card use
+    records = records_of(evaluation_set(120, seed=77))
+    report = hf_vtc.evaluate(
+        model, processor, records, budgets=("auto",), baselines=("random",), metric="exact", max_new_tokens=6, seeds=1
+    )
+    full, auto, lot = (report.row(point) for point in ("full", "auto", "random beside auto"))
+    assert full.score >= 0.97
+    assert auto.score > lot.score + 0.03
+    assert auto.tokens < 0.6 * full.tokens and lot.tokens == pytest.approx(auto.tokens, rel=0.1)

@@ -25,8 +25,8 @@ MAX_NEW_TOKENS = 8
 
 
 def checkpoints(models: Path) -> list[Path]:
-    """Folders of the methods; their uncompressed base is none of them."""
-    configs = sorted(models.glob("*/config.json"))
+    """Folders of the methods that read the example pages; their uncompressed base is none of them."""
+    configs = sorted(models.glob("*-tiny/config.json"))
     types = {config.parent: json.loads(config.read_text(encoding="utf-8"))["model_type"] for config in configs}
     return [folder for folder, model_type in types.items() if model_type.startswith("vtc_")]
 
