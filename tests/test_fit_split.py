@@ -109,7 +109,7 @@ def test_what_is_kept_aside_never_trains(data, tmp_path, seed):
     write_held_out(records, split, tmp_path / "held_out.jsonl")
     assert Split.load(tmp_path / "split.json") == split
 
-    training = Data(str(data), data.parent, split).training_records()
+    training = Data(str(data), data.parent, split).training_records(takes_videos=False)
     trained = {image_digest(image) for idx in range(len(training)) for image in training[idx]["images"]}
     asked = load_records(tmp_path / "held_out.jsonl", data.parent, ignore_fields=FIELDS)
     held = {image_digest(image) for idx in range(len(asked)) for image in asked[idx]["images"]}
@@ -154,4 +154,4 @@ def test_data_that_was_changed_is_refused(data, tmp_path):
     records = json.loads(data.read_text())
     (tmp_path / "records.json").write_text(json.dumps(records[:-1], indent=1))
     with pytest.raises(RuntimeError, match="when it was split"):
-        Data(str(tmp_path / "records.json"), data.parent, split).training_records()
+        Data(str(tmp_path / "records.json"), data.parent, split).training_records(takes_videos=False)
