@@ -73,7 +73,7 @@ def stock_model(tied=False, dtype=torch.float32, image_size=TILE, **fields):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape).to(dtype))
         # answers with a placeholder could not be fed back
-        model.lm_head.weight[tokenizer.convert_tokens_to_ids("<image>")] = 0
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(["<image>", "<video>"])] = 0
     return model
 
 
