@@ -114,7 +114,7 @@ def build_base(size: Size, tokenizer: PreTrainedTokenizerFast) -> InternVLForCon
         tie_word_embeddings=True,
     )
     model = InternVLForConditionalGeneration(config)
-    # fixed norms: behind one of them another does nothing, so that methods whose projector has none lose nothing
+    # the tower's norm stays as it is, so that what patches show keeps one scale before and behind the projector's
     model.model.vision_tower.layernorm.requires_grad_(False)
     model.model.multi_modal_projector.layer_norm.requires_grad_(False)
     # transformers starts absolute positions at zero, where all patches look alike to the first layers
@@ -351,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--start", type=Path, help="go on from the weights of an earlier run, both phases")
+    parser.add_argument("--start", type=Path, help="go on from the weights of an earlier run")
     parser.add_argument("--tower", type=Path, help="start phase 2 from the tower that an earlier run saved here")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
